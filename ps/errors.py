@@ -1,0 +1,106 @@
+"""What went wrong, told by what the caller should do next.
+
+The class of an error is its retry policy; no call site guesses again:
+
+    RequestError     never retry: the request itself is wrong (bad batch, unknown table, a limit)
+    WrongView        refresh the view, then retry
+    NotApplied       surely not applied (unreachable, overloaded, draining): try the next owner
+    PerhapsApplied   a time-out or a broken connection: retry; a push keeps its sequence
+    SlotsLost        rows are gone until a restore, or until their loss is accepted
+
+Every message is one sentence that names the offending value and what is allowed.
+"""
+
+from collections.abc import Sequence
+
+
+class EmbringError(Exception):
+    """Base of every error that embring raises on purpose."""
+
+    code = "error"
+
+
+class RequestError(EmbringError):
+    """The request is wrong and will stay wrong: never retry it."""
+
+    code = "request"
+
+
+class MemoryFull(RequestError):
+    """New rows were refused because a server stands at its `memory_max`; updates and pulls go on."""
+
+    code = "memory_full"
+
+
+class ConfigError(RequestError):
+    """A setting or a file of settings is wrong: names the key, the value and what is allowed."""
+
+    code = "config"
+
+
+class AuthError(RequestError):
+    """The token or the cluster's fingerprint did not match."""
+
+    code = "auth"
+
+
+class WrongView(EmbringError):
+    """The server judges by another view: it does not own (or is not primary of) a slot that was asked for.
+
+    `epoch` is the epoch of the server's view, 0 where it has none.
+    """
+
+    code = "wrong_view"
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+
+
+class NotApplied(EmbringError):
+    """Surely not applied: unreachable, draining or expired before it was looked at. Another owner may answer."""
+
+    code = "not_applied"
+
+
+class Overloaded(NotApplied):
+    """A bounded queue is full; nothing was applied."""
+
+    code = "overloaded"
+
+
+class PerhapsApplied(EmbringError):
+    """No answer came in time, or the connection broke after the request left. A retry keeps its sequence."""
+
+    code = "perhaps_applied"
+
+
+class SlotsLost(EmbringError):
+    """Slots whose every owner has died: their rows are gone until a restore or an explicit acceptance.
+
+    `slots` holds the (global) numbers of some of them.
+    """
+
+    code = "slots_lost"
+
+    def __init__(self, message: str, slots: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.slots = tuple(int(s) for s in slots)
+
+
+ERRORS: dict[str, type[EmbringError]] = {
+    cls.code: cls
+    for cls in (
+        EmbringError,
+        RequestError,
+        MemoryFull,
+        ConfigError,
+        AuthError,
+        WrongView,
+        NotApplied,
+        Overloaded,
+        PerhapsApplied,
+        SlotsLost,
+    )
+}
+"""Error classes by the code that travels in a reply."""

@@ -1,0 +1,76 @@
+"""Shares: the part of one request that one server answers, as arrays.
+
+A share lists *features* (one table each; a table may occur more than once). Feature f has `bags[f]` bags, and the
+bags of all features stand one behind another in `offsets`. A row request is the case without offsets: then every id
+is a bag of its own and `bags[f]` counts ids.
+
+Rows travel flat: feature f fills `bags[f] * dim(f)` floats, feature behind feature, so that tables of several
+widths share one array and one kernel call.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUM, MAX = 0, 1
+"""Pooling of a feature on the server. A mean is summed there and divided by the client, which knows the whole bag."""
+
+PushKind = Literal["push", "assign", "delete"]
+
+
+@dataclass(frozen=True, slots=True)
+class PullShare:
+    """What a server is asked for.
+
+    tables int32[F]: table numbers of the view. bags int32[F]. modes uint8[F]: SUM or MAX. absent uint8[F]: ABSENT_CODES.
+    ids int64[n]. offsets int64[sum(bags) + 1], or None: every id is a bag. weights float32[n] (SUM only), or None.
+    """
+
+    tables: NDArray[np.int32]
+    bags: NDArray[np.int32]
+    modes: NDArray[np.uint8]
+    absent: NDArray[np.uint8]
+    ids: NDArray[np.int64]
+    offsets: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PullReply:
+    """rows float32[sum(bags[f] * dim(f))], flat, feature-major; absent: how many of the ids had no row."""
+
+    rows: NDArray[np.float32]
+    absent: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushShare:
+    """What a server is told: a gradient ("push") or a value ("assign") for each bag, or ids to forget ("delete").
+
+    client uint64 (random, one a process) and sequence (from 1, rising) make it apply once.
+    rows float32[sum(bags[f] * dim(f))], flat; empty for "delete". With offsets, each bag's gradient goes to every id of
+    the bag, times its weight. lr_scale multiplies the learning rate of this push alone.
+    "assign" and "delete" have no offsets; of duplicates in one assign, the last wins.
+    """
+
+    client: int
+    sequence: int
+    kind: PushKind
+    tables: NDArray[np.int32]
+    bags: NDArray[np.int32]
+    ids: NDArray[np.int64]
+    rows: NDArray[np.float32]
+    offsets: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PushReply:
+    """applied: slots changed now; seen: slots skipped because this sequence had been applied before; rows_new: rows made."""
+
+    applied: int
+    seen: int
+    rows_new: int
