@@ -1,0 +1,241 @@
+"""Every setting of a cluster in one place: unit, range, default, trade-off. Written as `cluster.toml`.
+
+`ClusterConfig` fixes where every id belongs; it is fingerprinted, and a server or client with another fingerprint
+is refused at the handshake. The other sections may differ between servers and change at a restart.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ps.errors import ConfigError
+
+HASHES = "mix64/1 xxh64/0"
+"""The hash functions and their versions: of ids, and of strings with its seed. Part of the fingerprint."""
+
+MIB = 2**20
+
+
+def _setting(default: Any, unit: str, low: float | None, high: float | None, why: str) -> Any:
+    """A field of a section. low and high are inclusive; None where the value is text or a switch."""
+    return field(default=default, metadata={"unit": unit, "low": low, "high": high, "why": why})
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where ids belong. Never changes during the life of a cluster."""
+
+    slot_bits: int = _setting(
+        14, "log2 of slots", 6, 16,
+        "More slots move in smaller steps and balance more servers (up to some 2**slot_bits / 50); each costs about 100 bytes a server.",
+    )
+    points: int = _setting(
+        160, "ring points a server", 16, 1024,
+        "More points spread the slots of a leaving server more evenly; the planner takes longer to start.",
+    )
+    seed: int = _setting(
+        0, "integer", 0, 2**63 - 1,
+        "Seed of tables that are created without one. Tables with equal seeds place equal ids in equal slots.",
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of everything that decides where an id belongs."""
+        text = json.dumps({"hashes": HASHES, **asdict(self)}, sort_keys=True)
+        return xxhash.xxh64_hexdigest(text.encode())
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One server process: one data thread."""
+
+    servers: int = _setting(
+        3, "processes", 1, 256,
+        "How many servers `embring up` starts. One for each core that may serve; a server uses one core.",
+    )
+    host: str = _setting(
+        "127.0.0.1", "address", None, None,
+        "Where servers listen. The loopback keeps strangers out; another address needs a network that you trust, besides the token.",
+    )
+    port: int = _setting(
+        0, "TCP port", 0, 65000,
+        "Port of the first server, the others follow it; 0 lets the system choose free ones, which change at a restart.",
+    )
+    memory_max_mib: int = _setting(
+        0, "MiB a server", 0, 2**24,
+        "Rows beyond it are refused (updates and pulls go on) instead of meeting the out-of-memory killer; 0 shares 70 % of this host's memory among its servers.",
+    )
+    connections_max: int = _setting(
+        1024, "connections", 1, 65536,
+        "More clients at once; each may hold frame_max_mib while a request arrives.",
+    )
+    frame_max_mib: int = _setting(
+        256, "MiB", 1, 1024,
+        "Largest request or reply. Larger batches in one go; more memory that one client can hold.",
+    )
+    queue_max: int = _setting(
+        1024, "requests", 1, 65536,
+        "Requests waiting in a server before it answers Overloaded. A longer queue rides out bursts; the wait grows with it.",
+    )
+    idle_s: float = _setting(
+        3600.0, "seconds", 30, 86400,
+        "Connections that are silent for so long are closed.",
+    )
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """The controller: health, restarts, statistics."""
+
+    ping_interval_ms: int = _setting(
+        200, "milliseconds", 20, 10000,
+        "Time between pings of a server. Shorter finds a silent server sooner; busy hosts look silent sooner too.",
+    )
+    pings_max: int = _setting(
+        5, "pings", 2, 100,
+        "Unanswered pings, one after another, that make a server silent. If most fall silent at once, only Ray's word counts.",
+    )
+    restart: bool = _setting(
+        True, "switch", None, None,
+        "Start a dead server again. It comes back owning nothing; its slots stay lost until a restore or `embring recover --accept-loss`.",
+    )
+    restarts_max: int = _setting(
+        20, "restarts a server", 0, 10000,
+        "A server that keeps dying is given up after so many restarts.",
+    )
+    statistics_interval_ms: int = _setting(
+        2000, "milliseconds", 200, 60000,
+        "How often the controller asks servers for their figures: rates and metrics are as fresh as this.",
+    )
+    metrics_port: int = _setting(
+        0, "TCP port", 0, 65535,
+        "Prometheus metrics of all servers, on the loopback; 0 lets the system choose a free port (see `embring status`).",
+    )
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Ray, which starts and watches the processes. No embedding passes through it."""
+
+    object_store_mib: int = _setting(
+        80, "MiB", 76, 2**20,
+        "Ray's shared object store. embring puts nothing there; raise it only if your own Ray work shares this cluster.",
+    )
+    reconnect_s: int = _setting(
+        315360000, "seconds", 60, 315360000,
+        "How long processes outlive a dead Ray head. Ray's own default (60) would end every server a minute after the head.",
+    )
+    scratch: str = _setting(
+        "/tmp", "folder", None, None,
+        "Where the folder of sockets is made. Keep it short: a Unix socket's path holds 107 bytes.",
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    block_mib: int = _setting(
+        16, "MiB", 1, 256,
+        "Size of one block of rows in a file. Larger blocks are written faster; each one passes through memory whole.",
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole cluster.toml."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the cluster section."""
+        return self.cluster.fingerprint
+
+    def to_plain(self) -> dict[str, Any]:
+        """Sections of plain settings; `config_from_plain` is the inverse."""
+        return asdict(self)
+
+    def with_settings(self, section: str, **settings: Any) -> "Config":
+        """A copy with some settings of one section changed, checked like a file's."""
+        plain = self.to_plain()
+        plain[section] = {**plain[section], **settings}
+        return config_from_plain(plain)
+
+
+def config_from_plain(plain: Mapping[str, Any]) -> Config:
+    """A checked Config from {section: {key: value}}; what is missing takes its default.
+
+    Raises ConfigError naming the key, the value and what is allowed.
+    """
+    sections = {f.name: f.default_factory for f in fields(Config)}
+    config = Config()
+    for name, settings in plain.items():
+        if name not in sections:
+            raise ConfigError(f"unknown section {name!r}; the sections are {', '.join(sections)}")
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{name} is {settings!r}; it must be a section: write it as [{name}]")
+        known = {f.name: f for f in fields(getattr(config, name))}
+        for key, value in settings.items():
+            if key not in known:
+                raise ConfigError(f"unknown setting {name}.{key}; [{name}] has {', '.join(known)}")
+            _check(f"{name}.{key}", known[key], value)
+        # An integer is a good value for a setting in fractions.
+        typed = {k: float(v) if isinstance(known[k].default, float) else v for k, v in settings.items()}
+        config = replace(config, **{name: replace(getattr(config, name), **typed)})
+    return config
+
+
+def _check(key: str, setting: Field, value: Any) -> None:
+    """Raise ConfigError unless `value` has the default's type and lies in the setting's range."""
+    kind = type(setting.default)
+    good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+    if kind is not bool and isinstance(value, bool):
+        good = False
+    if not good:
+        word = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        raise ConfigError(f"{key} is {value!r}; it must be {word}")
+    low, high = setting.metadata["low"], setting.metadata["high"]
+    if low is not None and not low <= value <= high:  # also refuses NaN
+        raise ConfigError(f"{key} is {value!r}; it must be {low} to {high} ({setting.metadata['unit']})")
+    if kind is str and not value:
+        raise ConfigError(f"{key} is empty; it must be {setting.metadata['unit']}")
+
+
+def load_config(path: str | Path | None) -> Config:
+    """Read a cluster.toml; None gives the defaults. Raises ConfigError, one sentence, naming the file."""
+    if path is None:
+        return Config()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return config_from_plain(tomllib.loads(text))
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {path} is not TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def annotated(config: Config | None = None) -> str:
+    """A cluster.toml with every setting, its unit, range, default and trade-off; reading it back gives `config`."""
+    config = config or Config()
+    lines = ["# embring: cluster.toml. Every setting may be left out; an unknown one is refused."]
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines += ["", f"# {str(values.__doc__).strip().splitlines()[0]}", f"[{section.name}]"]
+        for setting in fields(values):
+            meta = setting.metadata
+            span = "" if meta["low"] is None else f", {meta['low']} to {meta['high']}"
+            lines.append(f"# {meta['unit']}{span}; default {json.dumps(setting.default)}. {meta['why']}")
+            lines.append(f"{setting.name} = {json.dumps(getattr(values, setting.name))}")
+    return "\n".join(lines) + "\n"
