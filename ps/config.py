@@ -5,6 +5,7 @@ is refused at the handshake. The other sections may differ between servers and c
 """
 
 import json
+import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -18,8 +19,6 @@ from ps.errors import ConfigError
 HASHES = "mix64/1 xxh64/0"
 """The hash functions and their versions: of ids, and of strings with its seed. Part of the fingerprint."""
 
-MIB = 2**20
-
 
 def _setting(default: Any, unit: str, low: float | None, high: float | None, why: str) -> Any:
     """A field of a section. low and high are inclusive; None where the value is text or a switch."""
@@ -31,15 +30,18 @@ class ClusterConfig:
     """Where ids belong. Never changes during the life of a cluster."""
 
     slot_bits: int = _setting(
-        14, "log2 of slots", 6, 16,
-        "More slots move in smaller steps and balance more servers (up to some 2**slot_bits / 50); each costs about 100 bytes a server.",
-    )
-    points: int = _setting(
-        160, "ring points a server", 16, 1024,
-        "More points spread the slots of a leaving server more evenly; the planner takes longer to start.",
+        14,
+        "log2 of slots",
+        6,
+        16,
+        "More slots move in smaller steps and balance more servers (up to some 2**slot_bits / 50); each "
+        "costs about 100 bytes a server.",
     )
     seed: int = _setting(
-        0, "integer", 0, 2**63 - 1,
+        0,
+        "integer",
+        0,
+        2**63 - 1,
         "Seed of tables that are created without one. Tables with equal seeds place equal ids in equal slots.",
     )
 
@@ -55,35 +57,63 @@ class ServerConfig:
     """One server process: one data thread."""
 
     servers: int = _setting(
-        3, "processes", 1, 256,
+        3,
+        "processes",
+        1,
+        256,
         "How many servers `embring up` starts. One for each core that may serve; a server uses one core.",
     )
     host: str = _setting(
-        "127.0.0.1", "address", None, None,
-        "Where servers listen. The loopback keeps strangers out; another address needs a network that you trust, besides the token.",
+        "127.0.0.1",
+        "address",
+        None,
+        None,
+        "Where servers listen. The loopback keeps strangers out; another address needs a network that you"
+        " trust, besides the token.",
     )
     port: int = _setting(
-        0, "TCP port", 0, 65000,
-        "Port of the first server, the others follow it; 0 lets the system choose free ones, which change at a restart.",
+        0,
+        "TCP port",
+        0,
+        65000,
+        "Port of the first server, the others follow it; 0 lets the system choose free ones, which change"
+        " at a restart.",
     )
     memory_max_mib: int = _setting(
-        0, "MiB a server", 0, 2**24,
-        "Rows beyond it are refused (updates and pulls go on) instead of meeting the out-of-memory killer; 0 shares 70 % of this host's memory among its servers.",
+        0,
+        "MiB a server",
+        0,
+        2**24,
+        "Rows beyond it are refused (updates and pulls go on) instead of meeting the out-of-memory "
+        "killer; 0 shares 70 % of this host's memory among its servers.",
     )
     connections_max: int = _setting(
-        1024, "connections", 1, 65536,
+        1024,
+        "connections",
+        1,
+        65536,
         "More clients at once; each may hold frame_max_mib while a request arrives.",
     )
     frame_max_mib: int = _setting(
-        256, "MiB", 1, 1024,
+        256,
+        "MiB",
+        1,
+        1024,
         "Largest request or reply. Larger batches in one go; more memory that one client can hold.",
     )
     queue_max: int = _setting(
-        1024, "requests", 1, 65536,
-        "Requests waiting in a server before it answers Overloaded. A longer queue rides out bursts; the wait grows with it.",
+        1024,
+        "requests",
+        1,
+        65536,
+        "Requests waiting in a server before it answers Overloaded. A longer queue rides out bursts; the "
+        "wait grows with it.",
     )
     idle_s: float = _setting(
-        3600.0, "seconds", 30, 86400,
+        3600.0,
+        "seconds",
+        30,
+        86400,
         "Connections that are silent for so long are closed.",
     )
 
@@ -93,28 +123,49 @@ class ControlConfig:
     """The controller: health, restarts, statistics."""
 
     ping_interval_ms: int = _setting(
-        200, "milliseconds", 20, 10000,
+        200,
+        "milliseconds",
+        20,
+        10000,
         "Time between pings of a server. Shorter finds a silent server sooner; busy hosts look silent sooner too.",
     )
     pings_max: int = _setting(
-        5, "pings", 2, 100,
-        "Unanswered pings, one after another, that make a server silent. If most fall silent at once, only Ray's word counts.",
+        5,
+        "pings",
+        2,
+        100,
+        "Unanswered pings, one after another, that make a server silent. If most fall silent at once, "
+        "only Ray's word counts.",
     )
     restart: bool = _setting(
-        True, "switch", None, None,
-        "Start a dead server again. It comes back owning nothing; its slots stay lost until a restore or `embring recover --accept-loss`.",
+        True,
+        "switch",
+        None,
+        None,
+        "Start a dead server again. It comes back owning nothing; its slots stay lost until a restore or "
+        "`embring recover --accept-loss`.",
     )
     restarts_max: int = _setting(
-        20, "restarts a server", 0, 10000,
+        20,
+        "restarts a server",
+        0,
+        10000,
         "A server that keeps dying is given up after so many restarts.",
     )
     statistics_interval_ms: int = _setting(
-        2000, "milliseconds", 200, 60000,
+        2000,
+        "milliseconds",
+        200,
+        60000,
         "How often the controller asks servers for their figures: rates and metrics are as fresh as this.",
     )
     metrics_port: int = _setting(
-        0, "TCP port", 0, 65535,
-        "Prometheus metrics of all servers, on the loopback; 0 lets the system choose a free port (see `embring status`).",
+        0,
+        "TCP port",
+        0,
+        65535,
+        "Prometheus metrics of all servers, on the loopback; 0 lets the system choose a free port (see "
+        "`embring status`).",
     )
 
 
@@ -123,15 +174,26 @@ class RayConfig:
     """Ray, which starts and watches the processes. No embedding passes through it."""
 
     object_store_mib: int = _setting(
-        80, "MiB", 76, 2**20,
-        "Ray's shared object store. embring puts nothing there; raise it only if your own Ray work shares this cluster.",
+        80,
+        "MiB",
+        76,
+        2**20,
+        "Ray's shared object store. embring puts nothing there; raise it only if your own Ray work shares"
+        " this cluster.",
     )
     reconnect_s: int = _setting(
-        315360000, "seconds", 60, 315360000,
-        "How long processes outlive a dead Ray head. Ray's own default (60) would end every server a minute after the head.",
+        315360000,
+        "seconds",
+        60,
+        315360000,
+        "How long processes outlive a dead Ray head. Ray's own default (60) would end every server a "
+        "minute after the head.",
     )
     scratch: str = _setting(
-        "/tmp", "folder", None, None,
+        "/tmp",
+        "folder",
+        None,
+        None,
         "Where the folder of sockets is made. Keep it short: a Unix socket's path holds 107 bytes.",
     )
 
@@ -141,7 +203,10 @@ class CheckpointConfig:
     """Checkpoints."""
 
     block_mib: int = _setting(
-        16, "MiB", 1, 256,
+        16,
+        "MiB",
+        1,
+        256,
         "Size of one block of rows in a file. Larger blocks are written faster; each one passes through memory whole.",
     )
 
@@ -236,6 +301,7 @@ def annotated(config: Config | None = None) -> str:
         for setting in fields(values):
             meta = setting.metadata
             span = "" if meta["low"] is None else f", {meta['low']} to {meta['high']}"
-            lines.append(f"# {meta['unit']}{span}; default {json.dumps(setting.default)}. {meta['why']}")
+            comment = f"{meta['unit']}{span}; default {json.dumps(setting.default)}. {meta['why']}"
+            lines += [f"# {line}" for line in textwrap.wrap(comment, 108)]
             lines.append(f"{setting.name} = {json.dumps(getattr(values, setting.name))}")
     return "\n".join(lines) + "\n"

@@ -66,7 +66,7 @@ def write_runtime(runtime: Runtime, path: Path | None = None) -> Path:
 
 
 def read_runtime(path: Path | None = None) -> Runtime:
-    """Read the runtime file. Raises ConfigError where there is none, it is malformed, or others could have written it."""
+    """Read the runtime file. Raises ConfigError where there is none, it is malformed, or not the user's alone."""
     target = path or runtime_path()
     try:
         with open(target, "rb") as file:
@@ -74,12 +74,15 @@ def read_runtime(path: Path | None = None) -> Runtime:
             text = file.read()
     except FileNotFoundError:
         raise ConfigError(
-            f"no cluster is known here ({target} does not exist): start one with `embring up`, or give addresses and a token"
+            f"no cluster is known here ({target} does not exist): start one with `embring up`, "
+            "or give addresses and a token"
         ) from None
     except OSError as error:
         raise ConfigError(f"the runtime file {target} cannot be read: {error.strerror}") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError(f"the runtime file {target} must belong to you alone (mode 0600); it has mode {status.st_mode & 0o777:04o}")
+        raise ConfigError(
+            f"the runtime file {target} must belong to you alone (mode 0600); it has mode {status.st_mode & 0o777:04o}"
+        )
     try:
         data = json.loads(text)
         unknown = sorted(set(data) - {f.name for f in fields(Runtime)})
