@@ -1,0 +1,92 @@
+"""The `embring` command: a table of commands, each imported only when it is asked for.
+
+A command is a function (or a `typer.Typer` with commands of its own) in a module of this table. Its errors on
+purpose (`EmbringError`) become one line and exit status 1; `--help` needs none of the modules.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module:attribute, one line of help)
+    "up": ("deploy.cli_cluster:up", "Start a cluster on this machine, or on a running Ray."),
+    "down": ("deploy.cli_cluster:down", "End the cluster, and nothing else."),
+    "status": ("deploy.cli_status:status", "Servers, tables, rows, rates, latency, lost slots."),
+    "logs": ("deploy.cli_cluster:logs", "Show what the servers and the controller logged."),
+    "doctor": ("deploy.cli_doctor:doctor", "Look for what slows or breaks a cluster on this machine."),
+    "recover": ("deploy.cli_cluster:recover", "Give lost slots to live servers, accepting that their rows are gone."),
+    "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
+    "config": ("deploy.cli_cluster:config", "Print a cluster.toml with every setting explained."),
+}
+
+
+class CommandTable(TyperGroup):
+    """The commands of COMMANDS, in its order. Listing them imports nothing."""
+
+    listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, for `--help`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name (imported now), or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        target, line = COMMANDS[cmd_name]
+        app = typer.Typer(add_completion=False)
+        if self.listing:
+            app.command(cmd_name, help=line)(lambda: None)
+            return typer.main.get_command(app)
+        module, _, attribute = target.partition(":")
+        loaded = getattr(import_module(module), attribute)
+        if isinstance(loaded, typer.Typer):
+            command = typer.main.get_command(loaded)
+        else:
+            app.command(cmd_name)(loaded)
+            command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Help of the whole command, from the table alone."""
+        self.listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.listing = False
+
+
+app = typer.Typer(cls=CommandTable, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def root() -> None:
+    """embring: a distributed embedding parameter server with an inference router.
+
+    Begin with:  embring up
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Exits with 0, 1 (a clear error), 2 (wrong usage) or 130 (interrupted)."""
+    from ps.errors import EmbringError
+
+    try:
+        app(args=arguments, prog_name="embring")
+    except EmbringError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `embring status | head`
+        sys.stderr.close()
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    main()
