@@ -173,6 +173,13 @@ class ControlConfig:
 class RayConfig:
     """Ray, which starts and watches the processes. No embedding passes through it."""
 
+    port: int = _setting(
+        0,
+        "TCP port",
+        0,
+        65535,
+        "Port of the Ray head, which other hosts need to join it; 0 lets the system choose one.",
+    )
     object_store_mib: int = _setting(
         80,
         "MiB",
