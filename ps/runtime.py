@@ -21,6 +21,7 @@ class Runtime:
     ray_address and ray_token_path: how to join its Ray. head_pid and head_started: our Ray head process and its
     start time in clock ticks since boot, so that a reused pid is never taken for it; 0 where Ray was joined.
     scratch: short folder of sockets, removed by `down`. metrics: URL of the servers' Prometheus metrics, or "".
+    namespace: of its actors in Ray.
     """
 
     addresses: tuple[str, ...]
@@ -34,6 +35,7 @@ class Runtime:
     head_started: int = 0
     scratch: str = ""
     metrics: str = ""
+    namespace: str = "embring"
 
 
 def runtime_path() -> Path:

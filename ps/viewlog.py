@@ -19,7 +19,7 @@ MAGIC = b"embring-view-1\n\0"
 SUFFIX = ".view"
 
 
-class ViewTaken(Exception):
+class EpochTakenError(Exception):
     """Somebody else has created this epoch: the caller is controller no more."""
 
 
@@ -40,10 +40,10 @@ class ViewLog:
         return sorted(int(n) for n in names if n.isdecimal())
 
     def append(self, view: View) -> None:
-        """Make `view` durable. Raises ViewTaken where its epoch, or a newer one, is already there."""
+        """Make `view` durable. Raises EpochTakenError where its epoch, or a newer one, is already there."""
         newest = self.epochs()[-1:]
         if newest and newest[0] >= view.epoch:
-            raise ViewTaken(f"epoch {view.epoch} is taken: {self.folder} holds epoch {newest[0]}")
+            raise EpochTakenError(f"epoch {view.epoch} is taken: {self.folder} holds epoch {newest[0]}")
         body = zlib.compress(msgpack.packb(view.to_plain()), 1)
         handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".new-")
         try:
@@ -53,7 +53,7 @@ class ViewLog:
                 os.fsync(file.fileno())
             os.link(temporary, self._path(view.epoch))
         except FileExistsError:
-            raise ViewTaken(f"epoch {view.epoch} is taken in {self.folder}") from None
+            raise EpochTakenError(f"epoch {view.epoch} is taken in {self.folder}") from None
         finally:
             os.unlink(temporary)
         sync_folder(self.folder)

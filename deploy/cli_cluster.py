@@ -1,0 +1,165 @@
+"""`embring up`, `down`, `logs`, `recover` and `config`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A cluster.toml (see `embring config`).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def say(line: str) -> None:
+    """A step of long work, on standard error so that results stay clean."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def running() -> Any:
+    """The runtime of this user's cluster. Raises ConfigError where none is running."""
+    from ps.cluster import find
+    from ps.errors import ConfigError
+
+    runtime = find()
+    if runtime is None:
+        raise ConfigError("no cluster is running: start one with `embring up`")
+    return runtime
+
+
+def up(
+    config: ConfigOption = None,
+    servers: Annotated[int | None, typer.Option(help="Server processes, instead of the configuration's.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where servers listen, instead of the configuration's.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Join a running Ray at host:port, as RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH say.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="State folder; default ~/.local/state/embring.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a cluster and return; `ps.connect()` and the other commands find it.
+
+    Example:  embring up --servers 3
+    """
+    from ps.cluster import start
+    from ps.config import load_config
+
+    settings = load_config(config)
+    changed = {key: value for key, value in (("servers", servers), ("host", host)) if value is not None}
+    if changed:
+        settings = settings.with_settings("server", **changed)
+    runtime = start(settings, state=state, address=address, report=say)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "addresses": list(runtime.addresses),
+                    "token_path": runtime.token_path,
+                    "state": runtime.state,
+                    "cluster": runtime.cluster,
+                    "metrics": runtime.metrics,
+                }
+            )
+        )
+        return
+    print(f"{settings.server.servers} servers are up; the cluster's state is in {runtime.state}")
+    for place in (a for a in runtime.addresses if a.startswith("tcp:")):
+        print(f"  {place.removeprefix('tcp:')}")
+    print(f"token file: {runtime.token_path}\nmetrics:    {runtime.metrics}")
+
+
+def down(
+    yes: YesOption = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="Save a checkpoint into this folder first.")] = None,
+) -> None:
+    """End the cluster: its servers, its controller and the Ray that `up` started, and nothing else.
+
+    Its rows are in memory only: save a checkpoint first if they matter.
+
+    Example:  embring down --checkpoint backups
+    """
+    from ps.cluster import end_leftovers, find, stop
+
+    runtime = find()
+    if runtime is None:
+        print("no cluster is running" if not end_leftovers() else "ended what a dead cluster had left")
+        return
+    if checkpoint is not None:
+        from deploy.cli_checkpoint import save
+
+        save(checkpoint)
+    if not yes and not sys.stdin.isatty():
+        from ps.errors import ConfigError
+
+        raise ConfigError("nothing was ended: say --yes where nobody can be asked")
+    if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
+        raise typer.Exit(1)
+    killed = stop(runtime)
+    print("the cluster has ended" + (f" ({killed} processes had to be killed)" if killed else ""))
+
+
+def logs(
+    name: Annotated[str | None, typer.Argument(help="server-0, controller, ray, ...; all where left out.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+) -> None:
+    """Show what the cluster's processes on this host logged.
+
+    Example:  embring logs server-0 --follow
+    """
+    from deploy.logs import follow_logs, log_files, tail
+    from ps.cluster import last_state
+
+    files = log_files(last_state(), name)
+    for path in files:
+        for line in tail(path, lines):
+            print(f"{path.stem}: {line}" if len(files) > 1 else line)
+    if follow:
+        follow_logs(files, print)
+
+
+def recover(
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Accept that the rows of lost slots are gone.")
+    ] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give slots whose server died to live servers, empty. To have their rows back, restore a checkpoint instead.
+
+    Example:  embring recover --accept-loss
+    """
+    from ps.cluster import controller
+    from ps.errors import ConfigError
+
+    with controller(running()) as ask:
+        lost = ask("status")["slots_lost"]
+        if lost and not accept_loss:
+            raise ConfigError(
+                f"{lost} slots are lost: `embring checkpoint restore DIR` brings rows back, --accept-loss gives them up"
+            )
+        if lost and not yes and sys.stdin.isatty() and not typer.confirm(f"Give up the rows of {lost} slots?"):
+            raise typer.Exit(1)
+        answer = ask("recover") if lost else {"slots": 0}
+    print(
+        json.dumps(answer)
+        if as_json
+        else f"{answer['slots']} lost slots begin again, empty"
+        if lost
+        else "no slot is lost"
+    )
+
+
+def config(
+    path: Annotated[
+        Path | None, typer.Argument(help="Check this cluster.toml, and print it with every setting.")
+    ] = None,
+) -> None:
+    """Print a cluster.toml with every setting, its unit, range, default and trade-off.
+
+    Example:  embring config > cluster.toml
+    """
+    from ps.config import annotated, load_config
+
+    print(annotated(load_config(path)), end="")

@@ -1,0 +1,102 @@
+"""`embring status`."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from deploy.cli_cluster import JsonOption, running
+
+PERCENTILES = ("p50", "p99")
+
+
+def status(
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again until interrupted.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two, with --watch.")] = 2.0,
+) -> None:
+    """Show servers, hosts, rows, bytes, slots, epoch, requests a second, latency and lost slots.
+
+    Example:  embring status --watch
+    """
+    from ps.cluster import controller
+
+    with controller(running()) as ask:
+        if not watch:
+            _print(ask("status"), as_json)
+            return
+        if as_json:
+            while True:
+                _print(ask("status"), as_json)
+                time.sleep(interval)
+        from rich.live import Live
+
+        with Live(render(ask("status")), refresh_per_second=1, screen=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(render(ask("status")))
+
+
+def _print(record: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record), flush=True)
+        return
+    from rich.console import Console
+
+    Console().print(render(record))
+
+
+def render(record: Mapping[str, Any]) -> Any:
+    """The status record as text for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Text(f"cluster {record['cluster']:x}, epoch {record['epoch']}, metrics {record['metrics']}")
+    servers = Table(box=None, pad_edge=False)
+    for title in (
+        "server",
+        "state",
+        "host",
+        "pid",
+        "rows",
+        "bytes",
+        "slots",
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "restarts",
+    ):
+        servers.add_column(title, justify="left" if title in ("server", "state", "host") else "right")
+    for s in record["servers"]:
+        latency = (f"{s[f'{p}_ms']:.2f}" if f"{p}_ms" in s else "-" for p in PERCENTILES)
+        servers.add_row(
+            *(s["name"], s["state"], s["host"], str(s["pid"])),
+            *(f"{s.get('rows', 0):,}", size(s.get("bytes", 0)), f"{s['slots']:,}"),
+            *(f"{s.get('requests_per_s', 0.0):,.0f}", *latency, str(s["restarts"])),
+        )
+    tables = Table(box=None, pad_edge=False)
+    for title in ("table", "dim", "placement", "optimizer", "rows"):
+        tables.add_column(title, justify="right" if title in ("dim", "rows") else "left")
+    for t in record["tables"]:
+        rows = sum(s.get("rows_by_table", {}).get(str(t["number"]), 0) for s in record["servers"])
+        tables.add_row(t["name"], str(t["dim"]), t["placement"], t["optimizer"]["kind"], f"{rows:,}")
+    parts: list[Any] = [head, Text(), servers]
+    if record["tables"]:
+        parts += [Text(), tables]
+    if record["slots_lost"]:
+        cure = "`embring checkpoint restore DIR`, or `embring recover --accept-loss`"
+        warning = f"{record['slots_lost']} slots are lost: {cure}"
+        parts += [Text(), Text(warning, style="bold red")]
+    return Group(*parts)
+
+
+def size(count: float) -> str:
+    """Bytes as a short text with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

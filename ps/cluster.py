@@ -1,0 +1,339 @@
+"""Start a cluster, find it again, ask it, end it.
+
+`start()` gives this machine a Ray of our own (ps.rayhead), or joins a running one, puts the controller there, which
+starts the servers, and writes the runtime file. It returns: the processes live on without the caller.
+
+The state folder (mode 0700) holds the settings, the two tokens, the view log and the logs. Secrets are files of mode
+0600 and never arguments of a command.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ps.config import Config, annotated, load_config
+from ps.errors import ConfigError, NotApplied
+from ps.rayhead import Head, StartError, end_head, ensure_token, marked, ray_environment, start_head, start_time
+from ps.runtime import Runtime, read_runtime, read_token, runtime_path, write_private, write_runtime
+from ps.viewlog import ViewLog
+from ps.wire import raise_error
+
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 200.0
+CALL_TIMEOUT_S = 60.0
+
+Report = Callable[[str], None]
+"""Told one line for each step of a long piece of work."""
+
+
+def state_folder() -> Path:
+    """$XDG_STATE_HOME/embring, or ~/.local/state/embring."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "embring"
+
+
+def kernel_cache() -> Path:
+    """Where compiled kernels are kept: $NUMBA_CACHE_DIR, or ~/.cache/embring/kernels."""
+    given = os.environ.get("NUMBA_CACHE_DIR", "")
+    return Path(given) if given else Path.home() / ".cache" / "embring" / "kernels"
+
+
+def start(
+    config: Config,
+    *,
+    state: Path | None = None,
+    address: str | None = None,
+    runtime_file: Path | None = None,
+    report: Report = lambda line: None,
+) -> Runtime:
+    """Start a cluster and return what the runtime file says of it.
+
+    address: of a running Ray to join ("host:port"; its RAY_AUTH_* variables come from the environment); None starts
+    one. runtime_file: where to write the runtime file; None is the user's own place.
+    Raises ConfigError where a cluster is running already, StartError where a process does not start.
+    """
+    target = runtime_file or runtime_path()
+    running = find(target)
+    if running is not None:
+        raise ConfigError(f"a cluster is already running (state folder {running.state}): end it with `embring down`")
+    folder = (state or state_folder()).resolve()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    _same_cluster(folder, config)
+    write_private(folder / "cluster.toml", annotated(config).encode())
+    fabric_token = ensure_token(folder / "token")
+    ray_token = ensure_token(folder / "ray.token")
+    scratch = Path(tempfile.mkdtemp(prefix="embring-", dir=config.ray.scratch))
+    mark = scratch.name
+    head = Head(0, 0, address or "")
+    try:
+        warmed = _warm_up(folder)
+        if address is None:
+            report("starting Ray")
+            head = start_head(config.ray, token_path=ray_token, scratch=scratch, folder=folder, mark=mark)
+        report("compiling kernels (only the first time)" if not _compiled() else "loading kernels")
+        _finish_warm_up(warmed, folder)
+        runtime = Runtime(
+            addresses=(),
+            token_path=str(fabric_token),
+            fingerprint=config.fingerprint,
+            state=str(folder),
+            ray_address=head.address,
+            ray_token_path=str(ray_token) if address is None else "",
+            head_pid=head.pid,
+            head_started=head.started,
+            scratch=str(scratch),
+        )
+        report(f"starting {config.server.servers} servers")
+        runtime = _start_actors(runtime, config)
+        write_runtime(runtime, target)
+        return runtime
+    except BaseException:
+        if address is None:
+            end_head(head.pid, head.started, mark)
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _same_cluster(folder: Path, config: Config) -> None:
+    """Refuse to continue a view log under settings that would place its ids elsewhere."""
+    before = folder / "cluster.toml"
+    if before.exists() and ViewLog(folder / "views").epochs():
+        old = load_config(before)
+        if old.fingerprint != config.fingerprint:
+            raise ConfigError(
+                f"the cluster in {folder} has fingerprint {old.fingerprint}, these settings {config.fingerprint}: "
+                "settings of [cluster] never change; give another --state folder"
+            )
+
+
+def _warm_up(folder: Path) -> subprocess.Popen[bytes]:
+    """One process fills the cache of compiled kernels, before any server reads it: its writers must not race."""
+    cache = kernel_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": _python_path()}
+    with open(folder / "kernels.log", "wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", "from ps.kernels import warmup; warmup()"],
+            cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def _compiled() -> bool:
+    return any(kernel_cache().rglob("*.nbi"))
+
+
+def _finish_warm_up(process: subprocess.Popen[bytes], folder: Path) -> None:
+    try:
+        status = process.wait(START_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise StartError(
+            f"the kernels did not compile within {START_TIMEOUT_S:.0f} s; see {folder}/kernels.log"
+        ) from None
+    if status:
+        raise StartError(f"the kernels did not compile (status {status}); see {folder}/kernels.log")
+
+
+def _python_path() -> str:
+    rest = os.environ.get("PYTHONPATH", "")
+    return f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)
+
+
+def _start_actors(runtime: Runtime, config: Config) -> Runtime:
+    """Start the controller, which starts the servers; the runtime with what they tell."""
+    from dataclasses import replace
+
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with _driver(runtime):
+        from ps.controller.actor import NAME, ControllerActor
+        from ps.server import Setup
+
+        namespace = f"embring-{secrets.token_hex(4)}" if not runtime.head_pid else NAMESPACE
+        environment = {
+            **(ray_environment(config.ray, runtime.ray_token_path) if runtime.ray_token_path else {}),
+            "NUMBA_CACHE_DIR": str(kernel_cache()),
+            "PYTHONPATH": _python_path(),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
+        setup = Setup(
+            asdict(config),
+            runtime.state,
+            runtime.scratch,
+            read_token(runtime.token_path),
+            namespace,
+            str(ROOT),
+            environment,
+        )
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        controller = ControllerActor.options(
+            name=NAME, namespace=namespace, lifetime="detached", max_concurrency=32, max_restarts=-1,
+            scheduling_strategy=here, runtime_env={"env_vars": environment},
+        ).remote(setup)  # fmt: skip
+        try:
+            status = ray.get(controller.start.remote(), timeout=START_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            ray.kill(controller)
+            raise StartError(f"the servers did not start: {_cause(error)} (logs: {runtime.state}/logs)") from None
+    addresses = tuple(a for s in status["servers"] for a in s["addresses"])
+    return replace(
+        runtime, addresses=addresses, cluster=status["cluster"], metrics=status["metrics"], namespace=namespace
+    )
+
+
+NAMESPACE = "embring"
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _driver(runtime: Runtime) -> Iterator[None]:
+    """This process as a driver of the cluster's Ray, from the state folder.
+
+    Ray puts the folder that a driver stands in first on the path of its actors: it must be one that holds no modules.
+    """
+    environment: dict[str, str] = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    if runtime.ray_token_path:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": runtime.ray_token_path}
+    before = {key: os.environ.get(key) for key in environment}
+    stood = os.getcwd()
+    os.environ.update(environment)
+    try:
+        import ray
+        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import Config as RaySettings
+
+        # Ray reads both once, at its import; this process may have imported it before, for another cluster.
+        RaySettings.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        if ray.is_initialized():
+            raise ConfigError("this process already uses Ray: start and ask a cluster from a process of its own")
+        os.chdir(runtime.state)
+        try:
+            ray.init(
+                address=runtime.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level="error",
+                configure_logging=False,
+            )  # fmt: skip
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            raise NotApplied(f"Ray at {runtime.ray_address} does not answer: {_cause(error)}") from None
+        finally:
+            os.chdir(stood)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`ask(verb, **fields)` of the controller, through Ray: works while no server answers.
+
+    Raises NotApplied where Ray or the controller does not answer, and what the controller answers.
+    """
+    with _driver(runtime):
+        import ray
+
+        try:
+            actor = ray.get_actor("controller", runtime.namespace)
+        except ValueError:
+            raise NotApplied("the cluster's Ray runs, but its controller is gone") from None
+
+        def ask(verb: str, **fields: Any) -> dict[str, Any]:
+            try:
+                reply = ray.get(actor.admin.remote(verb, fields), timeout=CALL_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                raise NotApplied(f"the controller does not answer: {_cause(error)}") from None
+            if "error" in reply:
+                raise_error(reply["error"])
+            return reply["ok"]
+
+        yield ask
+
+
+def find(path: Path | None = None) -> Runtime | None:
+    """The cluster of the runtime file, or None where there is none or its Ray head is gone."""
+    target = path or runtime_path()
+    if not target.exists():
+        return None
+    runtime = read_runtime(target)
+    if runtime.head_pid and start_time(runtime.head_pid) != runtime.head_started:
+        return None
+    return runtime
+
+
+def stop(runtime: Runtime, *, runtime_file: Path | None = None, keep_views: bool = False) -> int:
+    """End the cluster's own processes and nothing else; how many had to be killed.
+
+    Its rows are gone with it, so its view log goes too, unless `keep_views`: then the next start in this state folder
+    knows the tables, and that their rows are lost.
+    """
+    killed = 0
+    if runtime.head_pid:
+        mark = Path(runtime.scratch).name
+        killed = end_head(runtime.head_pid, runtime.head_started, mark)
+        if left := marked(mark):
+            raise NotApplied(f"processes {', '.join(map(str, left))} of the cluster do not end")
+    else:
+        _stop_actors(runtime)
+    shutil.rmtree(runtime.scratch, ignore_errors=True)
+    if not keep_views:
+        shutil.rmtree(Path(runtime.state) / "views", ignore_errors=True)
+    (runtime_file or runtime_path()).unlink(missing_ok=True)
+    return killed
+
+
+def _stop_actors(runtime: Runtime) -> None:
+    """In a Ray that is not ours: end the actors only."""
+    with _driver(runtime):
+        import ray
+
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            actor = ray.get_actor("controller", runtime.namespace)
+            ray.get(actor.stop_servers.remote(), timeout=CALL_TIMEOUT_S)
+            ray.kill(actor)
+        deadline = time.monotonic() + 10
+        names = {"controller"}
+        while names and time.monotonic() < deadline:
+            names = {
+                n["name"]
+                for n in ray.util.list_named_actors(all_namespaces=True)
+                if n["namespace"] == runtime.namespace
+            }
+            time.sleep(0.05)
+
+
+def last_state() -> Path:
+    """The state folder of the running or the last cluster."""
+    runtime = read_runtime() if runtime_path().exists() else None
+    return Path(runtime.state) if runtime else state_folder()
+
+
+def end_leftovers(runtime_file: Path | None = None) -> bool:
+    """End what a cluster left behind whose Ray head is gone; whether there was anything."""
+    target = runtime_file or runtime_path()
+    if not target.exists():
+        return False
+    stop(read_runtime(target), runtime_file=target, keep_views=True)
+    return True

@@ -1,0 +1,91 @@
+"""What an administrator may ask of a cluster, as changes of its view. Pure: a view and a wish in, a change out.
+
+verb           fields                       does
+create_table   spec                         makes a table; the same spec again changes nothing
+alter_table    name, changes                new optimizer, absent, default or initializer; rows stay
+truncate       name                         forgets every row of a table, which gets a new number
+drop_table     name                         removes a table
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hashring.planner import AlterTable, CreateTable, DropTable, TruncateTable
+
+from hashring.view import View
+from ps.errors import RequestError
+from ps.spec import TableSpec
+
+ALTERABLE = ("optimizer", "initializer", "absent", "default")
+"""What of a table may change while it holds rows: dim, seed, placement and replicas decide where and how they lie."""
+
+Change = CreateTable | AlterTable | TruncateTable | DropTable
+
+
+def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -> Change | None:
+    """The change that a verb asks for, or None where the view is already so.
+
+    seed: of tables that come without one. Raises RequestError in one sentence.
+    """
+    if verb == "create_table":
+        return _create(view, fields.get("spec"), seed)
+    name = fields.get("name")
+    if verb == "alter_table":
+        return _alter(view, str(name), fields.get("changes"))
+    if verb == "truncate":
+        _existing(view, str(name))
+        return TruncateTable(str(name))
+    if verb == "drop_table":
+        _existing(view, str(name))
+        return DropTable(str(name))
+    raise RequestError(f"unknown verb {verb!r}; known are create_table, alter_table, truncate, drop_table")
+
+
+def spec_of(view: View, name: str) -> TableSpec:
+    """The specification of a table of the view. Raises RequestError where there is none of the name."""
+    return TableSpec.from_plain(_existing(view, name))
+
+
+def _existing(view: View, name: str) -> Mapping[str, Any]:
+    for table in view.tables:
+        if table.name == name:
+            return table.spec
+    known = ", ".join(sorted(t.name for t in view.tables)[:20]) or "none yet"
+    raise RequestError(f"unknown table {name!r}; the tables are: {known}")
+
+
+def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
+    if not isinstance(plain, Mapping):
+        raise RequestError("create_table needs a field spec with the table's specification")
+    spec = TableSpec.from_plain({**plain, "seed": seed if plain.get("seed") is None else plain["seed"]})
+    if spec.replicas != 1:
+        # A second owner would answer pulls from rows that nothing copies to it.
+        raise RequestError(f"replicas of table {spec.name!r} is {spec.replicas!r}; this version keeps 1 copy of a row")
+    if any(t.name == spec.name for t in view.tables):
+        present = spec_of(view, spec.name)
+        if present == spec:
+            return None
+        raise RequestError(f"table {spec.name!r} exists with another specification: {_difference(present, spec)}")
+    return CreateTable(spec.name, spec.to_plain(), spec.placement, spec.replicas)
+
+
+def _alter(view: View, name: str, changes: Any) -> AlterTable | None:
+    present = spec_of(view, name)
+    if not isinstance(changes, Mapping):
+        raise RequestError("alter_table needs a field changes with the new settings")
+    for key in changes:
+        if key not in ALTERABLE:
+            raise RequestError(f"{key} of table {name!r} cannot change; what can: {', '.join(ALTERABLE)}")
+    spec = TableSpec.from_plain({**present.to_plain(), **changes})
+    if spec.optimizer.kind != present.optimizer.kind:
+        raise RequestError(
+            f"the optimizer of table {name!r} is {present.optimizer.kind}; it cannot become {spec.optimizer.kind}, "
+            "since rows carry its state (its settings can change)"
+        )
+    return None if spec == present else AlterTable(name, spec.to_plain())
+
+
+def _difference(present: TableSpec, asked: TableSpec) -> str:
+    have, want = present.to_plain(), asked.to_plain()
+    keys = [k for k in want if want[k] != have[k]]
+    return "; ".join(f"its {k} is {have[k]!r}, asked was {want[k]!r}" for k in keys)

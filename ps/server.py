@@ -1,0 +1,156 @@
+"""A server process: a Ray actor whose data thread holds the rows and speaks the fabric.
+
+Ray's own threads only start it, hand it views and watch it; every read or write of rows happens on the data thread.
+A new process is a new incarnation and owns nothing until a view gives it slots.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import ray
+from ray.exceptions import RayError
+
+from hashring.view import View
+from ps.config import Config, ServerConfig, config_from_plain
+from ps.errors import ConfigError, NotApplied
+from ps.loop import LoopThread
+from ps.wire import raise_error
+
+ADMIN_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = 110.0
+MEMORY_SHARE = 0.7
+"""Of a host's memory, what its servers may fill together unless memory_max_mib says otherwise."""
+
+PACKAGES = ("ps", "hashring")
+
+log = logging.getLogger("embring.server")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every actor of a cluster is told when it starts.
+
+    config: plain settings. state: the cluster's state folder on the head host. scratch: short folder for sockets.
+    token: of the fabric. namespace: of Ray. root: where the starter's modules came from. environment: variables of
+    the actors' processes.
+    """
+
+    config: dict[str, Any]
+    state: str
+    scratch: str
+    token: str = field(repr=False)
+    namespace: str
+    root: str
+    environment: dict[str, str]
+
+
+def check_modules(root: str) -> None:
+    """Raise ConfigError unless this process's modules are the starter's.
+
+    Ray puts the starter's folders first on the path of its actors, so a stranger's folder of an equal name could
+    shadow a package of ours. On another host the root may be elsewhere; there only their agreement is checked.
+    """
+    here = Path(__file__).resolve().parents[1]
+    if Path(root).is_dir() and here != Path(root):
+        raise ConfigError(f"a server found its modules in {here}; the cluster was started from {root}")
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] in PACKAGES and file and here not in Path(file).resolve().parents:
+            raise ConfigError(f"a server found its module {name} in {file}, not in {here}")
+
+
+def log_to(path: Path) -> None:
+    """Send this process's log to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("embring")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def memory_max(config: ServerConfig) -> int:
+    """Bytes that one server may fill with rows."""
+    if config.memory_max_mib:
+        return config.memory_max_mib * 2**20
+    return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.servers)
+
+
+class Server:
+    """The Ray actor. Its methods run on Ray's event loop and hand the work to the data thread."""
+
+    def __init__(self, setup: Setup, name: str, index: int) -> None:
+        check_modules(setup.root)
+        log_to(Path(setup.state) / "logs" / f"{name}.log")
+        self.name = name
+        self.incarnation = secrets.randbits(63) | 1
+        self.config: Config = config_from_plain(setup.config)
+        self.host = ray.util.get_node_ip_address()
+        self._setup = setup
+        self._index = index
+        self._controller: Any = None
+        self._data = LoopThread("data")
+        self.addresses: list[str] = self._data.call(self._open(), OPEN_TIMEOUT_S)
+        log.info("%s incarnation %d listens on %s", name, self.incarnation, ", ".join(self.addresses))
+
+    async def _open(self) -> list[str]:
+        """On the data thread: make the store and listen."""
+        import torch
+        from ps.service import Service, serve
+        from ps.store import Store, StoreLimits
+
+        torch.set_num_threads(1)
+        self._store = Store(self.incarnation, StoreLimits(memory_max=memory_max(self.config.server)))
+        self._service = Service(self._store, self.config, self._setup.token, self._control)
+        return await serve(self._service, self._wanted())
+
+    def _wanted(self) -> list[str]:
+        """Addresses to listen on: a Unix socket for this host, and TCP."""
+        folder = Path(self._setup.scratch)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        host = self.host if self.config.server.host == "node" else self.config.server.host
+        port = self.config.server.port + self._index if self.config.server.port else 0
+        short = hashlib.blake2s(str(self.incarnation).encode(), digest_size=4).hexdigest()
+        return [f"tcp:{host}:{port}", f"unix:{folder}/{self.name}-{short}"]
+
+    async def _control(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """On the data thread: ask the controller, for an administrator."""
+        try:
+            if self._controller is None:
+                self._controller = await asyncio.to_thread(ray.get_actor, "controller", self._setup.namespace)
+            reference = self._controller.admin.remote(verb, fields)
+            reply = await asyncio.wait_for(asyncio.wrap_future(reference.future()), ADMIN_TIMEOUT_S)
+        except (RayError, ValueError, TimeoutError) as error:
+            self._controller = None
+            raise NotApplied(f"the controller does not answer ({type(error).__name__}); {verb} was not done") from None
+        if "error" in reply:
+            raise_error(reply["error"])
+        return reply["ok"]
+
+    async def ready(self) -> dict[str, Any]:
+        """Who this is; answers once it listens."""
+        return {"incarnation": self.incarnation, "host": self.host, "addresses": self.addresses, "pid": os.getpid()}
+
+    async def install(self, view: bytes) -> int:
+        """Take a packed view if it is newer; the epoch that stands afterwards."""
+
+        async def take() -> int:
+            return self._service.install(View.from_plain(msgpack.unpackb(view, strict_map_key=False)))
+
+        return await asyncio.wrap_future(self._data.submit(take()))
+
+    async def forever(self) -> None:
+        """Never returns: whoever waits for it hears from Ray when this process is gone."""
+        await asyncio.Event().wait()
+
+
+ServerActor = ray.remote(num_cpus=0)(Server)
