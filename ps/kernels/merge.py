@@ -1,0 +1,127 @@
+"""Merging: from the servers' partial rows to the answer, and from gradients to the rows that each server is sent.
+
+The symbols are those of split.py. Rows lie flat: feature f of the request begins at float `places[f]` and bag g of it
+has `dims[f]` floats from `places[f] + (g - starts[f]) * dims[f]`. A share's rows stand feature behind feature too.
+One call handles all features of one server's reply, so that early replies are merged while others are under way.
+"""
+
+import numpy as np
+from numba import njit
+
+from ps.kernels.split import F32, I32, I64, U8
+
+SUM, MAX, MEAN = 0, 1, 2
+"""How a bag is pooled. A server knows the first two (ps/share.py); a mean is a sum that the client divides."""
+
+
+@njit(nogil=True, cache=True)
+def merge(
+    reply: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, starts: I64, places: I64,
+    dims: I64, modes: U8, touched: U8, out: F32,
+) -> None:  # fmt: skip
+    """Pool the rows of one server's reply into `out`, flat float32.
+
+    bags, edges int32[F]; edge_* of this server alone; modes uint8[F].
+    touched uint8[G]: whether a bag has been written; its first row is copied, so that `out` need not be cleared.
+    """
+    e = 0
+    base = 0
+    weighted = edge_weight.size > 0
+    for f in range(bags.size):
+        dim = dims[f]
+        for _ in range(edges[f]):
+            g = edge_bag[e]
+            row_at = base + np.int64(edge_row[e]) * dim
+            row = reply[row_at : row_at + dim]
+            bag_at = places[f] + (g - starts[f]) * dim
+            bag = out[bag_at : bag_at + dim]
+            if weighted:
+                weight = edge_weight[e]
+                if touched[g]:
+                    for k in range(dim):
+                        bag[k] += weight * row[k]
+                else:
+                    for k in range(dim):
+                        bag[k] = weight * row[k]
+            elif not touched[g]:
+                for k in range(dim):
+                    bag[k] = row[k]
+            elif modes[f] == MAX:
+                for k in range(dim):
+                    bag[k] = max(bag[k], row[k])
+            else:
+                for k in range(dim):
+                    bag[k] += row[k]
+            touched[g] = 1
+            e += 1
+        base += np.int64(bags[f]) * dim
+
+
+@njit(nogil=True, cache=True)
+def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched: U8, out: F32) -> None:
+    """Zeros for bags without ids, and means divided by the count of the whole bag (offsets empty: one id each)."""
+    for f in range(dims.size):
+        dim = dims[f]
+        for g in range(starts[f], starts[f + 1]):
+            at = places[f] + (g - starts[f]) * dim
+            bag = out[at : at + dim]
+            if not touched[g]:
+                bag[:] = 0.0
+            elif modes[f] == MEAN and offsets.size:
+                count = np.float32(offsets[g + 1] - offsets[g])
+                if count > 1:
+                    for k in range(dim):
+                        bag[k] /= count
+
+
+@njit(nogil=True, cache=True)
+def gather(
+    grads: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, offsets: I64, starts: I64,
+    places: I64, dims: I64, modes: U8, rows: F32,
+) -> None:  # fmt: skip
+    """The inverse of `merge`, for one server: each share bag's row is the sum of its bags' gradients.
+
+    The gradient of a mean is divided by the count of its bag. Share bags are numbered in the order of their first
+    edge, so that a row is copied once and added to from then on. rows: flat float32, written whole.
+    """
+    e = 0
+    base = 0
+    weighted = edge_weight.size > 0
+    for f in range(bags.size):
+        dim = dims[f]
+        seen = 0
+        for _ in range(edges[f]):
+            g = edge_bag[e]
+            bag_at = places[f] + (g - starts[f]) * dim
+            bag = grads[bag_at : bag_at + dim]
+            row_at = base + np.int64(edge_row[e]) * dim
+            row = rows[row_at : row_at + dim]
+            factor = edge_weight[e] if weighted else np.float32(1.0)
+            if modes[f] == MEAN and offsets.size:
+                factor /= np.float32(offsets[g + 1] - offsets[g])
+            if edge_row[e] == seen:
+                seen += 1
+                for k in range(dim):
+                    row[k] = factor * bag[k]
+            else:
+                for k in range(dim):
+                    row[k] += factor * bag[k]
+            e += 1
+        base += np.int64(bags[f]) * dim
+
+
+@njit(nogil=True, cache=True)
+def first_not_finite(values: F32) -> int:
+    """Index of the first NaN or infinity of a flat float32 array, or -1. Whole blocks are summed first: it is rare."""
+    block = 4096
+    for start in range(0, values.size, block):
+        stop = min(start + block, values.size)
+        bad = 0
+        for i in range(start, stop):
+            # x - x is 0 for a finite x, and NaN otherwise.
+            bad |= values[i] - values[i] != np.float32(0.0)
+        if bad:
+            for i in range(start, stop):
+                if not np.isfinite(values[i]):
+                    return i
+    return -1

@@ -1,0 +1,449 @@
+"""Splitting: from the ids of a whole request to the share of each server, in one call for all features.
+
+Symbols, here and in merge.py:
+
+    n ids, F features (one table each), G bags of all features, S servers of the view, C owners of a slot
+    starts int64[F+1]      first bag of each feature; bag g belongs to feature f where starts[f] <= g < starts[f+1]
+    offsets int64[G+1]     ids of bag g, or empty: every id is a bag of its own, and G = n
+    piece                  the ids that one server has of one bag
+    share bags             what a server answers with one row each: pieces, or single ids (unique rows)
+    edge                   (bag, share bag, weight): the row of this share bag is part of that bag
+
+A server can answer a feature with one partial sum for each piece, or with one row for each distinct id, which the
+client then pools. `split` counts both, and takes the cheaper for each feature and server (`_cheaper`): pieces where
+bags are long, rows where few distinct ids are asked for by many bags.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from hashring.tokens import mix64
+
+I16 = NDArray[np.int16]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+CHOOSE, ROWS, PIECES = 0, 1, 2
+"""Policies of a feature: the cheaper of both; always distinct rows; never (the order of ids is kept)."""
+
+ROW_COST, EDGE_COST = 8, 1
+"""What a row costs on its way through server, socket and client, to what the client pays to pool one that is there
+(dim 64: some 160 ns to 20 ns, on loopback). A network makes rows dearer still."""
+
+
+class Split(NamedTuple):
+    """Who is asked what. Ids, bags and edges stand server behind server: server s has x[x_start[s]:x_start[s+1]].
+
+    lost: a slot without a living owner that was asked for, or -1 (then all else is valid).
+    slots int32[n], servers int16[n]: of each id (-1 where it was done before).
+    bags int32[S, F], edges int32[S, F]: share bags and edges of each feature.
+    ids int64, weights float32 (empty if none were given); offsets int64: each server's begin at bag_start[s] + s.
+    edge_bag int32, edge_row int32 (share bag within its feature), edge_weight float32 (empty if none were given).
+    """
+
+    lost: int
+    slots: I32
+    servers: I16
+    id_start: I64
+    bag_start: I64
+    edge_start: I64
+    bags: I32
+    edges: I32
+    ids: I64
+    offsets: I64
+    weights: F32
+    edge_bag: I32
+    edge_row: I32
+    edge_weight: F32
+
+
+class _Cursors(NamedTuple):
+    """Where the next id, share bag and edge of each server go; its last bag; its piece or row of this feature."""
+
+    ids: I64
+    bags: I64
+    edges: I64
+    mark: I64
+    seen: I64
+
+
+@njit(nogil=True, cache=True)
+def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]:
+    """Join the offsets of F features, which lie one behind another, into `rebased` int64[G+1].
+
+    counts int64[F, 2]: bags and ids of each feature. Returns (-1, 0), or (feature, index) of the first offset that
+    breaks the invariants of RaggedIds.
+    """
+    at = 0
+    base = 0
+    g = 0
+    rebased[0] = 0
+    for f in range(counts.shape[0]):
+        bags = counts[f, 0]
+        n = counts[f, 1]
+        if offsets[at] != 0:
+            return f, 0
+        last = 0
+        for b in range(1, bags + 1):
+            offset = offsets[at + b]
+            if offset < last or offset > n:
+                return f, b
+            last = offset
+            g += 1
+            rebased[g] = base + offset
+        if last != n:
+            return f, bags
+        at += bags + 1
+        base += n
+    return -1, 0
+
+
+@njit(nogil=True, cache=True)
+def _place(ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, slots: I32) -> None:
+    """Slot of each id, -1 where done. The double shift makes 64 (a table of one slot) a shift like any other."""
+    for f in range(starts.size - 1):
+        low, high = starts[f], starts[f + 1]
+        if offsets.size:
+            low, high = offsets[low], offsets[high]
+        for i in range(low, high):
+            token = mix64(np.uint64(ids[i]) ^ seeds[f])
+            slots[i] = firsts[f] + np.int64((token >> np.uint64(32)) >> (shifts[f] - np.uint64(32)))
+    for i in range(done.size):
+        if done[i]:
+            slots[i] = -1
+
+
+@njit(nogil=True, cache=True)
+def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
+    """The server asked for each slot, int16[slots of the view]: as few servers as cover the ids, then the least loaded.
+
+    Greedy cover: the server that holds the most of what is still uncovered comes next (ties: the least loaded).
+    readers int16[slots, C], -1 behind the last living owner. load float64[S].
+    """
+    ids_of = np.zeros(readers.shape[0], np.int32)
+    touched = np.empty(min(slots.size, readers.shape[0]), np.int32)
+    k = 0
+    for slot in slots:
+        if slot >= 0:
+            if ids_of[slot] == 0:
+                touched[k] = slot
+                k += 1
+            ids_of[slot] += 1
+    chosen = np.full(readers.shape[0], -1, np.int16)
+    cover = np.empty(load.size, np.int64)
+    while k:
+        cover[:] = 0
+        for t in range(k):
+            slot = touched[t]
+            for c in range(readers.shape[1]):
+                s = readers[slot, c]
+                if s < 0:
+                    break
+                cover[s] += ids_of[slot]
+        best = 0
+        for s in range(1, load.size):
+            if cover[s] > cover[best] or (cover[s] == cover[best] and load[s] < load[best]):
+                best = s
+        if cover[best] == 0:
+            break
+        left = 0
+        for t in range(k):
+            slot = touched[t]
+            for c in range(readers.shape[1]):
+                if readers[slot, c] == best:
+                    chosen[slot] = best
+            if chosen[slot] < 0:
+                touched[left] = slot
+                left += 1
+        k = left
+    return chosen
+
+
+@njit(nogil=True, cache=True)
+def _assign_servers(slots: I32, chosen: I16, servers: I16) -> int:
+    """Server of each id; returns the first slot that nobody can answer for, or -1."""
+    for i in range(slots.size):
+        slot = slots[i]
+        servers[i] = -1
+        if slot >= 0:
+            servers[i] = chosen[slot]
+            if chosen[slot] < 0:
+                return slot
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def _count(servers: I16, starts: I64, offsets: I64, asked: I64, pieces: I64) -> None:
+    """asked int64[S, F] ids and pieces int64[S, F] of each server and feature."""
+    mark = np.full(asked.shape[0], -1, np.int64)
+    for f in range(starts.size - 1):
+        for g in range(starts[f], starts[f + 1]):
+            low, high = g, g + 1
+            if offsets.size:
+                low, high = offsets[g], offsets[g + 1]
+            for i in range(low, high):
+                s = servers[i]
+                if s >= 0:
+                    asked[s, f] += 1
+                    pieces[s, f] += np.int64(mark[s] != g)
+                    mark[s] = g
+
+
+@njit(nogil=True, cache=True)
+def _number_unique(
+    ids: I64, servers: I16, low: int, high: int, stop_at: int, keys: I64, rows: I32, stamps: I32, stamp: int,
+    number: I32, unique: I32,
+) -> bool:  # fmt: skip
+    """Number the distinct ids of one feature on each server, in order of first occurrence: number int32[n], unique[S].
+
+    Gives up (False) once there are more than `stop_at` of them, so that the cost is bounded by what could be won.
+    keys, rows, stamps: an open-addressing table of a power of two places; a place is taken if it bears `stamp`.
+    """
+    mask = np.uint64(keys.size - 1)
+    found = 0
+    for i in range(low, high):
+        s = servers[i]
+        if s < 0:
+            continue
+        at = mix64(np.uint64(ids[i])) & mask
+        while stamps[at] == stamp and keys[at] != ids[i]:
+            at = (at + np.uint64(1)) & mask
+        if stamps[at] != stamp:
+            found += 1
+            if found > stop_at:
+                return False
+            stamps[at] = stamp
+            keys[at] = ids[i]
+            rows[at] = unique[s]
+            unique[s] += 1
+        number[i] = rows[at]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _cheaper(asked: int, pieces: int, unique: int) -> bool:
+    """Whether distinct rows cost less than partial sums."""
+    return unique * ROW_COST + asked * EDGE_COST < pieces * (ROW_COST + EDGE_COST)
+
+
+@njit(nogil=True, cache=True)
+def _choose_rows(
+    ids: I64, servers: I16, starts: I64, offsets: I64, policy: U8, asked: I64, pieces: I64, unique: I32, number: I32,
+    as_rows: U8,
+) -> None:  # fmt: skip
+    """Decide as_rows uint8[S, F], and number the distinct ids wherever it is set."""
+    servers_n, features = asked.shape
+    limit = np.zeros(features, np.int64)
+    for f in range(features):
+        for s in range(servers_n):
+            limit[f] += asked[s, f] if policy[f] == ROWS else pieces[s, f]
+    capacity = 2
+    for f in range(features):
+        while policy[f] != PIECES and capacity < 2 * limit[f] + 2:
+            capacity *= 2
+    keys = np.empty(capacity, np.int64)
+    rows = np.empty(capacity, np.int32)
+    stamps = np.zeros(capacity, np.int32)
+    for f in range(features):
+        if policy[f] == PIECES or limit[f] == 0 or (policy[f] == CHOOSE and limit[f] == 1):
+            continue
+        low, high = starts[f], starts[f + 1]
+        if offsets.size:
+            low, high = offsets[low], offsets[high]
+        size = 2
+        while size < 2 * limit[f] + 2:
+            size *= 2
+        all_numbered = _number_unique(
+            ids, servers, low, high, limit[f], keys[:size], rows, stamps, f + 1, number, unique[f]
+        )
+        for s in range(servers_n):
+            if all_numbered and asked[s, f]:
+                as_rows[s, f] = policy[f] == ROWS or _cheaper(asked[s, f], pieces[s, f], unique[f, s])
+
+
+@njit(nogil=True, cache=True)
+def _layout(
+    asked: I64, pieces: I64, unique: I32, as_rows: U8, id_start: I64, bag_start: I64, edge_start: I64, bags: I32,
+    edges: I32,
+) -> None:  # fmt: skip
+    """Where each server's ids, share bags and edges begin, and how many of each feature there are."""
+    for s in range(asked.shape[0]):
+        ids_n = 0
+        for f in range(asked.shape[1]):
+            if as_rows[s, f]:
+                bags[s, f] = unique[f, s]
+                edges[s, f] = asked[s, f]
+                ids_n += unique[f, s]
+            else:
+                bags[s, f] = pieces[s, f]
+                edges[s, f] = pieces[s, f]
+                ids_n += asked[s, f]
+        id_start[s + 1] = id_start[s] + ids_n
+        bag_start[s + 1] = bag_start[s] + bags[s].sum()
+        edge_start[s + 1] = edge_start[s] + edges[s].sum()
+
+
+@njit(nogil=True, cache=True)
+def _fill_pieces(
+    f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, as_rows: U8, at: _Cursors,
+    out: Split,
+) -> None:  # fmt: skip
+    """Write the pieces of feature f, for the servers that pool it.
+
+    Without a branch: which server an id belongs to cannot be predicted, and every store that is not of a new piece
+    repeats the last one.
+    """
+    mark, piece = at.mark, at.seen
+    piece[:] = -1
+    weighted = given_weights.size > 0
+    for g in range(starts[f], starts[f + 1]):
+        low, high = g, g + 1
+        if offsets.size:
+            low, high = offsets[g], offsets[g + 1]
+        for i in range(low, high):
+            s = servers[i]
+            if s < 0 or as_rows[s, f]:
+                continue
+            fresh = np.int64(mark[s] != g)
+            mark[s] = g
+            piece[s] += fresh
+            at.bags[s] += fresh
+            at.edges[s] += fresh
+            e = at.edges[s] - 1
+            out.edge_bag[e] = g
+            out.edge_row[e] = piece[s]
+            k = at.ids[s]
+            at.ids[s] = k + 1
+            out.ids[k] = given[i]
+            out.offsets[at.bags[s] + s] = k + 1 - out.id_start[s]
+            if weighted:
+                out.weights[k] = given_weights[i]
+                out.edge_weight[e] = np.float32(1.0)
+
+
+@njit(nogil=True, cache=True)
+def _fill_rows(
+    f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8,
+    at: _Cursors, out: Split,
+) -> None:  # fmt: skip
+    """Write the distinct ids of feature f, and an edge for each id, for the servers that send rows."""
+    seen = at.seen
+    seen[:] = 0
+    weighted = given_weights.size > 0
+    for g in range(starts[f], starts[f + 1]):
+        low, high = g, g + 1
+        if offsets.size:
+            low, high = offsets[g], offsets[g + 1]
+        for i in range(low, high):
+            s = servers[i]
+            if s < 0 or not as_rows[s, f]:
+                continue
+            e = at.edges[s]
+            at.edges[s] = e + 1
+            out.edge_bag[e] = g
+            out.edge_row[e] = number[i]
+            if weighted:
+                out.edge_weight[e] = given_weights[i]
+            if number[i] == seen[s]:
+                seen[s] += 1
+                at.bags[s] += 1
+                k = at.ids[s]
+                at.ids[s] = k + 1
+                out.ids[k] = given[i]
+                out.offsets[at.bags[s] + s] = k + 1 - out.id_start[s]
+                if weighted:
+                    out.weights[k] = np.float32(1.0)
+
+
+@njit(nogil=True, cache=True)
+def _fill(
+    given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8, out: Split,
+) -> None:  # fmt: skip
+    """Write every id, share bag and edge to its server's place, in the order of the request."""
+    servers_n, features = as_rows.shape
+    for s in range(servers_n):
+        out.offsets[out.bag_start[s] + s] = 0
+    at = _Cursors(
+        out.id_start.copy(),
+        out.bag_start.copy(),
+        out.edge_start.copy(),
+        np.full(servers_n, -1, np.int64),
+        np.empty(servers_n, np.int64),
+    )
+    for f in range(features):
+        rows = 0
+        pieces = 0
+        for s in range(servers_n):
+            if as_rows[s, f]:
+                rows += out.edges[s, f]
+            else:
+                pieces += out.edges[s, f]
+        if pieces:
+            _fill_pieces(f, given, servers, starts, offsets, given_weights, as_rows, at, out)
+        if rows:
+            _fill_rows(f, given, servers, starts, offsets, given_weights, number, as_rows, at, out)
+
+
+@njit(nogil=True, cache=True)
+def split(
+    ids: I64, starts: I64, offsets: I64, weights: F32, done: U8, seeds: U64, firsts: I64, shifts: U64, readers: I16,
+    load: F64, policy: U8,
+) -> Split:  # fmt: skip
+    """The `Split` of a request.
+
+    ids int64[n]; weights float32[n] or empty; done uint8[n] (ids to leave out) or empty.
+    seeds uint64[F], firsts int64[F], shifts uint64[F]: slot = firsts[f] + (mix64(id ^ seeds[f]) >> shifts[f]).
+    readers int16[slots, C]: servers that can answer for each slot, -1 behind the last; load float64[S].
+    policy uint8[F]: CHOOSE, ROWS or PIECES.
+    """
+    n = ids.size
+    features = starts.size - 1
+    slots = np.empty(n, np.int32)
+    servers = np.empty(n, np.int16)
+    _place(ids, starts, offsets, done, seeds, firsts, shifts, slots)
+    chosen = readers[:, 0].copy() if readers.shape[1] == 1 else choose_readers(slots, readers, load)
+    lost = _assign_servers(slots, chosen, servers)
+    if lost >= 0:
+        n = 0
+    s_n = load.size
+    asked = np.zeros((s_n, features), np.int64)
+    pieces = np.zeros((s_n, features), np.int64)
+    unique = np.zeros((features, s_n), np.int32)
+    as_rows = np.zeros((s_n, features), np.uint8)
+    number = np.empty(n, np.int32)
+    if n:
+        _count(servers, starts, offsets, asked, pieces)
+        _choose_rows(ids, servers, starts, offsets, policy, asked, pieces, unique, number, as_rows)
+    id_start = np.zeros(s_n + 1, np.int64)
+    bag_start = np.zeros(s_n + 1, np.int64)
+    edge_start = np.zeros(s_n + 1, np.int64)
+    bags = np.empty((s_n, features), np.int32)
+    edges = np.empty((s_n, features), np.int32)
+    _layout(asked, pieces, unique, as_rows, id_start, bag_start, edge_start, bags, edges)
+    weighted = 1 if weights.size else 0
+    out = Split(
+        lost,
+        slots,
+        servers,
+        id_start,
+        bag_start,
+        edge_start,
+        bags,
+        edges,
+        np.empty(id_start[s_n], np.int64),
+        np.empty(bag_start[s_n] + s_n, np.int64),
+        np.empty(id_start[s_n] * weighted, np.float32),
+        np.empty(edge_start[s_n], np.int32),
+        np.empty(edge_start[s_n], np.int32),
+        np.empty(edge_start[s_n] * weighted, np.float32),
+    )
+    if lost < 0:
+        _fill(ids, servers, starts, offsets, weights, number, as_rows, out)
+    return out
