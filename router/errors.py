@@ -1,0 +1,15 @@
+"""What the router adds to the errors of the parameter server."""
+
+from ps.errors import NotApplied, RequestError
+
+
+class UnknownModel(RequestError):
+    """No such model, or no such version of it: the message names it and what there is."""
+
+    code = "unknown_model"
+
+
+class DeadlineExceeded(NotApplied):
+    """The request's time was over before its scores were there; the message names the stage."""
+
+    code = "deadline"
