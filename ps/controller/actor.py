@@ -126,7 +126,7 @@ class Control:
         if verb == "recover":
             lost = int(self.view.lost().sum())
             if lost:
-                await self._change(Recover("lost"))
+                await self._change(Recover())
             return {"epoch": self.view.epoch, "slots": lost}
         change = change_of(self.view, verb, fields, self.config.cluster.seed)
         if change is not None:
