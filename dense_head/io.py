@@ -37,7 +37,8 @@ def load(folder: str | Path) -> tuple[HeadSpec, nn.Module]:
         spec = HeadSpec.from_json((source / SPEC_FILE).read_text())
         weights = load_file(source / WEIGHTS_FILE)
     except FileNotFoundError as error:
-        raise HeadError(f"there is no head in {source}: {Path(error.filename or WEIGHTS_FILE).name} is missing") from None
+        missing = Path(error.filename or WEIGHTS_FILE).name
+        raise HeadError(f"there is no head in {source}: {missing} is missing") from None
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise HeadError(f"the head in {source} cannot be read: {error}") from None
     module = build(spec)

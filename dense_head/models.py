@@ -5,6 +5,7 @@ returns logits float32[B]. Symbols: B samples, F features, d width of an embeddi
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def build(spec: HeadSpec) -> nn.Module:
 def mlp(widths: Sequence[int], activation: str, last: bool = False) -> nn.Sequential:
     """Linear layers through `widths`, with the activation between them, and behind the last one if `last`."""
     layers: list[nn.Module] = []
-    for i, (wide, narrow) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (wide, narrow) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(wide, narrow))
         if activation == "relu" and (last or i < len(widths) - 2):
             layers.append(nn.ReLU())
@@ -71,6 +72,8 @@ class DLRM(Head):
     The dense columns, through the bottom MLP, are one more vector, and stand beside the products. Without dense
     columns the products alone go up.
     """
+
+    pairs: Tensor
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__(spec)
@@ -129,7 +132,7 @@ class TwoBranch(Head):
 
     def _branch(self, widths: list[int]) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for wide, narrow in zip(widths, widths[1:], strict=False):
+        for wide, narrow in pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.BatchNorm1d(narrow)]
             if self.spec.activation == "relu":
                 layers.append(nn.ReLU())

@@ -19,24 +19,22 @@ def batch_tensors(
 
     HeadError where an array is not two-dimensional or the numbers of rows disagree.
     """
-    rows = -1
-    tensors: dict[str, Tensor] = {}
-    for name, array in [*embeddings.items(), *([("dense", dense)] if dense is not None else [])]:
-        if array.ndim != 2:
-            raise HeadError(f"{name} has shape {array.shape}; it must be two-dimensional")
-        if rows not in (-1, len(array)):
-            raise HeadError(f"{name} has {len(array)} rows where another input has {rows}")
-        rows = len(array)
-        if not array.flags.writeable:
-            array = array.copy()  # torch warns about, and might write into, memory that is not ours to change
-        tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
-        if device.type == "cuda":
-            tensor = tensor.pin_memory().to(device, non_blocking=True)
-        tensors[name] = tensor
     if not embeddings:
         raise HeadError("a batch has no embeddings; it needs at least one")
-    columns = tensors.pop("dense") if dense is not None else None
-    return tensors, columns
+    rows = len(next(iter(embeddings.values())))
+    pooled = {name: _tensor(f"embedding {name!r}", array, rows, device) for name, array in embeddings.items()}
+    return pooled, None if dense is None else _tensor("dense", dense, rows, device)
+
+
+def _tensor(what: str, array: NDArray[np.float32], rows: int, device: torch.device) -> Tensor:
+    if array.ndim != 2:
+        raise HeadError(f"{what} has shape {array.shape}; it must be two-dimensional")
+    if len(array) != rows:
+        raise HeadError(f"{what} has {len(array)} rows where the first embedding has {rows}")
+    if not array.flags.writeable:
+        array = array.copy()  # torch would share, and might write into, memory that is not ours to change
+    tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Predictor:

@@ -79,7 +79,8 @@ class HeadSpec:
             first = tables.setdefault(feature.table, feature)
             if (first.dim, first.pooling) != (feature.dim, feature.pooling):
                 raise HeadError(
-                    f"features {first.name!r} and {feature.name!r} share table {feature.table!r} but not dim and pooling"
+                    f"features {first.name!r} and {feature.name!r} share table {feature.table!r}, "
+                    "but not dim and pooling"
                 )
 
     def _check_kind(self) -> None:
@@ -91,7 +92,9 @@ class HeadSpec:
         if self.kind == "dlrm" and len(self.features) + bool(self.dense) < 2:
             raise HeadError("a dlrm head has one vector; it needs two or more to interact")
         if self.dense_hidden and (self.kind not in ("dlrm", "two_branch") or not self.dense):
-            raise HeadError(f"dense_hidden is set for a {self.kind} head with dense = {self.dense}; it has no such layers")
+            raise HeadError(
+                f"dense_hidden is set for a {self.kind} head with dense = {self.dense}; it has no such layers"
+            )
         if self.sparse_hidden and self.kind != "two_branch":
             raise HeadError(f"sparse_hidden is set for a {self.kind} head; only two_branch has such layers")
 
