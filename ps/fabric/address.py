@@ -1,0 +1,44 @@
+"""Addresses of the fabric: "tcp:HOST:PORT", "unix:/path", or a bare "HOST:PORT", which means tcp."""
+
+import ipaddress
+from dataclasses import dataclass
+
+from ps.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens: `path` for a Unix socket, else `host` and `port` (0: any free one)."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it: a Unix socket, "localhost" or a loopback address."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_address(given: str) -> Address:
+    """The address in a text; ConfigError naming it where it is none."""
+    kind, _, rest = given.partition(":")
+    if kind == "unix":
+        if not rest:
+            raise ConfigError(f"address {given!r} has no path; write unix:/path")
+        return Address(path=rest)
+    host, colon, port = (rest if kind == "tcp" else given).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"address {given!r} is none; write tcp:HOST:PORT with a port from 0 to 65535, or unix:/path")
+    return Address(host=host, port=int(port))
