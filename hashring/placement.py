@@ -101,7 +101,9 @@ def fill(board: Board, copies: int) -> None:
             if not candidates:
                 break
             # min() keeps the first of equals: the ring decides among servers below the quota.
-            board.append(slot, min(candidates, key=lambda s: (board.clash(s, listed), max(0, board.copies[s] - quota + 1))))
+            board.append(
+                slot, min(candidates, key=lambda s: (board.clash(s, listed), max(0, board.copies[s] - quota + 1)))
+            )
 
 
 def hand_over(board: Board, newcomer: int) -> int:

@@ -182,7 +182,9 @@ def _leave(view: View, names: Sequence[str]) -> View:
         raise PlanError(f"removing {', '.join(names)} would leave no living server")
     for group in view.groups:
         if group.replicas != "all" and group.replicas > len(left) and group.owners.shape[1] > len(left):
-            raise PlanError(f"removing {', '.join(names)} would leave {len(left)} servers, fewer than replicas = {group.replicas}")
+            raise PlanError(
+                f"removing {', '.join(names)} would leave {len(left)} servers, fewer than replicas = {group.replicas}"
+            )
     leavers = [i for i, s in enumerate(view.servers) if s.name in names]
     groups = []
     for group in view.groups:
@@ -294,7 +296,9 @@ def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:
         fill(board, copies)
         balance_primaries(board)
     group = _group_of(board, bare, view.epoch + 1)
-    wider = replace(view, groups=(*view.groups, group), next_group=view.next_group + 1, next_slot=view.next_slot + slots)
+    wider = replace(
+        view, groups=(*view.groups, group), next_group=view.next_group + 1, next_slot=view.next_slot + slots
+    )
     return wider, group
 
 
@@ -321,7 +325,9 @@ def _drop(view: View, name: str) -> View:
     gone = _table(view, name)
     tables = tuple(t for t in view.tables if t.name != name)
     used = {t.group for t in tables}
-    return _bury(replace(view, tables=tables, groups=tuple(g for g in view.groups if g.number in used or g.number != gone.group)))
+    return _bury(
+        replace(view, tables=tables, groups=tuple(g for g in view.groups if g.number in used or g.number != gone.group))
+    )
 
 
 def _table(view: View, name: str) -> Table:
