@@ -1,0 +1,188 @@
+"""The command itself: help, errors and what needs no cluster."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
+
+
+def run(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("EMBRING_", "RAY_", "XDG_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        capture_output=True, text=True, timeout=100, cwd=home, stdin=subprocess.DEVNULL,
+        env={**inherited, "HOME": str(home), "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+    )  # fmt: skip
+
+
+def test_help_lists_every_command_and_imports_none(tmp_path):
+    program = (
+        "import sys; from deploy.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, (_, line) in COMMANDS.items():
+        assert name in done.stdout
+        assert line in done.stdout
+    assert "LOADED []" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status", "logs", "doctor", "recover", "config"])
+def test_every_command_has_help_with_an_example(command, tmp_path):
+    done = run(command, "--help", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Example:  embring {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["save", "restore", "list"])
+def test_checkpoint_commands_have_help_with_an_example(command, tmp_path):
+    done = run("checkpoint", command, "--help", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"Example:  embring checkpoint {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (("status",), 1, "no cluster is running: start one with `embring up`"),
+        (("recover",), 1, "no cluster is running: start one with `embring up`"),
+        (("logs",), 1, "there are no logs in"),
+        (("up", "--config", "missing.toml"), 1, "the configuration missing.toml cannot be read"),
+        (("up", "--servers", "0"), 1, "server.servers is 0; it must be 1 to 256 (processes)"),
+        (("up", "--servers", "three"), 2, "Invalid value for '--servers'"),
+        (("nonsense",), 2, "No such command 'nonsense'"),
+        (("checkpoint", "list", "missing"), 1, "missing"),
+    ],
+)
+def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_path):
+    done = run(*arguments, home=tmp_path)
+    assert done.returncode == status
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    if status == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert done.stderr.startswith("error: ")
+
+
+def test_down_without_a_cluster_is_no_error(tmp_path):
+    done = run("down", home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "no cluster is running\n")
+
+
+def test_config_prints_what_up_reads(tmp_path):
+    (tmp_path / "mine.toml").write_text("[server]\nservers = 7\n")
+    printed = run("config", "mine.toml", home=tmp_path)
+    assert printed.returncode == 0
+    assert "\nservers = 7\n" in printed.stdout
+    (tmp_path / "all.toml").write_text(printed.stdout)
+    assert run("config", "all.toml", home=tmp_path).stdout == printed.stdout
+
+
+def test_doctor_reports_each_thing_and_fails_on_an_error(tmp_path):
+    done = run("doctor", "--json", home=tmp_path)
+    findings = {f["what"]: f for f in json.loads(done.stdout)}
+    assert {"huge pages", "overcommit", "open files", "memory", "scratch", "ports", "python", "ray"} <= set(findings)
+    assert done.returncode == int(any(f["state"] == "error" for f in findings.values()))
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    (tmp_path / "long.toml").write_text(f'[ray]\nscratch = "{long}"\n')
+    done = run("doctor", "--config", "long.toml", home=tmp_path)
+    assert done.returncode == 1
+    assert "too long for the path of a Unix socket" in done.stdout
+
+
+def test_the_file_for_ray_up_is_valid_by_rays_own_check():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "deploy" / "ray-cluster.yaml").read_text()))
+    validate_config(config)
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        text = " ".join(commands)
+        assert "RAY_AUTH_MODE=token" in text
+        assert "RAY_gcs_rpc_server_reconnect_timeout_s=315360000" in text
+        assert "ray stop" not in text
+
+
+@pytest.mark.slow
+def test_the_start_commands_of_the_file_for_ray_up_start_ray(tmp_path):
+    """Run both, as `ray up` would over ssh; then a driver with the token sees two nodes, one without is refused."""
+    from ps.rayhead import MARK, end_marked, ensure_token, marked
+
+    config = yaml.safe_load((ROOT / "deploy" / "ray-cluster.yaml").read_text())
+    home = tmp_path / "home"
+    ensure_token(home / ".ray" / "auth_token")
+    (home / "ray_bootstrap_config.yaml").write_text(
+        yaml.safe_dump({"cluster_name": "x", "max_workers": 0, "provider": {"type": "readonly"}})
+    )
+    scratch = Path("/tmp") / f"eb-{tmp_path.parent.name[-4:]}-{os.getpid()}"
+    scratch.mkdir(mode=0o700)
+    mark = scratch.name
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", MARK: mark,
+        "EMBRING_RAY_PORT": str(_free_port()), "RAY_HEAD_IP": _own_address(), "RAY_TMPDIR": str(scratch),
+    }  # fmt: skip
+    try:
+        for command in (config["head_start_ray_commands"][0], config["worker_start_ray_commands"][0]):
+            done = subprocess.run(
+                ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=100, cwd=home
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        address = f"{environment['RAY_HEAD_IP']}:{environment['EMBRING_RAY_PORT']}"
+        program = (
+            f"import ray; ray.init(address={address!r}, logging_level='error', log_to_driver=False)\n"
+            "print('NODES', sum(n['Alive'] for n in ray.nodes()))"
+        )
+        asked = {**environment, "RAY_AUTH_MODE": "token"}
+        deadline = time.monotonic() + 60
+        while True:
+            done = _python(program, asked)
+            if "NODES 2" in done.stdout or time.monotonic() > deadline:
+                break
+        assert "NODES 2" in done.stdout, done.stderr[-2000:]
+        (tmp_path / "stranger").mkdir()
+        refused = _python(program, {**asked, "HOME": str(tmp_path / "stranger")})
+        assert refused.returncode != 0
+        assert "NODES" not in refused.stdout
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGTERM)
+        end_marked(mark)
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert marked(mark) == []
+
+
+def _python(program: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _own_address() -> str:
+    import ray.util
+
+    return ray.util.get_node_ip_address()
