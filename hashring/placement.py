@@ -95,15 +95,36 @@ def fill(board: Board, copies: int) -> None:
     kept = sum(board.copies[s] for s in board.usable)
     missing = sum(max(0, copies - len(listed)) for listed in board.owners)
     quota = -(-(kept + missing) // len(board.usable))
+    given = []
     for slot, listed in enumerate(board.owners):
         while len(listed) < copies:
             candidates = [s for s in board.order[slot].tolist() if usable[s] and s not in listed]
             if not candidates:
                 break
             # min() keeps the first of equals: the ring decides among servers below the quota.
-            board.append(
-                slot, min(candidates, key=lambda s: (board.clash(s, listed), max(0, board.copies[s] - quota + 1)))
-            )
+            server = min(candidates, key=lambda s: (board.clash(s, listed), max(0, board.copies[s] - quota + 1)))
+            board.append(slot, server)
+            given.append((slot, server))
+    _settle(board, given, quota)
+
+
+def _settle(board: Board, given: list[tuple[int, int]], quota: int) -> None:
+    """Pass on what `fill` gave to servers above the quota. Distinct hosts can leave the last slots no other choice,
+    while slots given before them still have one; nothing that a server already held is touched."""
+    for slot, server in given:
+        if board.copies[server] <= quota:
+            continue
+        others = [s for s in board.owners[slot] if s != server]
+        held = board.clash(server, others)
+        for taker in board.order[slot].tolist():
+            if (
+                taker in board.usable
+                and taker not in others
+                and board.copies[taker] < quota
+                and board.clash(taker, others) <= held
+            ):
+                board.replace(slot, server, taker)
+                break
 
 
 def hand_over(board: Board, newcomer: int) -> int:
