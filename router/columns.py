@@ -53,11 +53,14 @@ class BytesColumn:
         return BytesColumn(self.buffer[at], offsets)
 
 
+Values = NDArray[np.int64] | NDArray[np.float32] | BytesColumn
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """Values of one input for a batch of rows; ragged where `offsets` is given."""
 
-    values: NDArray[np.int64] | NDArray[np.float32] | BytesColumn
+    values: Values
     offsets: NDArray[np.int64] | None = None
 
     @classmethod
@@ -77,7 +80,9 @@ class Column:
         offsets = bounds(np.fromiter((len(row) for row in rows), np.int64, len(rows)))
         if dtype == BYTES:
             return cls(BytesColumn.of(flat), offsets)  # type: ignore[arg-type]
-        return cls(np.array(flat, np.int64 if dtype == INT64 else np.float32), offsets)
+        if dtype == INT64:
+            return cls(np.array(flat, np.int64), offsets)
+        return cls(np.array(flat, np.float32), offsets)
 
     @property
     def dtype(self) -> str:
@@ -94,14 +99,18 @@ class Column:
     def take(self, rows: NDArray[np.int64]) -> "Column":
         """These rows, in their order."""
         if self.offsets is None:
-            taken = self.values.take(rows) if isinstance(self.values, BytesColumn) else self.values[rows]
-            return Column(taken)
+            return Column(_take(self.values, rows))
         at, offsets = gather(self.offsets, rows)
-        values = self.values.take(at) if isinstance(self.values, BytesColumn) else self.values[at]
-        return Column(values, offsets)
+        return Column(_take(self.values, at), offsets)
 
 
-def _values(values: object, what: str) -> NDArray[np.int64] | NDArray[np.float32] | BytesColumn:
+def _take(values: Values, at: NDArray[np.int64]) -> Values:
+    if isinstance(values, BytesColumn):
+        return values.take(at)
+    return values[at]
+
+
+def _values(values: object, what: str) -> Values:
     if isinstance(values, BytesColumn):
         check_offsets(values.offsets, len(values.buffer), f"string offsets of {what}")
         return values
