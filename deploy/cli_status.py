@@ -69,7 +69,7 @@ def render(record: Mapping[str, Any]) -> Any:
         "p99 ms",
         "restarts",
     ):
-        servers.add_column(title, justify="left" if title in ("server", "state", "host") else "right")
+        servers.add_column(title, justify="left" if title in ("server", "state", "host") else "right", no_wrap=True)
     for s in record["servers"]:
         latency = (f"{s[f'{p}_ms']:.2f}" if f"{p}_ms" in s else "-" for p in PERCENTILES)
         servers.add_row(

@@ -180,7 +180,7 @@ def _start_actors(runtime: Runtime, config: Config) -> Runtime:
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller = ControllerActor.options(
-            name=NAME, namespace=namespace, lifetime="detached", max_concurrency=32, max_restarts=-1,
+            name=NAME, namespace=namespace, lifetime="detached", max_concurrency=8, max_restarts=-1,
             scheduling_strategy=here, runtime_env={"env_vars": environment},
         ).remote(setup)  # fmt: skip
         try:

@@ -88,11 +88,11 @@ class ServerConfig:
         "killer; 0 shares 70 % of this host's memory among its servers.",
     )
     connections_max: int = _setting(
-        1024,
+        4096,
         "connections",
         1,
         65536,
-        "More clients at once; each may hold frame_max_mib while a request arrives.",
+        "Open at once; further ones are turned away. Each may hold frame_max_mib while a request arrives.",
     )
     frame_max_mib: int = _setting(
         256,
@@ -106,15 +106,36 @@ class ServerConfig:
         "requests",
         1,
         65536,
-        "Requests waiting in a server before it answers Overloaded. A longer queue rides out bursts; the "
-        "wait grows with it.",
+        "Requests waiting in a server before it answers Overloaded. A longer queue rides out bursts; "
+        "the wait grows with it.",
     )
-    idle_s: float = _setting(
-        3600.0,
+    queue_max_mib: int = _setting(
+        512,
+        "MiB",
+        1,
+        65536,
+        "The same in bytes of arrays: memory that waiting requests may hold.",
+    )
+    unread_max_mib: int = _setting(
+        512,
+        "MiB",
+        1,
+        65536,
+        "Bytes of replies that one client may leave unread before it is cut off; it protects memory from slow readers.",
+    )
+    handshake_s: float = _setting(
+        5.0,
         "seconds",
-        30,
-        86400,
-        "Connections that are silent for so long are closed.",
+        0.5,
+        60,
+        "Time for a handshake. Shorter sheds strangers sooner; a busy host needs longer.",
+    )
+    silent_s: float = _setting(
+        30.0,
+        "seconds",
+        20,
+        3600,
+        "Connections silent for so long are closed; clients with nothing to say ping every 10 s.",
     )
 
 
