@@ -12,7 +12,10 @@ from typing import Any
 
 from google.protobuf.message_factory import GetMessageClass
 
-from router.oip import open_inference_grpc_pb2 as messages
+from router.oip import open_inference_grpc_pb2
+
+messages: Any = open_inference_grpc_pb2
+"""The message classes; they are built at import time, where no type checker sees them."""
 
 _SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 

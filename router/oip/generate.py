@@ -1,7 +1,7 @@
 """Writes the message classes of `open_inference_grpc.proto`; needs grpcio-tools 1.81 (its protoc writes 6.x code).
 
-    python -m router.oip.generate            rewrites open_inference_grpc_pb2.py and .pyi beside this file
-    python -m router.oip.generate FOLDER     writes them under FOLDER/router/oip instead (a test compares the two)
+    python -m router.oip.generate            rewrites open_inference_grpc_pb2.py beside this file
+    python -m router.oip.generate FOLDER     writes it under FOLDER/router/oip instead (a test compares the two)
 
 protoc's code registers `inference.*` in protobuf's one default pool, which refuses a second definition of a name: a
 process that also imports tritonclient would fail on whichever comes last. So the one call that names the pool is
@@ -18,10 +18,10 @@ DEFAULT_POOL, OWN_POOL = "_descriptor_pool.Default()", "_descriptor_pool.Descrip
 
 
 def generate(folder: Path) -> None:
-    """Write both files under `folder`/router/oip; CalledProcessError where protoc fails."""
+    """Write the classes under `folder`/router/oip; CalledProcessError where protoc fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = [f"--python_out={folder}", f"--pyi_out={folder}"]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", *outputs, PROTO], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"--python_out={folder}", PROTO]
+    subprocess.run(command, cwd=ROOT, check=True)
     code = folder / PROTO.replace(".proto", "_pb2.py")
     text = code.read_text()
     if text.count(DEFAULT_POOL) != 1:

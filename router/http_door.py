@@ -1,0 +1,219 @@
+"""The Open Inference Protocol v2 over HTTP: JSON, the binary tensor extension, and /metrics for Prometheus.
+
+    door = await serve_http(router, "127.0.0.1", 8000)
+    ...                                         # door.port
+    await door.stop()
+
+With the binary extension the body is JSON followed by raw tensors: the header Inference-Header-Content-Length gives the
+JSON's length, and an input's parameter `binary_data_size` the length of its part.
+"""
+
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+
+from ps import RequestError
+from router.columns import FP32
+from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, Scorer, answer, seconds_of, server_version
+from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class HttpDoor:
+    """A listening server: `port` (chosen by the system where 0 was asked for) and `stop()`."""
+
+    def __init__(self, runner: web.AppRunner, port: int) -> None:
+        self.port = port
+        self._runner = runner
+
+    async def stop(self) -> None:
+        """Refuse new requests, let those under way end, close."""
+        await self._runner.cleanup()
+
+
+async def serve_http(
+    router: Scorer, host: str, port: int, limits: Limits | None = None, registry: CollectorRegistry = REGISTRY
+) -> HttpDoor:
+    """Listen for inference requests at host:port (0: any free port); OSError where the address cannot be had."""
+    limits = limits or Limits()
+    warmup()
+    runner = web.AppRunner(application(router, limits, registry), access_log=None, shutdown_timeout=5.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return HttpDoor(runner, runner.addresses[0][1])
+
+
+def application(router: Scorer, limits: Limits, registry: CollectorRegistry = REGISTRY) -> web.Application:
+    """The routes of the protocol over a router."""
+    door = _Door(router, limits, registry)
+    app = web.Application(middlewares=[_answered], client_max_size=limits.bytes_max)
+    app.router.add_get("/metrics", door.metrics, name="Metrics")
+    app.router.add_get("/v2", door.server, name="ServerMetadata")
+    app.router.add_get("/v2/health/live", door.live, name="ServerLive")
+    app.router.add_get("/v2/health/ready", door.ready, name="ServerReady")
+    for model, suffix in (("/v2/models/{model}", ""), ("/v2/models/{model}/versions/{version}", "Version")):
+        app.router.add_get(model, door.model, name=f"ModelMetadata{suffix}")
+        app.router.add_get(f"{model}/ready", door.model_ready, name=f"ModelReady{suffix}")
+        app.router.add_post(f"{model}/infer", door.infer, name=f"ModelInfer{suffix}")
+    return app
+
+
+class _Door:
+    def __init__(self, router: Scorer, limits: Limits, registry: CollectorRegistry) -> None:
+        self.router = router
+        self.limits = limits
+        self.registry = registry
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def server(self, request: web.Request) -> web.Response:
+        return web.json_response({"name": SERVER_NAME, "version": server_version(), "extensions": EXTENSIONS})
+
+    async def live(self, request: web.Request) -> web.Response:
+        return _yes("live", self.router.live())
+
+    async def ready(self, request: web.Request) -> web.Response:
+        return _yes("ready", self.router.ready())
+
+    async def model_ready(self, request: web.Request) -> web.Response:
+        model, version = _model(request)
+        return _yes("ready", self.router.model_ready(model, version), name=model)
+
+    async def model(self, request: web.Request) -> web.Response:
+        found = self.router.metadata(*_model(request))
+        inputs, outputs = (
+            [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in described]
+            for described in (found.inputs, found.outputs)
+        )
+        plain = {"name": found.name, "versions": list(found.versions), "platform": SERVER_NAME}
+        return web.json_response({**plain, "inputs": inputs, "outputs": outputs})
+
+    async def infer(self, request: web.Request) -> web.Response:
+        model, version = _model(request)
+        header, binary = split_body(await request.read(), request.headers.get(HEADER_LENGTH))
+        parameters = _field(header, "parameters", dict, "the request")
+        outputs = _field(header, "outputs", list, "the request")
+        check_outputs(_field(output, "name", str, "an output") for output in outputs)
+        timeout = seconds_of(parameters.get("timeout"), self.limits)
+        given = columns(tensors(header, binary), self.limits)
+        found = await self.router.predict(model, version, given, timeout)
+        wanted = [_field(output, "parameters", dict, "an output") for output in outputs]
+        asked = (wanted[0] if wanted else {}).get("binary_data", parameters.get("binary_data_output", False))
+        output: dict[str, Any] = {"name": OUTPUT, "datatype": FP32, "shape": [len(found.scores)]}
+        reply: dict[str, Any] = {"model_name": found.model, "model_version": found.version}
+        if "id" in header:
+            reply["id"] = header["id"]
+        reply.update(parameters={"absent": found.absent}, outputs=[output])
+        if not asked:
+            output["data"] = found.scores.tolist()
+            return web.json_response(reply)
+        raw = np.ascontiguousarray(found.scores, NUMBERS[FP32]).tobytes()
+        output["parameters"] = {"binary_data_size": len(raw)}
+        head = json.dumps(reply).encode()
+        length = {HEADER_LENGTH: str(len(head))}
+        return web.Response(body=head + raw, headers=length, content_type="application/octet-stream")
+
+
+def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
+    """(JSON part, binary part) of a request; RequestError where the length or the JSON is wrong."""
+    length = len(body)
+    if header_length is not None:
+        if not header_length.isdecimal() or int(header_length) > len(body):
+            raise RequestError(
+                f"{HEADER_LENGTH} is {header_length!r}; it must be a number of bytes within the body's {len(body)}"
+            )
+        length = int(header_length)
+    try:
+        header = json.loads(body[:length])
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request's JSON cannot be read: {error}") from None
+    if not isinstance(header, dict):
+        raise RequestError("the request's JSON must be an object with 'inputs'")
+    return header, memoryview(body)[length:]
+
+
+def tensors(header: dict[str, Any], binary: memoryview) -> list[Tensor]:
+    """Input tensors of a request; RequestError where a field is missing or the binary parts do not fill the rest."""
+    found, at = [], 0
+    for tensor in _field(header, "inputs", list, "the request"):
+        name = _field(tensor, "name", str, "an input")
+        where = f"input {name!r}"
+        shape = tuple(_field(tensor, "shape", list, where))
+        if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
+            raise RequestError(f"{where} has shape {list(shape)}; it must be a list of whole numbers")
+        size = _field(tensor, "parameters", dict, where).get("binary_data_size")
+        data: Any
+        if size is None:
+            data = _flat(_field(tensor, "data", list, where), depth=2)
+        elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary) - at:
+            raise RequestError(f"{where} has binary_data_size {size!r}; {len(binary) - at} bytes are left in the body")
+        else:
+            data, at = binary[at : at + size], at + size
+        found.append(Tensor(name, _field(tensor, "datatype", str, where), shape, data))
+    if at != len(binary):
+        raise RequestError(f"{len(binary) - at} bytes follow the last input; the body must end with it")
+    return found
+
+
+def _flat(values: list[Any], depth: int) -> list[Any]:
+    """A nested list of at most `depth` levels as a flat one."""
+    if depth == 1 or not any(isinstance(value, list) for value in values):
+        return values
+    return [inner for value in values for inner in (value if isinstance(value, list) else [value])]
+
+
+_KINDS: dict[type, tuple[Any, str]] = {dict: ({}, "an object"), list: ([], "a list"), str: ("", "a string")}
+
+
+def _field(holder: Any, key: str, kind: type, where: str) -> Any:
+    """holder[key], empty where it is missing; RequestError where it, or its holder, is of another kind."""
+    if not isinstance(holder, dict):
+        raise RequestError(f"{where} is {holder!r}; it must be an object")
+    empty, described = _KINDS[kind]
+    value = holder.get(key, empty)
+    if not isinstance(value, kind):
+        raise RequestError(f"{key!r} of {where} is {value!r:.80}; it must be {described}")
+    return value
+
+
+def _model(request: web.Request) -> tuple[str, str | None]:
+    return request.match_info["model"], request.match_info.get("version")
+
+
+def _yes(what: str, value: bool, **more: str) -> web.Response:
+    return web.json_response({**more, what: value}, status=200 if value else 503)
+
+
+@web.middleware
+async def _answered(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every error as JSON {"error": ...} with its status; requests counted and timed."""
+    begun, status = time.perf_counter(), 500
+    method = (request.match_info.route.resource and request.match_info.route.resource.name) or "other"
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    except web.HTTPException as error:
+        status = error.status
+        limit = f"; {request.app._client_max_size} bytes are the most allowed" if status == 413 else ""
+        message = f"{request.method} {request.path}: {error.reason}{limit}"
+    except Exception as error:
+        status, _, message = answer(error)
+    finally:
+        method = method.removesuffix("Version")
+        REQUESTS.labels("http", method, str(status)).inc()
+        SECONDS.labels("http", method).observe(time.perf_counter() - begun)
+    return web.json_response({"error": message}, status=status)

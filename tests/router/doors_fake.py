@@ -1,0 +1,111 @@
+"""A router that scores without a parameter server, and doors that run beside the test's thread."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.columns import BytesColumn, Column
+from router.errors import DeadlineExceeded, UnknownModel
+
+
+@dataclass(frozen=True)
+class Described:
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    name: str
+    versions: tuple[str, ...]
+    inputs: tuple[Described, ...]
+    outputs: tuple[Described, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    scores: NDArray[np.float32]
+    model: str
+    version: str
+    absent: int
+
+
+@dataclass
+class FakeRouter:
+    """Model "ctr", versions 1 and 2. A row's score is the sum over inputs of its numbers or of its strings' lengths."""
+
+    error: Exception | None = None
+    is_ready: bool = True
+    seen: list[dict[str, Column]] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
+    hold: bool = False
+
+    def live(self) -> bool:
+        return True
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def model_ready(self, model: str, version: str | None) -> bool:
+        self.metadata(model, version)
+        return self.is_ready
+
+    def metadata(self, model: str, version: str | None) -> Metadata:
+        if model != "ctr" or version not in (None, "1", "2"):
+            raise UnknownModel(f"there is no model {model!r} version {version or 'any'}; there is ctr 1, 2")
+        inputs = (
+            Described("user", "BYTES", (-1,)),
+            Described("item", "INT64", (-1,)),
+            Described("item.offsets", "INT64", (-1,)),
+        )
+        return Metadata("ctr", ("1", "2"), inputs, (Described("scores", "FP32", (-1,)),))
+
+    async def predict(
+        self, model: str, version: str | None, columns: Mapping[str, Column], timeout: float
+    ) -> Prediction:
+        self.metadata(model, version)
+        self.seen.append(dict(columns))
+        self.timeouts.append(timeout)
+        if self.error:
+            raise self.error
+        if self.hold:
+            await asyncio.sleep(timeout)
+            raise DeadlineExceeded(f"the deadline of {timeout:g} s passed while the request waited")
+        return Prediction(score(columns), model, version or "2", 3)
+
+
+def score(columns: Mapping[str, Column]) -> NDArray[np.float32]:
+    """float32[B], written plainly."""
+    rows = next(iter(columns.values())).rows
+    out = np.zeros(rows, np.float32)
+    for column in columns.values():
+        for b in range(rows):
+            start, stop = (b, b + 1) if column.offsets is None else column.offsets[b : b + 2]
+            for i in range(start, stop):
+                values = column.values
+                out[b] += len(values.to_list()[i]) if isinstance(values, BytesColumn) else values[i].sum()
+    return out
+
+
+class Beside:
+    """An event loop in a thread of its own, so that blocking clients can be used from the test."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float = 30.0) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+    def close(self, stop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.run(stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(30)
+        self.loop.close()
