@@ -16,7 +16,6 @@ from router.settings import build, read_toml, setting
 class ModelConfig:
     """model.toml."""
 
-    output: str = setting("score", "Name of the output tensor.")
     absent: str = setting(
         "zeros",
         "What an id without a row answers: zeros says nothing about what was never trained; initial is the row that "

@@ -1,11 +1,10 @@
-"""What a router tells Prometheus. A registry of its own, so that several routers can live in one process."""
+"""What a router tells Prometheus."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 STAGES = ("prepare", "queue", "pull", "head", "total")
 _SECONDS = tuple(base * 10.0**power for power in (-5, -4, -3, -2, -1, 0) for base in (1, 2, 5))
@@ -13,10 +12,13 @@ _ROWS = tuple(2.0**power for power in range(15))
 
 
 class RouterMetrics:
-    """Counters and histograms of one router. Models are labels only once they are loaded: callers cannot invent any."""
+    """Counters and histograms of one router. Models are labels only once they are loaded: callers cannot invent any.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    registry: where they are kept; None is one of their own, so that several routers can live in one process.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
         model = ["model", "version"]
         self.requests = self._counter("requests", "Requests answered with scores.", model)
         self.rows = self._counter("rows", "Rows scored.", model)
@@ -48,7 +50,3 @@ class RouterMetrics:
             yield
         finally:
             self.stage_seconds.labels(model, version, stage).observe(time.perf_counter() - start)
-
-    def exposition(self) -> tuple[bytes, str]:
-        """(body, content type) of a scrape."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST

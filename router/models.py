@@ -5,19 +5,20 @@ from pathlib import Path
 
 from dense_head import HeadError, Predictor
 from ps.errors import ConfigError
+from router.columns import FP32, INT64
 from router.config import ModelConfig
 from router.feature_spec import InputSpec
 from router.features import FeaturePrep
+from router.oip_codec import OFFSETS, OUTPUT
 
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """One tensor, as the Open Inference Protocol puts it; -1 is any length. A ragged input has offsets beside it."""
+    """One tensor, as the Open Inference Protocol puts it; -1 is any length."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,11 @@ class LoadedModel:
             )
 
     def metadata(self, versions: tuple[str, ...]) -> ModelMetadata:
-        """Inputs and outputs, as a client may send and receive them."""
-        inputs = tuple(_tensor(spec) for spec in self.features.inputs.values())
-        output = TensorMetadata(self.config.output, "FP32", (-1,))
-        return ModelMetadata(self.name, versions, "embring", inputs, (output,))
+        """Inputs and outputs, as a client may send and receive them; a ragged input is followed by its offsets."""
+        inputs = tuple(tensor for spec in self.features.inputs.values() for tensor in _tensors(spec))
+        return ModelMetadata(self.name, versions, "embring", inputs, (TensorMetadata(OUTPUT, FP32, (-1,)),))
 
 
-def _tensor(spec: InputSpec) -> TensorMetadata:
-    shape = (-1, spec.width) if spec.width > 1 else (-1,)
-    return TensorMetadata(spec.name, spec.dtype, shape, spec.ragged)
+def _tensors(spec: InputSpec) -> list[TensorMetadata]:
+    values = TensorMetadata(spec.name, spec.dtype, (-1, spec.width) if spec.width > 1 else (-1,))
+    return [values, TensorMetadata(spec.name + OFFSETS, INT64, (-1,))] if spec.ragged else [values]

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import ps
 from dense_head import HeadError
-from ps import AsyncClient
 from ps.errors import ConfigError, EmbringError, NotApplied, RequestError
 from router.batcher import Batcher
 from router.columns import Column
@@ -60,12 +60,19 @@ class Router:
     """Serves every model of a repository from the tables of one cluster. Lives on one event loop.
 
     client: connected to the cluster that holds the models' tables; the caller closes it after the router.
+    metrics: where to count; None is a registry of the router's own.
     Raises ConfigError, naming file and key, where a model of the repository is malformed.
     """
 
-    def __init__(self, models_dir: str | Path, client: AsyncClient, settings: RouterSettings | None = None) -> None:
+    def __init__(
+        self,
+        models_dir: str | Path,
+        client: "ps.AsyncClient",
+        settings: RouterSettings | None = None,
+        metrics: RouterMetrics | None = None,
+    ) -> None:
         self.settings = settings or RouterSettings()
-        self.metrics = RouterMetrics()
+        self.metrics = metrics or RouterMetrics()
         self._client = client
         self._models = {
             name: {str(v): LoadedModel.load(name, v, folder, self.settings.device) for v, folder in versions.items()}
@@ -96,12 +103,10 @@ class Router:
         await asyncio.gather(*(batcher.close() for batcher in self._batchers.values()))
         self._threads.shutdown(wait=False)
 
-    @property
     def live(self) -> bool:
         """Whether the process answers at all."""
         return True
 
-    @property
     def ready(self) -> bool:
         """Whether every model is loaded, warm and connected to its tables."""
         return self._ready
@@ -163,7 +168,7 @@ class Router:
     def in_thread(
         cls,
         models_dir: str | Path,
-        connect: Callable[[], Awaitable[AsyncClient]] | None = None,
+        connect: Callable[[], Awaitable["ps.AsyncClient"]] | None = None,
         settings: RouterSettings | None = None,
     ) -> Iterator["Router"]:
         """A started router on an event loop in a thread of its own, for `predict_sync`.
@@ -172,8 +177,8 @@ class Router:
         """
         from ps.loop import LoopThread
 
-        async def begin() -> tuple["Router", AsyncClient]:
-            client = await (connect or AsyncClient.connect)()
+        async def begin() -> tuple["Router", "ps.AsyncClient"]:
+            client = await (connect or ps.AsyncClient.connect)()
             try:
                 return await cls(models_dir, client, settings).start(), client
             except BaseException:
