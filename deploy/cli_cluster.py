@@ -80,10 +80,16 @@ def down(
     Example:  embring down --checkpoint backups
     """
     from ps.cluster import end_leftovers, find, stop
+    from ps.errors import NotApplied
 
-    runtime = find()
+    try:
+        runtime = find()
+    except NotApplied:
+        end_leftovers()
+        print("ended what a dead cluster had left")
+        return
     if runtime is None:
-        print("no cluster is running" if not end_leftovers() else "ended what a dead cluster had left")
+        print("no cluster is running")
         return
     if checkpoint is not None:
         from deploy.cli_checkpoint import save

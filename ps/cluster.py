@@ -273,13 +273,19 @@ def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 def find(path: Path | None = None) -> Runtime | None:
-    """The cluster of the runtime file, or None where there is none or its Ray head is gone."""
+    """The running cluster of the runtime file, or None where there is none.
+
+    Raises NotApplied where its Ray head has died: what it left may still run, but nobody commands it.
+    """
     target = path or runtime_path()
     if not target.exists():
         return None
     runtime = read_runtime(target)
     if runtime.head_pid and start_time(runtime.head_pid) != runtime.head_started:
-        return None
+        raise NotApplied(
+            f"the Ray head of the cluster in {runtime.state} has died: `embring down` ends what it left, "
+            "then `embring up` begins again"
+        )
     return runtime
 
 
@@ -330,10 +336,6 @@ def last_state() -> Path:
     return Path(runtime.state) if runtime else state_folder()
 
 
-def end_leftovers(runtime_file: Path | None = None) -> bool:
-    """End what a cluster left behind whose Ray head is gone; whether there was anything."""
-    target = runtime_file or runtime_path()
-    if not target.exists():
-        return False
-    stop(read_runtime(target), runtime_file=target, keep_views=True)
-    return True
+def end_leftovers() -> None:
+    """End what this user's cluster left behind after its Ray head died. Its view log stays."""
+    stop(read_runtime(), keep_views=True)

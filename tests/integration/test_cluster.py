@@ -1,0 +1,259 @@
+"""A real cluster on a real Ray: started, used, broken, recovered, ended; nothing is left behind."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ps
+from ps.rayhead import marked
+from ps.runtime import Runtime, read_runtime
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+KERNELS = os.environ.get("NUMBA_CACHE_DIR") or str(Path.home() / ".cache" / "embring" / "kernels")
+DEADLINE_S = 90.0
+
+
+class Machine:
+    """A user with a home folder of his own, and the commands he runs."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("EMBRING_", "RAY_", "XDG_"))}
+        self.environment = {
+            **inherited, "HOME": str(home), "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": KERNELS, "COLUMNS": "200",
+        }  # fmt: skip
+
+    def embring(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run the command, stdin closed, and hold it to its exit status."""
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", *arguments], cwd=self.home, env=self.environment, timeout=200,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == status, (arguments, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done
+
+    def python(self, program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a program as this user."""
+        return subprocess.run(
+            [sys.executable, "-c", program], cwd=self.home, env={**self.environment, **environment}, timeout=100,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+
+    def status(self) -> dict[str, Any]:
+        """The status record."""
+        return json.loads(self.embring("status", "--json").stdout)
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the runtime file says."""
+        return read_runtime(self.home / ".cache" / "embring" / "cluster.json")
+
+    def connect(self) -> Any:
+        """A client over TCP, with nothing but addresses and a token."""
+        addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
+        return ps.connect(",".join(addresses), token=Path(self.runtime.token_path).read_text(), timeout=20.0)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    here = Machine(tmp_path_factory.mktemp("home"))
+    # A folder beside the user that is named like one of ours must not shadow it.
+    (here.home / "ps").mkdir()
+    (here.home / "router").mkdir()
+    (here.home / "router" / "__init__.py").write_text("raise SystemError('shadowed')")
+    here.embring("up", "--servers", "3")
+    yield here
+    here.embring("down", "--yes")
+
+
+def until(check: Callable[[], Any], what: str) -> Any:
+    """Ask again until `check` gives something true, within the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if result := check():
+            return result
+    raise AssertionError(f"{what} did not happen within {DEADLINE_S:.0f} s")
+
+
+def test_files_are_private_and_a_second_up_is_refused(machine):
+    runtime = machine.runtime
+    for path in (runtime.token_path, runtime.ray_token_path, machine.home / ".cache" / "embring" / "cluster.json"):
+        assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+    for folder in (runtime.state, runtime.scratch):
+        assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
+    token = Path(runtime.token_path).read_text()
+    for pid in marked(Path(runtime.scratch).name):
+        assert token not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert "a cluster is already running" in machine.embring("up", status=1).stderr
+
+
+def test_a_stranger_without_the_token_is_turned_away(machine, tmp_path):
+    stranger = Machine(tmp_path)
+    program = (
+        f"import ray; ray.init(address={machine.runtime.ray_address!r}, log_to_driver=False, namespace='embring')\n"
+        "print('JOINED', ray.get_actor('controller'))"
+    )
+    for environment in ({}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        done = stranger.python(program, **environment)
+        assert done.returncode != 0
+        assert "JOINED" not in done.stdout
+    known = machine.python(program, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=machine.runtime.ray_token_path)
+    assert "JOINED" in known.stdout, known.stderr[-2000:]
+    addresses = [a for a in machine.runtime.addresses if a.startswith("tcp:")]
+    with pytest.raises(ps.AuthError):
+        ps.connect(addresses[0], token="wrong", timeout=5.0)
+
+
+def test_tables_rows_and_status(machine):
+    ids = np.arange(5000, dtype=np.int64)
+    with machine.connect() as client:
+        client.create_table("item", dim=8, optimizer=ps.SGD(lr=1.0))
+        client.assign("item", ids, np.repeat(ids[:, None], 8, axis=1).astype(np.float32))
+        client.push("item", ids, np.ones((5000, 8), np.float32))
+        np.testing.assert_array_equal(client.pull("item", ids)[:, 3], ids - 1)
+        client.create_table("item", dim=8, optimizer=ps.SGD(lr=1.0))
+        with pytest.raises(ps.RequestError, match="its dim is 8, asked was 9"):
+            client.create_table("item", dim=9, optimizer=ps.SGD(lr=1.0))
+        client.create_table("whole", dim=4, placement="whole")
+        client.push("whole", ids[:10], np.ones((10, 4), np.float32))
+
+    def counted() -> dict[str, Any] | None:
+        record = machine.status()
+        return record if sum(s.get("rows", 0) for s in record["servers"]) == 5010 else None
+
+    record = until(counted, "5,010 rows in the status")
+    assert [s["state"] for s in record["servers"]] == ["alive"] * 3
+    assert record["slots_lost"] == 0
+    assert sum(s["slots"] for s in record["servers"]) == 2**14 + 1
+    assert all(s["rows"] > 1000 for s in record["servers"])
+    text = machine.embring("status").stdout
+    assert "server-2" in text
+    assert "item" in text
+    metrics = machine.python(
+        f"import urllib.request as u; print(u.urlopen({record['metrics']!r}).read().decode())"
+    ).stdout
+    assert 'embring_server_up{server="server-0"} 1.0' in metrics
+    assert "embring_slots_lost 0.0" in metrics
+
+
+def test_logs_of_every_process(machine):
+    assert "listens on" in machine.embring("logs", "server-0").stdout
+    assert "Join" in machine.embring("logs", "controller").stdout
+    assert "there is no log of 'nobody'" in machine.embring("logs", "nobody", status=1).stderr
+
+
+def test_a_killed_server_loses_its_slots_until_they_are_recovered(machine, tmp_path):
+    """kill -9: the rows of its slots are gone, and nobody is given initial rows for what was trained."""
+    ids = np.arange(5000, dtype=np.int64)
+    machine.embring("checkpoint", "save", str(tmp_path), "--name", "before")
+    victim = machine.status()["servers"][1]
+    with machine.connect() as client:
+        before = client.pull("item", ids)
+        os.kill(victim["pid"], signal.SIGKILL)
+
+        def restarted() -> bool:
+            now = machine.status()["servers"][1]
+            return now["state"] == "alive" and now["incarnation"] != victim["incarnation"] and now["slots"] == 0
+
+        until(restarted, "the restart of the server, owning nothing")
+        assert machine.status()["slots_lost"] == victim["slots"]
+        with pytest.raises(ps.SlotsLost):
+            client.pull("item", ids)
+        with pytest.raises(ps.SlotsLost):
+            client.push("item", ids, np.zeros((5000, 8), np.float32))
+        kept = ids[[_answers(client, i) for i in ids[:200]].index(True)]
+        np.testing.assert_array_equal(client.pull("item", np.array([kept])), before[[kept]])
+
+        assert f"{victim['slots']} slots are lost" in machine.embring("recover", status=1).stderr
+        assert "are lost" in machine.embring("status").stdout
+        machine.embring("checkpoint", "restore", str(tmp_path))
+        assert machine.status()["slots_lost"] == 0
+        np.testing.assert_array_equal(client.pull("item", ids), before)
+
+        os.kill(machine.status()["servers"][2]["pid"], signal.SIGKILL)
+        until(lambda: machine.status()["slots_lost"] > 0, "the loss of slots")
+        machine.embring("recover", "--accept-loss")
+        assert machine.status()["slots_lost"] == 0
+        after = client.pull("item", ids)
+        assert 1000 < client.last_absent < 3000
+        assert (after == before).all(axis=1).sum() == 5000 - client.last_absent
+
+
+def _answers(client: Any, number: int) -> bool:
+    try:
+        client.pull("item", np.array([number], np.int64))
+    except ps.SlotsLost:
+        return False
+    return True
+
+
+def test_the_controller_comes_back_and_finds_the_servers(machine):
+    before = machine.status()
+    controller = machine.python(
+        "import os; from pathlib import Path\n"
+        f"from ps.rayhead import marked\n"
+        f"for pid in marked({Path(machine.runtime.scratch).name!r}):\n"
+        "    if 'ray::Controller' in Path(f'/proc/{pid}/cmdline').read_text(): print(pid)"
+    )
+    os.kill(int(controller.stdout), signal.SIGKILL)
+
+    def back() -> dict[str, Any] | None:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.cli", "status", "--json"], cwd=machine.home, env=machine.environment,
+            timeout=100, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        record = json.loads(done.stdout) if done.returncode == 0 else {"servers": []}
+        return record if [s["state"] for s in record["servers"]] == ["alive"] * 3 else None
+
+    after = until(back, "the controller's return")
+    assert [s["incarnation"] for s in after["servers"]] == [s["incarnation"] for s in before["servers"]]
+    assert (after["cluster"], after["slots_lost"]) == (before["cluster"], 0)
+    with machine.connect() as client:
+        client.create_table("afterwards", dim=4)
+        client.drop_table("afterwards")
+
+
+def test_nothing_is_left_after_down(tmp_path):
+    """Also with a head that was killed: `down` ends what it left, and the next `up` knows that rows are lost."""
+    user = Machine(tmp_path)
+    user.embring("up", "--servers", "1")
+    runtime = user.runtime
+    mark = Path(runtime.scratch).name
+    with user.connect() as client:
+        client.create_table("item", dim=4)
+    assert len(marked(mark)) >= 4
+    assert "say --yes" in user.embring("down", status=1).stderr
+    os.kill(runtime.head_pid, signal.SIGKILL)
+    until(lambda: "has died" in _stderr(user, "status"), "the head's end")
+    assert "has died" in user.embring("up", status=1).stderr
+    assert "ended what a dead cluster had left" in user.embring("down").stdout
+    assert marked(mark) == []
+    assert not Path(runtime.scratch).exists()
+    user.embring("up", "--servers", "1")
+    record = user.status()
+    assert (record["cluster"], record["slots_lost"]) == (runtime.cluster, 2**14)
+    assert [t["name"] for t in record["tables"]] == ["item"]
+    mark = Path(user.runtime.scratch).name
+    user.embring("down", "--yes")
+    assert marked(mark) == []
+    assert not (tmp_path / ".cache" / "embring" / "cluster.json").exists()
+
+
+def _stderr(user: Machine, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments], cwd=user.home, env=user.environment, timeout=100,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    ).stderr  # fmt: skip
