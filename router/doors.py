@@ -1,19 +1,13 @@
-"""What the gRPC and the HTTP front door share: the router as they see it, answers to errors, deadlines, counters."""
+"""What the gRPC and the HTTP front door share: answers to errors, deadlines, counters."""
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import Counter, Histogram
 
 from ps import EmbringError, Overloaded, PerhapsApplied, RequestError
-from router.columns import Column
 from router.errors import DeadlineExceeded, UnknownModel
-from router.oip_codec import Limits
 
 SERVER_NAME = "embring"
 EXTENSIONS = ("binary_tensor_data",)
@@ -27,53 +21,6 @@ SECONDS = Histogram(
     ("door", "method"),
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
-
-
-class Tensors(Protocol):
-    """Description of one input or output; a size of -1 is each request's own."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-class Metadata(Protocol):
-    """Description of one model."""
-
-    name: str
-    versions: Sequence[str]
-    inputs: Sequence[Tensors]
-    outputs: Sequence[Tensors]
-
-
-class Prediction(Protocol):
-    """Scores of one batch, and the version of the model that gave them."""
-
-    scores: NDArray[np.float32]
-    model: str
-    version: str
-    absent: int
-
-
-class Scorer(Protocol):
-    """The router as a front door sees it. A version of None is the one that the model's policy serves."""
-
-    async def predict(
-        self, model: str, version: str | None, columns: Mapping[str, Column], timeout: float
-    ) -> Prediction:
-        """float32[B] scores, within `timeout` seconds."""
-
-    def metadata(self, model: str, version: str | None) -> Metadata:
-        """Inputs and outputs; UnknownModel where there is no such model or version."""
-
-    def live(self) -> bool:
-        """The router runs."""
-
-    def ready(self) -> bool:
-        """At least one model can be scored with."""
-
-    def model_ready(self, model: str, version: str | None) -> bool:
-        """This one can be scored with; UnknownModel where there is none."""
 
 
 def server_version() -> str:
@@ -106,16 +53,15 @@ def answer(error: BaseException) -> tuple[int, str, str]:
     return 500, "INTERNAL", f"the router failed with {type(error).__name__}; its log has the details"
 
 
-def seconds_of(parameter: object, limits: Limits, remaining: float | None = None) -> float:
-    """Seconds that a request may take: the least of the limit, the transport's deadline and `timeout` in microseconds.
+def seconds_of(parameter: object, remaining: float | None = None) -> float | None:
+    """Seconds that a request may take, or None where it does not say: the lesser of two deadlines.
 
-    `parameter` is the protocol's request parameter of that name; None or 0 says nothing.
+    parameter: the protocol's `timeout`, in microseconds; None or 0 says nothing. remaining: the transport's own.
     """
-    seconds = limits.timeout if remaining is None else min(limits.timeout, remaining)
     if parameter is None or parameter == 0:
-        return seconds
+        return remaining
     if isinstance(parameter, str) and parameter.isdecimal():
         parameter = int(parameter)
     if isinstance(parameter, bool) or not isinstance(parameter, int) or parameter < 0:
         raise RequestError(f"parameter 'timeout' is {parameter!r}; it must be microseconds, 0 or more")
-    return min(seconds, parameter / 1e6)
+    return parameter / 1e6 if remaining is None else min(remaining, parameter / 1e6)

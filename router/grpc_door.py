@@ -19,10 +19,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from ps import RequestError
 from router import oip
 from router.columns import BYTES, FP32, INT64
-from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, Scorer, answer, seconds_of, server_version
+from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version
 from router.errors import UnknownModel
 from router.oip import messages
 from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
+from router.pipeline import Router
 
 CONTENTS = {BYTES: "bytes_contents", INT64: "int64_contents", FP32: "fp32_contents"}
 """Field of InferTensorContents that carries a datatype's values."""
@@ -40,7 +41,7 @@ class GrpcDoor:
         await self._server.stop(grace)
 
 
-async def serve_grpc(router: Scorer, host: str, port: int, limits: Limits | None = None) -> GrpcDoor:
+async def serve_grpc(router: Router, host: str, port: int, limits: Limits | None = None) -> GrpcDoor:
     """Listen for inference requests at host:port (0: any free port); OSError where the address cannot be had."""
     limits = limits or Limits()
     warmup()
@@ -77,17 +78,17 @@ async def serve_grpc(router: Scorer, host: str, port: int, limits: Limits | None
 class InferenceService:
     """The methods of the protocol; each raises the errors of ps and router, which `_answered` turns into a status."""
 
-    def __init__(self, router: Scorer, limits: Limits) -> None:
+    def __init__(self, router: Router, limits: Limits) -> None:
         self.router = router
         self.limits = limits
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802 - names of the protocol
         """Whether the router runs."""
-        return messages.ServerLiveResponse(live=self.router.live())
+        return messages.ServerLiveResponse(live=self.router.live)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether some model can be scored with."""
-        return messages.ServerReadyResponse(ready=self.router.ready())
+        return messages.ServerReadyResponse(ready=self.router.ready)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether this model can be scored with; an unknown one is not ready (and not an error: clients poll this)."""
@@ -108,14 +109,14 @@ class InferenceService:
         return messages.ModelMetadataResponse(
             name=found.name,
             versions=found.versions,
-            platform=SERVER_NAME,
+            platform=found.platform,
             inputs=[tensor(name=t.name, datatype=t.datatype, shape=t.shape) for t in found.inputs],
             outputs=[tensor(name=t.name, datatype=t.datatype, shape=t.shape) for t in found.outputs],
         )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Scores; raw where the inputs came raw, else by type."""
-        timeout = seconds_of(_parameter(request.parameters, "timeout"), self.limits, context.time_remaining())
+        timeout = seconds_of(_parameter(request.parameters, "timeout"), context.time_remaining())
         check_outputs(output.name for output in request.outputs)
         given = columns(tensors(request), self.limits)
         found = await self.router.predict(request.model_name, request.model_version or None, given, timeout)
@@ -184,14 +185,14 @@ def _answered(name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Callab
 class _Health(health.aio.HealthServicer):
     """gRPC's health service, asked of the router at each check."""
 
-    def __init__(self, router: Scorer) -> None:
+    def __init__(self, router: Router) -> None:
         super().__init__()
         self._router = router
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         """SERVING while some model can be scored with."""
         status = health_pb2.HealthCheckResponse
-        now = status.SERVING if self._router.ready() else status.NOT_SERVING
+        now = status.SERVING if self._router.ready else status.NOT_SERVING
         for service in (health.OVERALL_HEALTH, oip.SERVICE):
             await self.set(service, now)
         return await super().Check(request, context)

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from ps import RequestError
 from router.columns import FP32
-from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, Scorer, answer, seconds_of, server_version
+from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version
 from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
+from router.pipeline import Router
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -37,13 +38,11 @@ class HttpDoor:
         await self._runner.cleanup()
 
 
-async def serve_http(
-    router: Scorer, host: str, port: int, limits: Limits | None = None, registry: CollectorRegistry = REGISTRY
-) -> HttpDoor:
+async def serve_http(router: Router, host: str, port: int, limits: Limits | None = None) -> HttpDoor:
     """Listen for inference requests at host:port (0: any free port); OSError where the address cannot be had."""
     limits = limits or Limits()
     warmup()
-    runner = web.AppRunner(application(router, limits, registry), access_log=None, shutdown_timeout=5.0)
+    runner = web.AppRunner(application(router, limits), access_log=None, shutdown_timeout=5.0)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
@@ -53,9 +52,9 @@ async def serve_http(
     return HttpDoor(runner, runner.addresses[0][1])
 
 
-def application(router: Scorer, limits: Limits, registry: CollectorRegistry = REGISTRY) -> web.Application:
+def application(router: Router, limits: Limits) -> web.Application:
     """The routes of the protocol over a router."""
-    door = _Door(router, limits, registry)
+    door = _Door(router, limits)
     app = web.Application(middlewares=[_answered], client_max_size=limits.bytes_max)
     app.router.add_get("/metrics", door.metrics, name="Metrics")
     app.router.add_get("/v2", door.server, name="ServerMetadata")
@@ -69,22 +68,23 @@ def application(router: Scorer, limits: Limits, registry: CollectorRegistry = RE
 
 
 class _Door:
-    def __init__(self, router: Scorer, limits: Limits, registry: CollectorRegistry) -> None:
+    def __init__(self, router: Router, limits: Limits) -> None:
         self.router = router
         self.limits = limits
-        self.registry = registry
 
     async def metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        """Everything of this process and its front doors, then of this router."""
+        body = generate_latest(REGISTRY) + generate_latest(self.router.metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def server(self, request: web.Request) -> web.Response:
         return web.json_response({"name": SERVER_NAME, "version": server_version(), "extensions": EXTENSIONS})
 
     async def live(self, request: web.Request) -> web.Response:
-        return _yes("live", self.router.live())
+        return _yes("live", self.router.live)
 
     async def ready(self, request: web.Request) -> web.Response:
-        return _yes("ready", self.router.ready())
+        return _yes("ready", self.router.ready)
 
     async def model_ready(self, request: web.Request) -> web.Response:
         model, version = _model(request)
@@ -96,7 +96,7 @@ class _Door:
             [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in described]
             for described in (found.inputs, found.outputs)
         )
-        plain = {"name": found.name, "versions": list(found.versions), "platform": SERVER_NAME}
+        plain = {"name": found.name, "versions": list(found.versions), "platform": found.platform}
         return web.json_response({**plain, "inputs": inputs, "outputs": outputs})
 
     async def infer(self, request: web.Request) -> web.Response:
@@ -105,7 +105,7 @@ class _Door:
         parameters = _field(header, "parameters", dict, "the request")
         outputs = _field(header, "outputs", list, "the request")
         check_outputs(_field(output, "name", str, "an output") for output in outputs)
-        timeout = seconds_of(parameters.get("timeout"), self.limits)
+        timeout = seconds_of(parameters.get("timeout"))
         given = columns(tensors(header, binary), self.limits)
         found = await self.router.predict(model, version, given, timeout)
         wanted = [_field(output, "parameters", dict, "an output") for output in outputs]

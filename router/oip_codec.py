@@ -36,14 +36,12 @@ class Limits:
     values_max: values of one input, all rows together, which bounds multi-valued inputs.
     inputs_max: input tensors.
     bytes_max: bytes of a request as received (and after decompression). Each request in flight may take so much memory.
-    timeout: seconds for a request that names no deadline, and the most that one may name.
     """
 
     rows_max: int = 65_536
     values_max: int = 4_194_304
     inputs_max: int = 1_024
     bytes_max: int = 64 << 20
-    timeout: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

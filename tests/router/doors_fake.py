@@ -8,32 +8,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter
 
 from router.columns import BytesColumn, Column
 from router.errors import DeadlineExceeded, UnknownModel
+from router.models import ModelMetadata, TensorMetadata
+from router.pipeline import Prediction
 
 
-@dataclass(frozen=True)
-class Described:
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Metadata:
-    name: str
-    versions: tuple[str, ...]
-    inputs: tuple[Described, ...]
-    outputs: tuple[Described, ...]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    scores: NDArray[np.float32]
-    model: str
-    version: str
-    absent: int
+class Counted:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        Counter("fake_router_requests", "Requests.", registry=self.registry).inc(7)
 
 
 @dataclass
@@ -43,12 +29,15 @@ class FakeRouter:
     error: Exception | None = None
     is_ready: bool = True
     seen: list[dict[str, Column]] = field(default_factory=list)
-    timeouts: list[float] = field(default_factory=list)
+    timeouts: list[float | None] = field(default_factory=list)
     hold: bool = False
+    metrics: Counted = field(default_factory=Counted)
 
+    @property
     def live(self) -> bool:
         return True
 
+    @property
     def ready(self) -> bool:
         return self.is_ready
 
@@ -56,18 +45,18 @@ class FakeRouter:
         self.metadata(model, version)
         return self.is_ready
 
-    def metadata(self, model: str, version: str | None) -> Metadata:
+    def metadata(self, model: str, version: str | None) -> ModelMetadata:
         if model != "ctr" or version not in (None, "1", "2"):
             raise UnknownModel(f"there is no model {model!r} version {version or 'any'}; there is ctr 1, 2")
         inputs = (
-            Described("user", "BYTES", (-1,)),
-            Described("item", "INT64", (-1,)),
-            Described("item.offsets", "INT64", (-1,)),
+            TensorMetadata("user", "BYTES", (-1,)),
+            TensorMetadata("item", "INT64", (-1,)),
+            TensorMetadata("item.offsets", "INT64", (-1,)),
         )
-        return Metadata("ctr", ("1", "2"), inputs, (Described("scores", "FP32", (-1,)),))
+        return ModelMetadata("ctr", ("1", "2"), "embring", inputs, (TensorMetadata("scores", "FP32", (-1,)),))
 
     async def predict(
-        self, model: str, version: str | None, columns: Mapping[str, Column], timeout: float
+        self, model: str, version: str | None, columns: Mapping[str, Column], timeout: float | None
     ) -> Prediction:
         self.metadata(model, version)
         self.seen.append(dict(columns))
@@ -75,7 +64,7 @@ class FakeRouter:
         if self.error:
             raise self.error
         if self.hold:
-            await asyncio.sleep(timeout)
+            await asyncio.sleep(timeout or 0)
             raise DeadlineExceeded(f"the deadline of {timeout:g} s passed while the request waited")
         return Prediction(score(columns), model, version or "2", 3)
 

@@ -146,6 +146,8 @@ def test_unknown_models_are_named(client: object) -> None:
 
 
 def test_deadlines(client: object, fake: FakeRouter) -> None:
+    client.infer("ctr", batch())
+    assert fake.timeouts[-1] is None
     client.infer("ctr", batch(), timeout=250_000)
     assert fake.timeouts[-1] == pytest.approx(0.25)
     client.infer("ctr", batch(), client_timeout=5)

@@ -143,6 +143,7 @@ def test_metrics(address: str) -> None:
     for _ in range(3):
         post(address, body(), "nope/infer")
     assert count() == before + 3
+    assert "fake_router_requests_total 7.0" in requests.get(f"http://{address}/metrics", timeout=TIMEOUT).text
 
 
 @pytest.mark.parametrize(
