@@ -47,6 +47,10 @@ ALIGN_FROM = 4096
 _CODES = ("|u1", "|i1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 DTYPES = {code: np.dtype(code) for code in _CODES}
 """Every type that an array in a frame may have, by its code in the header."""
+_CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+
+LENGTH_MAX = 2**30
+"""No side of an array is this long. Two of them and 8 bytes stay below what numpy can count, in empty arrays too."""
 
 MESSAGE_MAX = 2000
 """Characters of an error message that travel."""
@@ -85,21 +89,18 @@ class Message:
     """One request or reply. `op` of a reply is "ok", "error" or (in the handshake) "welcome".
 
     request: chosen by the caller, and repeated in the reply. fields: small plain data. arrays: by name, C-contiguous.
+    size: bytes of the arrays, in a message that was received.
     """
 
     op: str
     request: int
     fields: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A decoded header: the message without its arrays, and where in the body each of them lies."""
-
-    message: Message
-    places: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
-    body: int
+Places = dict[str, tuple[np.dtype[Any], list[int], int]]
+"""Where the arrays of a body lie, by name: dtype, shape, offset."""
 
 
 def encode(message: Message, limits: FrameLimits = LIMITS) -> list[Buffer]:
@@ -112,16 +113,17 @@ def encode(message: Message, limits: FrameLimits = LIMITS) -> list[Buffer]:
     at = 0
     for name, given in message.arrays.items():
         array = given if given.flags.c_contiguous else np.ascontiguousarray(given)
-        code = array.dtype.str
-        if code not in DTYPES:
+        code = _CODE_OF.get(array.dtype)
+        if code is None:
             raise FrameError(f"array {name!r} has dtype {array.dtype}; it must be one of {', '.join(DTYPES)}")
         described.append((name, code, array.shape))
-        if array.nbytes:
+        size = array.nbytes
+        if size:
             gap = -at % ALIGNMENT
             if gap:
                 chunks.append(bytes(gap))
             chunks.append(array)
-            at += gap + array.nbytes
+            at += gap + size
     header = msgpack.packb((message.op, message.request, message.fields, described))
     _check_sizes(len(header), at, limits)
     if len(described) > limits.arrays_max:
@@ -159,54 +161,61 @@ def check_magic(begin: bytes) -> None:
         raise FrameError(f"the connection carries {bytes(begin[:4])!r} where a frame begins with {MAGIC!r}")
 
 
-def decode_header(header: Buffer, body: int, limits: FrameLimits) -> Layout:
-    """The header of a frame whose body has `body` bytes; FrameError unless it describes exactly such a body."""
+def decode_header(header: Buffer, body: int, limits: FrameLimits) -> tuple[Message, Places]:
+    """The message without its arrays, and their places in a body of `body` bytes.
+
+    Raises FrameError unless the header describes exactly such a body.
+    """
     try:
         plain = msgpack.unpackb(header)
     except (ValueError, msgpack.UnpackException, RecursionError, OverflowError) as error:
         raise FrameError(f"the frame's header is not MessagePack: {type(error).__name__}") from None
-    if not isinstance(plain, list) or len(plain) != 4:
+    if type(plain) is not list or len(plain) != 4:
         raise FrameError("the frame's header must be [op, request, fields, arrays]")
     op, request, fields, described = plain
-    if not isinstance(op, str) or not 1 <= len(op) <= 32:
+    if type(op) is not str or not 1 <= len(op) <= 32:
         raise FrameError("the frame's op must be text of 1 to 32 characters")
     if type(request) is not int or not 0 <= request < 2**63:
         raise FrameError(f"the frame's request is {str(request)[:40]}; it must be 0 to 2**63-1")
-    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise FrameError("the frame's fields must be a map from text")
-    if not isinstance(described, list) or len(described) > limits.arrays_max:
+    if type(fields) is not dict:
+        raise FrameError("the frame's fields must be a map")
+    for key in fields:
+        if type(key) is not str:
+            raise FrameError("the frame's fields must be a map from text")
+    if type(described) is not list or len(described) > limits.arrays_max:
         raise FrameError(f"the frame must list at most {limits.arrays_max} arrays")
     places, end = _places(described)
     if end != body:
         raise FrameError(f"the frame's body has {body} bytes; its arrays take {end}")
-    return Layout(Message(op, request, fields), places, body)
+    return Message(op, request, fields, {}, body), places
 
 
-def _places(described: list[Any]) -> tuple[tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...], int]:
-    """Name, dtype, shape and offset of each array, and where the last one ends."""
-    places = []
-    names = set()
+def _places(described: list[Any]) -> tuple[Places, int]:
+    """The place of each array, and where the last one ends."""
+    places: Places = {}
     end = 0
     for entry in described:
-        if not isinstance(entry, list) or len(entry) != 3:
+        if type(entry) is not list or len(entry) != 3:
             raise FrameError("an array of the frame must be described as [name, dtype, shape]")
         name, code, shape = entry
-        if not isinstance(name, str) or not 1 <= len(name) <= 64 or name in names:
+        if type(name) is not str or not 1 <= len(name) <= 64 or name in places:
             raise FrameError(f"array name {str(name)[:70]!r} of the frame must be text of 1 to 64 characters, once")
-        dtype = DTYPES.get(code) if isinstance(code, str) else None
+        dtype = DTYPES.get(code) if type(code) is str else None
         if dtype is None:
             known = ", ".join(DTYPES)
             raise FrameError(f"array {name!r} of the frame has dtype {str(code)[:20]!r}; it must be one of {known}")
-        if not isinstance(shape, list) or len(shape) > 3 or not all(type(s) is int and s >= 0 for s in shape):
-            raise FrameError(f"array {name!r} of the frame has a shape that is not up to 3 sizes from 0 on")
-        names.add(name)
-        size = math.prod(shape) * dtype.itemsize
-        if size == 0 and math.prod(s for s in shape if s) >= 2**40:
-            raise FrameError(f"array {name!r} of the frame is empty, with other sizes beyond 2**40")
-        start = end + (-end % ALIGNMENT if size else 0)
-        end = start + size if size else end
-        places.append((name, dtype, tuple(shape), start))
-    return tuple(places), end
+        if type(shape) is not list or len(shape) > 3:
+            raise FrameError(f"array {name!r} of the frame has a shape that is not up to 3 sizes")
+        size = dtype.itemsize
+        for length in shape:
+            if type(length) is not int or not 0 <= length < LENGTH_MAX:
+                raise FrameError(f"array {name!r} of the frame has a size that is not 0 to {LENGTH_MAX - 1}")
+            size *= length
+        if size:
+            end += -end % ALIGNMENT
+        places[name] = (dtype, shape, end)
+        end += size
+    return places, end
 
 
 def body_buffer(size: int) -> NDArray[np.uint8]:
@@ -218,13 +227,12 @@ def body_buffer(size: int) -> NDArray[np.uint8]:
     return raw[start : start + size]
 
 
-def assemble(layout: Layout, body: NDArray[np.uint8]) -> Message:
+def assemble(message: Message, places: Places, body: NDArray[np.uint8]) -> Message:
     """The message with its arrays, which are views into `body`."""
-    arrays = layout.message.arrays
-    for name, dtype, shape, offset in layout.places:
+    for name, (dtype, shape, offset) in places.items():
         # A body of no bytes has no memory that a view could point into.
-        arrays[name] = np.ndarray(shape, dtype, body, offset) if layout.body else np.empty(shape, dtype)
-    return layout.message
+        message.arrays[name] = np.ndarray(shape, dtype, body, offset) if message.size else np.empty(shape, dtype)
+    return message
 
 
 def pack_plain(plain: object) -> NDArray[np.uint8]:

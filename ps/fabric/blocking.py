@@ -180,7 +180,7 @@ class BlockingConnection:
                 return
             if sent:
                 left[0] = memoryview(left[0])[sent:]
-            ready = self._either.poll(max(0.0, (until - time.monotonic()) * 1000))
+            ready = self._either.poll(_ms_until(until))
             if not ready:
                 raise self._end("did not take a request within its deadline")
             if ready[0][1] & ~select.POLLOUT:
@@ -190,7 +190,7 @@ class BlockingConnection:
         """Receive once, waiting until `until`; False at the deadline. The end of the connection is PerhapsApplied."""
         if self._tls and self._take():
             return True
-        while self._readable.poll(max(0.0, (until - time.monotonic()) * 1000)):
+        while self._readable.poll(_ms_until(until)):
             if self._take():
                 return True
         return False
@@ -215,6 +215,11 @@ class BlockingConnection:
                 raise
             raise PerhapsApplied(f"the connection to {self.address} {self._why}") from None
         return True
+
+
+def _ms_until(moment: float) -> float:
+    """Milliseconds from now, for poll(): at least 0, at most a day."""
+    return min(max(0.0, (moment - time.monotonic()) * 1000), 86_400_000.0)
 
 
 def _dial(address: str, timeout: float, tls: ssl.SSLContext | None) -> socket.socket:

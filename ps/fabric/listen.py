@@ -107,6 +107,7 @@ class Listener:
         is no token.
         """
         self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
         wanted = [parse_address(given) for given in addresses]
         for where in wanted:
             if not where.local and not self.token:
@@ -148,10 +149,6 @@ class Listener:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    def now(self) -> float:
-        """The loop's clock, in seconds."""
-        return self._loop.time()
-
     def statistics(self) -> ListenStatistics:
         """What happened so far."""
         return ListenStatistics(**{**self.counts, "connections": len(self.connections), "waiting": self._held})
@@ -165,7 +162,7 @@ class Listener:
             wrong = RequestError(f"deadline_ms is {str(given)[:40]}; it must be a whole number from 0 on")
             connection.reply(request, wrong)
             return
-        size = _size(request)
+        size = request.size
         if self._held >= self.limits.requests_max or self._held_bytes + size > self.limits.bytes_max:
             self.counts["overloaded"] += 1
             refusal = f"{self._held} requests of {self._held_bytes} bytes wait here already; nothing was applied"
@@ -181,12 +178,11 @@ class Listener:
 
     def _turn(self) -> None:
         """Handle requests until the queue is empty or the turn is over."""
-        time = self._loop.time
-        begin = now = time()
+        begin = now = self.now()
         while self._queue and now - begin < self.limits.turn_s:
             connection, request, came, until = self._queue.popleft()
             self._handle(connection, request, now - came, until - now)
-            now = time()
+            now = self.now()
         self._turning = bool(self._queue)
         if self._turning:
             self._loop.call_soon(self._turn)
@@ -223,13 +219,13 @@ class Listener:
 
     def _release(self, request: Message) -> None:
         self._held -= 1
-        self._held_bytes -= _size(request)
+        self._held_bytes -= request.size
 
     # -- time
 
     def _sweep(self) -> None:
         """Close the connections that are silent, stuck in a frame or in the handshake, or not reading."""
-        now = self._loop.time()
+        now = self.now()
         for connection in list(self.connections):
             if connection.overdue(now):
                 self.counts["closed_silent"] += 1
@@ -245,14 +241,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._listener = listener
         self._session = ServerSession(listener.token, listener.welcome, listener.frame_limits)
         self._transport: asyncio.Transport | None = None
-        self._heard = self._began = self._opened = asyncio.get_running_loop().time()
+        self.gone = True
+        self._heard = self._opened = listener.now()
         self._unread_since: float | None = None
+        self._seen = 0
+        self._stuck = (-1, 0.0)
         self._busy = 0
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody is there to read a reply."""
-        return self._transport is None or self._transport.is_closing()
 
     def overdue(self, now: float) -> bool:
         """Whether one of the connection's times is over."""
@@ -261,8 +255,10 @@ class _Connection(asyncio.BufferedProtocol):
             return now - self._opened > limits.handshake_s
         if self._unread_since is not None:
             return now - self._unread_since > limits.silent_s
-        if self._session.inside and now - self._began > limits.silent_s:
-            return True
+        if self._session.inside:
+            if self._stuck[0] != self._seen:
+                self._stuck = (self._seen, now)
+            return now - self._stuck[1] > limits.silent_s
         return not self._busy and now - self._heard > limits.silent_s
 
     def reply(self, request: Message, result: Result | Exception) -> None:
@@ -282,6 +278,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Drop the connection at once."""
+        self.gone = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -306,6 +303,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._write(encode(Message("error", 0, error_fields(Overloaded("too many connections are open here")))))
             self._transport.close()
             return
+        self.gone = False
         listener.connections.add(self)
         listener.counts["accepted"] += 1
 
@@ -315,39 +313,38 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Queue the requests that have come whole."""
-        listener = self._listener
         session = self._session
-        now = listener.now()
-        was_inside = session.inside
         requests = session.received(nbytes)
-        self._heard = now
-        if requests or not was_inside:
-            self._began = now
+        listener = self._listener
+        self._heard = now = listener.now()
+        self._seen += len(requests)
+        self._busy += len(requests)
         for request in requests:
-            self._busy += 1
             listener.take(self, request, now)
-        said = session.outgoing()
-        if said and not self.gone:
-            self._write(said)
+        if session.said and not self.gone:
+            self._write(session.said)
+            session.said = []
         if session.closing and self._transport is not None:
             listener.counts["malformed"] += 1
+            self.gone = True
             self._transport.close()
 
     def pause_writing(self) -> None:
         """The client does not read fast enough: take no further requests of it."""
         self._unread_since = self._listener.now()
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self.gone:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """The client has read its replies."""
         self._unread_since = None
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self.gone:
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; what it asked for and is still queued is dropped."""
         self._listener.connections.discard(self)
+        self.gone = True
         self._transport = None
 
 
@@ -357,10 +354,6 @@ def _refusal(request: Message, error: Exception) -> Message:
         log.error("request %s failed", request.op, exc_info=error)
         error = EmbringError(f"{request.op} failed inside the server: {type(error).__name__}")
     return Message("error", request.request, error_fields(error))
-
-
-def _size(request: Message) -> int:
-    return sum(array.nbytes for array in request.arrays.values())
 
 
 def _unix_socket(path: str) -> socket.socket:

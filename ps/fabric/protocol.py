@@ -24,8 +24,8 @@ from ps.wire import (
     Buffer,
     FrameError,
     FrameLimits,
-    Layout,
     Message,
+    Places,
     assemble,
     body_buffer,
     check_magic,
@@ -83,14 +83,13 @@ class Receiver:
         self._scratch = memoryview(bytearray(scratch))
         self._start = 0
         self._end = 0
-        self._layout: Layout | None = None
-        self._body: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._partial: tuple[Message, Places, NDArray[np.uint8]] | None = None
         self._rest = memoryview(b"")
 
     @property
     def inside(self) -> bool:
         """Whether a frame has begun and not ended."""
-        return self._layout is not None or self._end > self._start
+        return self._partial is not None or self._end > self._start
 
     def widen(self, limits: FrameLimits, scratch: int) -> None:
         """Take other limits and another scratch buffer from the next frame on."""
@@ -106,7 +105,7 @@ class Receiver:
 
     def buffer(self) -> memoryview:
         """Where the next bytes are to be received; never empty."""
-        if self._layout is not None:
+        if self._partial is not None:
             return self._rest
         if self._start == self._end:
             self._start = self._end = 0
@@ -117,39 +116,42 @@ class Receiver:
     def received(self, n: int) -> list[Message]:
         """`n` bytes came into `buffer()`: the messages that they complete."""
         messages: list[Message] = []
-        if self._layout is not None:
+        if self._partial is not None:
             self._rest = self._rest[n:]
             if not len(self._rest):
-                messages.append(assemble(self._layout, self._body))
-                self._layout = None
+                messages.append(assemble(*self._partial))
+                self._partial = None
             return messages
         self._end += n
-        while self._layout is None and self._next(messages):
+        while self._start < self._end and self._partial is None and self._next(messages):
             pass
         return messages
 
     def _next(self, messages: list[Message]) -> bool:
         """Take one frame out of the scratch buffer; False where it holds no further header."""
-        have = self._end - self._start
+        start = self._start
+        have = self._end - start
         if have < PREFIX.size:
-            check_magic(bytes(self._scratch[self._start : min(self._end, self._start + 4)]))
+            check_magic(bytes(self._scratch[start : min(self._end, start + 4)]))
             return False
-        header, size = decode_prefix(self._scratch, self._start, self.limits)
-        if have < PREFIX.size + header:
-            if self._start + PREFIX.size + header > len(self._scratch):
+        header, size = decode_prefix(self._scratch, start, self.limits)
+        begin = start + PREFIX.size + header
+        here = self._end - begin
+        if here < 0:
+            if begin > len(self._scratch):
                 self._move(PREFIX.size + header)
             return False
-        begin = self._start + PREFIX.size + header
-        layout = decode_header(self._scratch[begin - header : begin], size, self.limits)
+        message, places = decode_header(self._scratch[begin - header : begin], size, self.limits)
         body = body_buffer(size)
-        here = min(size, self._end - begin)
-        view = body.data
-        view[:here] = self._scratch[begin : begin + here]
-        self._start = begin + here
-        if here == size:
-            messages.append(assemble(layout, body))
+        if here >= size:
+            self._start = begin + size
+            if size:
+                body.data[:] = self._scratch[begin : self._start]
+            messages.append(assemble(message, places, body))
         else:
-            self._layout, self._body, self._rest = layout, body, view[here:]
+            self._start = self._end
+            body.data[:here] = self._scratch[begin : self._end]
+            self._partial, self._rest = (message, places, body), body.data[here:]
         return True
 
 
@@ -157,6 +159,8 @@ class ServerSession:
     """The server's end of one connection.
 
     token: what a client must show. welcome: gives what the server says of itself, asked at each handshake.
+    greeted: whether the handshake is done. said: what the session itself has to say; the shell sends it and clears it.
+    closing: whether the connection is to be closed after that.
     """
 
     def __init__(self, token: str, welcome: Callable[[], Welcome], limits: FrameLimits = LIMITS) -> None:
@@ -166,7 +170,7 @@ class ServerSession:
         self._welcome = welcome
         self._limits = limits
         self._receiver = Receiver(HANDSHAKE_LIMITS, SCRATCH_BEFORE)
-        self._outgoing: list[Buffer] = []
+        self.said: list[Buffer] = []
 
     @property
     def inside(self) -> bool:
@@ -178,10 +182,7 @@ class ServerSession:
         return self._receiver.buffer()
 
     def received(self, n: int) -> list[Message]:
-        """The requests that `n` further bytes complete. Never raises: what must be said is in `outgoing()`.
-
-        Where `closing` is set afterwards, the connection is to be closed once that is sent.
-        """
+        """The requests that `n` further bytes complete. Never raises: what must be said about them is in `said`."""
         try:
             messages = self._receiver.received(n)
             if self.greeted or not messages:
@@ -192,20 +193,15 @@ class ServerSession:
         except EmbringError as error:
             self.closing = True
             number = messages[0].request if not isinstance(error, FrameError) else 0
-            self._outgoing += self.reply(Message("error", number, error_fields(error)))
+            self.said += self.reply(Message("error", number, error_fields(error)))
         return []
 
     def _greet(self, hello: Message) -> None:
         welcome = self._welcome()
         check_hello(hello, self._token, welcome)
-        self._outgoing += encode(Message("welcome", hello.request, asdict(welcome)))
+        self.said += encode(Message("welcome", hello.request, asdict(welcome)))
         self._receiver.widen(self._limits, SCRATCH_AFTER)
         self.greeted = True
-
-    def outgoing(self) -> list[Buffer]:
-        """What the session itself has to say; asked for once."""
-        said, self._outgoing = self._outgoing, []
-        return said
 
     def reply(self, message: Message) -> list[Buffer]:
         """The frame of a reply."""
