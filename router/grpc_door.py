@@ -84,11 +84,11 @@ class InferenceService:
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802 - names of the protocol
         """Whether the router runs."""
-        return messages.ServerLiveResponse(live=self.router.live)
+        return messages.ServerLiveResponse(live=self.router.live())
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether some model can be scored with."""
-        return messages.ServerReadyResponse(ready=self.router.ready)
+        return messages.ServerReadyResponse(ready=self.router.ready())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Whether this model can be scored with; an unknown one is not ready (and not an error: clients poll this)."""
@@ -192,7 +192,7 @@ class _Health(health.aio.HealthServicer):
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
         """SERVING while some model can be scored with."""
         status = health_pb2.HealthCheckResponse
-        now = status.SERVING if self._router.ready else status.NOT_SERVING
+        now = status.SERVING if self._router.ready() else status.NOT_SERVING
         for service in (health.OVERALL_HEALTH, oip.SERVICE):
             await self.set(service, now)
         return await super().Check(request, context)

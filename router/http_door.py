@@ -81,10 +81,10 @@ class _Door:
         return web.json_response({"name": SERVER_NAME, "version": server_version(), "extensions": EXTENSIONS})
 
     async def live(self, request: web.Request) -> web.Response:
-        return _yes("live", self.router.live)
+        return _yes("live", self.router.live())
 
     async def ready(self, request: web.Request) -> web.Response:
-        return _yes("ready", self.router.ready)
+        return _yes("ready", self.router.ready())
 
     async def model_ready(self, request: web.Request) -> web.Response:
         model, version = _model(request)

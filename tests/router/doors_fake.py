@@ -33,11 +33,9 @@ class FakeRouter:
     hold: bool = False
     metrics: Counted = field(default_factory=Counted)
 
-    @property
     def live(self) -> bool:
         return True
 
-    @property
     def ready(self) -> bool:
         return self.is_ready
 
