@@ -39,11 +39,16 @@ class ViewLog:
         names = (p.stem for p in self.folder.glob(f"*{SUFFIX}"))
         return sorted(int(n) for n in names if n.isdecimal())
 
-    def append(self, view: View) -> None:
-        """Make `view` durable. Raises EpochTakenError where its epoch, or a newer one, is already there."""
+    def append(self, view: View, after: int | None = None) -> None:
+        """Make `view` durable. Raises EpochTakenError where its epoch, or a newer one, is already there.
+
+        after: the epoch that it was planned from, where its own is not the next one (a restore goes above every term
+        of a checkpoint). The next one's name is then taken too, and first: that is where rivals meet.
+        """
+        names = sorted({view.epoch if after is None else after + 1, view.epoch})
         newest = self.epochs()[-1:]
-        if newest and newest[0] >= view.epoch:
-            raise EpochTakenError(f"epoch {view.epoch} is taken: {self.folder} holds epoch {newest[0]}")
+        if newest and newest[0] >= names[0]:
+            raise EpochTakenError(f"epoch {names[0]} is taken: {self.folder} holds epoch {newest[0]}")
         body = zlib.compress(msgpack.packb(view.to_plain()), 1)
         handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".new-")
         try:
@@ -51,9 +56,10 @@ class ViewLog:
                 file.write(MAGIC + xxhash.xxh64_digest(body) + body)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, self._path(view.epoch))
+            for name in names:
+                os.link(temporary, self._path(name))
         except FileExistsError:
-            raise EpochTakenError(f"epoch {view.epoch} is taken in {self.folder}") from None
+            raise EpochTakenError(f"an epoch of {names} is taken in {self.folder}") from None
         finally:
             os.unlink(temporary)
         sync_folder(self.folder)

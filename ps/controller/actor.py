@@ -13,20 +13,22 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import ray
-from hashring.planner import Fail, Join, PlanError, Recover, Return, plan
 from ray.exceptions import RayError
 
+from hashring.planner import Fail, Join, PlanError, Recover, Return, plan
 from hashring.view import View
 from ps.config import Config, config_from_plain
 from ps.controller.admin import change_of
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
+from ps.controller.restore import prepare
 from ps.errors import EmbringError, NotApplied, RequestError
 from ps.loop import LoopThread
 from ps.server import Setup, log_to
@@ -51,6 +53,7 @@ class Control:
         self.metrics = ""
         self.begun = asyncio.Event()
         self._changing = asyncio.Lock()
+        self._restoring: tuple[int, View] | None = None
 
     def _first(self) -> View:
         view = View.empty(secrets.randbits(63), self.config.cluster.slot_bits)
@@ -93,14 +96,43 @@ class Control:
                 view = await asyncio.to_thread(plan, self.view, change)
             except PlanError as error:
                 raise RequestError(str(error)) from None
-            try:
-                await asyncio.to_thread(self.log.append, view)
-            except EpochTakenError as error:
-                log.error("%s: another controller has taken over, this one ends", error)
-                os._exit(1)
-            self.view = view
-            log.info("epoch %d: %s", view.epoch, type(change).__name__)
-            await self.members.install(packed(view))
+            await self._adopt(view, type(change).__name__)
+
+    async def _adopt(self, view: View, why: str) -> None:
+        """Log a view that was planned from the present one, then tell the servers; holds `_changing`."""
+        try:
+            await asyncio.to_thread(self.log.append, view, self.view.epoch)
+        except EpochTakenError as error:
+            log.error("%s: another controller has taken over, this one ends", error)
+            os._exit(1)
+        self.view = view
+        log.info("epoch %d: %s", view.epoch, why)
+        await self.members.install(packed(view))
+
+    async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
+        async with self._changing:
+            flags = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+            restore = await asyncio.to_thread(partial(prepare, self.view, fields["manifest"], **flags))
+            if restore.first is not None:
+                await self._adopt(restore.first, "restore begins")
+            self._restoring = (self.view.epoch, restore.final)
+        return {
+            "view": packed(restore.final),
+            "slots": restore.slots,
+            "tables": restore.tables,
+            "wanted": restore.wanted,
+        }
+
+    async def _restored(self) -> dict[str, Any]:
+        """End a restore: its rows are where they belong."""
+        async with self._changing:
+            if self._restoring is None or self._restoring[0] != self.view.epoch:
+                self._restoring = None
+                raise RequestError("the cluster changed during the restore: its slots stay lost, restore again")
+            final, self._restoring = self._restoring[1], None
+            await self._adopt(final, "restore ends")
+        return {"epoch": self.view.epoch}
 
     async def _died(self, member: Member) -> None:
         """A server is dead by Ray's word: its slots are lost, and it is started again as another incarnation."""
@@ -128,6 +160,10 @@ class Control:
             if lost:
                 await self._change(Recover())
             return {"epoch": self.view.epoch, "slots": lost}
+        if verb == "restore":
+            return await self._restore(fields)
+        if verb == "restored":
+            return await self._restored()
         change = change_of(self.view, verb, fields, self.config.cluster.seed)
         if change is not None:
             await self._change(change)

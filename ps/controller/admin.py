@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hashring.planner import AlterTable, CreateTable, DropTable, TruncateTable
-
 from hashring.view import View
 from ps.errors import RequestError
 from ps.spec import TableSpec

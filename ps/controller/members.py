@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ps.fabric.aio import AsyncConnection
 from ray.exceptions import ActorUnavailableError, RayError
 
 from hashring.view import Server
 from ps.config import Config
 from ps.controller.health import Silence
 from ps.errors import EmbringError
+from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello
 from ps.server import ServerActor, Setup
 
