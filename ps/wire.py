@@ -72,7 +72,7 @@ class FrameLimits:
     arrays_max: arrays in one frame.
     """
 
-    header_max: int = 256 * 1024
+    header_max: int = 1024 * 1024
     body_max: int = 256 * 1024 * 1024
     arrays_max: int = 512
 

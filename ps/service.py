@@ -1,0 +1,376 @@
+"""What a server answers: one handler for each operation, over a Store. No socket, no Ray, no clock but for measuring.
+
+Handlers run on the data thread, each request from its beginning to its end, so that each is atomic on its server.
+What could take long (exports, ranges) is cut into parts of bounded size, one request each.
+
+    ping, view, pull, push, range, export, absorb, drop, digest, watermark, statistics, install, drain, admin
+
+Every reply carries `epoch`, the epoch of the server's view.
+"""
+
+import asyncio
+import ssl
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.tokens import tokens
+from hashring.view import View
+from ps.config import Config
+from ps.errors import NotApplied, RequestError
+from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
+from ps.fabric.protocol import Welcome
+from ps.rowblock import RowBlock, Watermark
+from ps.spec import TableSpec
+from ps.store import Store, StoreStatistics
+from ps.wire import (
+    FrameLimits,
+    Message,
+    pull_share,
+    push_share,
+    vector,
+    view_message,
+    view_of,
+    whole,
+)
+
+Control = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""(verb, fields) -> answer: how administration reaches the controller."""
+
+BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds of the latency histogram's buckets, in seconds; one more holds what took longer."""
+
+PART_BYTES = 1024 * 1024
+"""Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work."""
+
+EXPORT_ROWS = 4096
+"""Rows in one part of an export, at most."""
+
+EXPORTS_MAX = 16
+"""Exports open at once; the one that was asked for a part longest ago makes room."""
+
+NEWER_S = 1.0
+"""How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpStatistics:
+    """Of one operation: requests, those that met an error, seconds in all, and requests in each of BUCKETS_S + 1.
+
+    Time counts from the request's arrival to its reply.
+    """
+
+    requests: int
+    errors: int
+    seconds: float
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatistics:
+    """Counts since the start. absent_ids: ids of pulls that had no row."""
+
+    epoch: int
+    draining: bool
+    absent_ids: int
+    operations: dict[str, OpStatistics]
+    listener: ListenStatistics
+    store: StoreStatistics
+
+    @property
+    def requests(self) -> int:
+        """Requests of every kind."""
+        return sum(op.requests for op in self.operations.values())
+
+    @property
+    def errors(self) -> int:
+        """Those that were answered with an error."""
+        return sum(op.errors for op in self.operations.values())
+
+
+class _Meter:
+    """The counters behind OpStatistics."""
+
+    __slots__ = ("buckets", "errors", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+
+    def add(self, seconds: float, failed: bool) -> None:
+        self.requests += 1
+        self.errors += failed
+        self.seconds += seconds
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
+
+
+@dataclass(slots=True)
+class _Export:
+    """An export that is under way: its blocks, and the number of the next part."""
+
+    blocks: Iterator[RowBlock]
+    part: int = 0
+
+
+class Service:
+    """Answers the fabric's requests from one store; everything but the constructor runs on the data thread."""
+
+    def __init__(self, store: Store, config: Config, token: str, control: Control, name: str = "") -> None:
+        self.store = store
+        self.view = View.empty(0, config.cluster.slot_bits)
+        self.draining = False
+        self.listener = Listener(self.handle, token, self.welcome, *_limits(config))
+        self._config = config
+        self._control = control
+        self._name = name
+        self._absent_ids = 0
+        self._exports: dict[int, _Export] = {}
+        self._export_number = 0
+        self._newer = asyncio.Event()
+        self._handlers: dict[str, Callable[[Message], Result | Coroutine[Any, Any, Result]]] = {
+            "ping": lambda request: ({}, {}),
+            "view": lambda request: view_message(self.view),
+            "pull": self._pull,
+            "push": self._push,
+            "range": self._range,
+            "export": self._export,
+            "absorb": self._absorb,
+            "drop": self._drop,
+            "digest": self._digest,
+            "watermark": self._watermark,
+            "statistics": self._statistics,
+            "install": self._install,
+            "drain": self._drain,
+            "admin": self._admin,
+        }
+        self._meters = {op: _Meter() for op in self._handlers}
+
+    def welcome(self) -> Welcome:
+        """What the handshake says of this server."""
+        view = self.view
+        return Welcome(
+            cluster=view.cluster,
+            epoch=view.epoch,
+            name=self._name,
+            incarnation=self.store.incarnation,
+            fingerprint=self._config.fingerprint,
+            slot_bits=self._config.cluster.slot_bits,
+        )
+
+    def install(self, view: View) -> int:
+        """Judge by this view from now on if it is newer; the epoch that stands afterwards."""
+        if view.epoch > self.view.epoch:
+            self.store.install(view)
+            self.view = view
+            self._newer.set()
+            self._newer = asyncio.Event()
+        return self.view.epoch
+
+    def statistics(self) -> ServiceStatistics:
+        """What happened so far."""
+        operations = {
+            op: OpStatistics(m.requests, m.errors, m.seconds, tuple(m.buckets)) for op, m in self._meters.items()
+        }
+        return ServiceStatistics(
+            epoch=self.view.epoch,
+            draining=self.draining,
+            absent_ids=self._absent_ids,
+            operations=operations,
+            listener=self.listener.statistics(),
+            store=self.store.statistics(),
+        )
+
+    # -- dispatch
+
+    def handle(self, request: Message, waited: float) -> Result | Coroutine[Any, Any, Result]:
+        """Answer one request that waited so many seconds; what takes longer is answered by the coroutine.
+
+        Raises the error to be sent.
+        """
+        handler = self._handlers.get(request.op)
+        if handler is None:
+            raise RequestError(f"operation {request.op!r} is unknown; there are {', '.join(sorted(self._handlers))}")
+        begin = perf_counter() - waited
+        meter = self._meters[request.op]
+        failed = True
+        result = None
+        try:
+            epoch = request.fields.get("epoch", 0)
+            if type(epoch) is not int or epoch < 0:
+                raise RequestError(f"epoch is {str(epoch)[:40]}; it must be a whole number from 0 on")
+            result = self._later(request, epoch) if epoch > self.view.epoch else handler(request)
+            if not isinstance(result, tuple):
+                return self._finish(meter, begin, result)
+            result[0]["epoch"] = self.view.epoch
+            failed = False
+            return result
+        finally:
+            if result is None or isinstance(result, tuple):
+                meter.add(perf_counter() - begin, failed)
+
+    async def _finish(self, meter: _Meter, begin: float, result: Coroutine[Any, Any, Result]) -> Result:
+        failed = True
+        try:
+            fields, arrays = await result
+            failed = False
+        finally:
+            meter.add(perf_counter() - begin, failed)
+        return {**fields, "epoch": self.view.epoch}, arrays
+
+    async def _later(self, request: Message, epoch: int) -> Result:
+        """Handle a request once the view that it knows is here, or could not be had."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + NEWER_S
+        while epoch > self.view.epoch:
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._newer.wait()
+            except TimeoutError:
+                break
+        result = self._handlers[request.op](request)
+        return result if isinstance(result, tuple) else await result
+
+    # -- rows
+
+    def _serving(self) -> None:
+        if self.draining:
+            raise NotApplied("the server is draining; another owner answers")
+
+    def _pull(self, request: Message) -> Result:
+        self._serving()
+        reply = self.store.pull(pull_share(request.fields, request.arrays))
+        self._absent_ids += reply.absent
+        return {"absent": reply.absent}, {"rows": reply.rows}
+
+    def _push(self, request: Message) -> Result:
+        self._serving()
+        reply = self.store.push(push_share(request.fields, request.arrays))
+        return {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}, {}
+
+    def _range(self, request: Message) -> Result:
+        """One part of the rows whose tokens lie in [start, stop); `cursor` is where the next part begins."""
+        self._serving()
+        fields = request.fields
+        number = whole(fields, "table", 0, 2**31 - 1)
+        start = whole(fields, "start", 0, 2**64 - 1)
+        stop = whole(fields, "stop", start, 2**64 - 1) if fields.get("stop") is not None else None
+        table = next((t for t in self.view.tables if t.number == number), None)
+        if table is None:
+            raise RequestError(f"table {number} is unknown in epoch {self.view.epoch}")
+        spec = TableSpec.from_plain(table.spec)
+        ids: list[NDArray[np.int64]] = []
+        rows: list[NDArray[np.float32]] = []
+        size = 0
+        last = None
+        for part_ids, part_rows in self.store.range(number, start, stop):
+            if not len(part_ids):
+                continue
+            if size >= PART_BYTES:
+                last = int(tokens(ids[-1], spec.seed).max()) + 1
+                break
+            ids.append(part_ids)
+            rows.append(part_rows)
+            size += part_rows.nbytes
+        arrays = {
+            "ids": np.concatenate(ids) if ids else np.empty(0, np.int64),
+            "rows": np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32),
+        }
+        return {"more": last is not None, "cursor": last}, arrays
+
+    # -- blocks
+
+    def _export(self, request: Message) -> Result:
+        """One part of an export: begun by `slots`, continued by the `cursor` and `part` of the answer before."""
+        if "cursor" not in request.fields:
+            slots = vector(request.arrays, "slots", "<i8")
+            since = None
+            if "positions" in request.arrays:
+                cluster = whole(request.fields, "cluster", 0, 2**64 - 1)
+                since = Watermark(cluster, slots, vector(request.arrays, "positions", "<i8"))
+            while len(self._exports) >= EXPORTS_MAX:
+                self._exports.pop(next(iter(self._exports)))
+            self._export_number += 1
+            cursor, export = self._export_number, _Export(iter(self.store.export(slots, since, EXPORT_ROWS)))
+        else:
+            cursor = whole(request.fields, "cursor")
+            found = self._exports.pop(cursor, None)
+            if found is None or found.part != whole(request.fields, "part"):
+                raise NotApplied(f"export {cursor} does not stand at that part here; begin it again")
+            export = found
+        block = next(export.blocks, None)
+        if block is None:
+            return {"more": False}, {}
+        export.part += 1
+        # Entered anew, so that the first of the dictionary is the one asked for longest ago.
+        self._exports[cursor] = export
+        fields, arrays = block.to_arrays()
+        return {"more": True, "cursor": cursor, "part": export.part, "block": fields}, arrays
+
+    def _absorb(self, request: Message) -> Result:
+        plain = request.fields.get("block")
+        if not isinstance(plain, dict):
+            raise RequestError("a row block's fields must be a map")
+        taken = self.store.absorb(RowBlock.from_arrays(plain, request.arrays))
+        return {}, {"taken": np.asarray(taken, np.uint8)}
+
+    def _drop(self, request: Message) -> Result:
+        self.store.drop(vector(request.arrays, "slots", "<i8"))
+        return {}, {}
+
+    def _digest(self, request: Message) -> Result:
+        return {}, {"digests": self.store.digest(vector(request.arrays, "slots", "<i8"))}
+
+    def _watermark(self, request: Message) -> Result:
+        return {}, {"positions": self.store.watermark(vector(request.arrays, "slots", "<i8"))}
+
+    # -- the server itself
+
+    def _statistics(self, request: Message) -> Result:
+        statistics = self.statistics()
+        plain = {**asdict(statistics), "requests": statistics.requests, "errors": statistics.errors}
+        return plain, {}
+
+    def _install(self, request: Message) -> Result:
+        self.install(view_of(request.fields, request.arrays))
+        return {}, {}
+
+    def _drain(self, request: Message) -> Result:
+        """Refuse pulls and pushes from now on (`on`, the default), or take them again."""
+        on = request.fields.get("on", True)
+        if not isinstance(on, bool):
+            raise RequestError(f"on is {str(on)[:40]}; it must be true or false")
+        self.draining = on
+        return {}, {}
+
+    async def _admin(self, request: Message) -> Result:
+        fields = {k: v for k, v in request.fields.items() if k not in ("verb", "deadline_ms", "epoch")}
+        verb = request.fields.get("verb")
+        if not isinstance(verb, str):
+            raise RequestError("verb must be text")
+        return {**await self._control(verb, fields)}, {}
+
+
+def _limits(config: Config) -> tuple[FrameLimits, ListenLimits]:
+    server = config.server
+    return FrameLimits(body_max=server.frame_max_mib << 20), ListenLimits(
+        connections_max=server.connections_max,
+        requests_max=server.queue_max,
+        bytes_max=server.queue_max_mib << 20,
+        unread_max=server.unread_max_mib << 20,
+        handshake_s=server.handshake_s,
+        silent_s=server.silent_s,
+    )
+
+
+async def serve(service: Service, addresses: Sequence[str], tls: ssl.SSLContext | None = None) -> list[str]:
+    """Listen for a service on the running loop, which becomes its data thread; the addresses with their ports.
+
+    Raises ConfigError for an address that is none, is taken, or can be reached from elsewhere while there is no token.
+    """
+    return list(await service.listener.start(addresses, tls))
