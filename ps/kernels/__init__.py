@@ -1,0 +1,83 @@
+"""Kernels: free functions over plain arrays, compiled by numba, serial, without the GIL.
+
+Symbols used in every signature comment:
+
+    n ids of a request      m bags      u unique ids      d width of a row      w floats of optimizer state
+    F features of a share   s slots     c clients         r rows of a matrix
+
+Conventions, all of them here:
+  * `kernel` decorates what Python calls, `inline` what kernels call. Both compile without fastmath (values may be
+    anything) and without `parallel` (two threads inside numba's workqueue layer abort the process; parallelism comes
+    from servers, one data thread each).
+  * Outputs are written in place and stand last. A kernel checks nothing: its caller did.
+  * Inputs pass through `as_input` once, so that no read-only or unaligned array asks for a second compilation in the
+    middle of a request.
+  * The on-disk cache has one writer: `warmup()` compiles every kernel, before servers start.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import DTypeLike, NDArray
+
+kernel: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+"""Decorates a kernel that Python calls."""
+
+inline: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", inline="never")
+"""Decorates a function that only kernels call. LLVM inlines it; numba's own inlining slows compilation for nothing."""
+
+BATCH = 64
+"""Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""
+
+KERNEL_MODULES = ("index", "scan", "pool", "update", "optimize", "window", "split", "merge")
+
+
+def _prefetch(typingctx: Any, array: Any, position: Any) -> Any:
+    """Ask for the cache line of element `position` (flat, C order) of `array`, to read it soon."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
+        i32 = ir.IntType(32)
+        declared = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
+        # read, keep in every cache level, data
+        builder.call(function, [address, i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+prefetch: Any = intrinsic(_prefetch)
+"""prefetch(array, position): see `_prefetch`."""
+
+
+class _Borrowed:
+    """Carries an array interface, so that numpy builds a second array over the same memory."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.owner = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def as_input(array: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """`array` as a kernel takes it: C-contiguous, aligned, of `dtype`, and of a writeable *type*.
+
+    Bytes from a socket come as read-only arrays, which numba would compile every kernel for a second time. Kernels
+    never write to their inputs, so the memory is shared and only the flag is left behind.
+    """
+    ready = np.require(array, dtype, ("C", "A"))
+    return ready if ready.flags.writeable else np.asarray(_Borrowed(ready))
+
+
+def warmup() -> None:
+    """Compile every kernel once, into the on-disk cache: call it in one process, before servers start."""
+    for name in KERNEL_MODULES:
+        import_module(f"ps.kernels.{name}").warmup()

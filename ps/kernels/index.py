@@ -1,0 +1,482 @@
+"""The directory of an arena: (table, id) -> row number, one small open-addressing segment a slot.
+
+    directory int64[slots]   one word a slot:  0 nothing | > 0 a leaf | < 0 a node, -(number + 1)
+    nodes int64[*, 16]       a slot too big for one segment: the next 4 bits of the token choose the word
+    entries int64[*, 2]      id, and (code + 1) << 32 | row; 0 = empty, so that every int64 is a valid id
+
+A leaf word is `granule << 22 | count << 6 | class`: the segment's place (in granules of 4 entries, one cache line),
+how many entries it holds, and its size class. Everything a lookup needs is in that one word.
+
+The token's high bits choose the slot, the next ones the child of a node, its low 32 bits the place inside the
+segment; so a leaf covers an interval of tokens, and leaves in order are in token order.
+
+Size classes grow by a fourth root of two and are filled to 0.8, so load stays between 0.67 and 0.8: doubling would
+leave 0.4, and 40 bytes an entry. Segments of one class fill chunks of 2**15 entries densely: whoever frees a segment
+moves the class's last one into the hole, so there is no fragmentation to compact, and a growth costs two segments.
+
+A `code` is the arena's own small number of a table; `codes int64[*, 4]` holds its token seed, the token bits that
+choose its slot, its first slot, and its rows.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.tokens import mix64
+from ps.kernels import BATCH, inline, kernel, prefetch
+
+CHUNK_ENTRIES = 2**15
+GRANULE = 4
+FANOUT_BITS = 4
+LOAD_MAX = 0.8
+
+SEED, BITS, FIRST, ROWS = 0, 1, 2, 3
+CODE_COLUMNS = 4
+
+LIVE, HIGH, FREE, TARGET, PEAK, CHUNKS, CHUNKS_FREE, NODES, NODE_FREE = range(9)
+HEAP_FIELDS = 9
+"""heap: live rows; rows ever used; free rows; compaction's target (or 2**62) and the highest row met above it; chunks
+ever used, and free; nodes ever used; the first free node + 1 (a free node's first word names the next)."""
+
+# The columns of a plan, one line a feature (int64[F, PLAN_COLUMNS]).
+P_CODE, P_SEED, P_BITS, P_FIRST, P_IDS, P_IDS_END, P_BAGS, P_BAGS_END, P_OUT, P_MODE, P_ABSENT = range(11)
+PLAN_COLUMNS = 11
+
+
+def _capacities() -> NDArray[np.int64]:
+    sizes, size = [0], float(GRANULE)
+    while size < CHUNK_ENTRIES * 1.001:
+        rounded = min(int(np.ceil(size / GRANULE - 1e-9)) * GRANULE, CHUNK_ENTRIES)
+        if rounded != sizes[-1]:
+            sizes.append(rounded)
+        size *= 2**0.25
+    return np.array(sizes, np.int64)
+
+
+CAPACITY = _capacities()
+LIMIT = np.minimum(np.maximum((CAPACITY * LOAD_MAX).astype(np.int64), np.minimum(CAPACITY, 3)), CAPACITY)
+CLASSES = len(CAPACITY)
+assert CLASSES <= 64 and CAPACITY[-1] == CHUNK_ENTRIES  # noqa: PT018 - the packing of a leaf word rests on both
+LAST_CLASS = CLASSES - 1
+
+_LOW32 = np.uint64(0xFFFFFFFF)
+
+
+class Index(NamedTuple):
+    """The arrays of one directory, as kernels take them."""
+
+    directory: NDArray[np.int64]
+    nodes: NDArray[np.int64]
+    entries: NDArray[np.int64]
+    codes: NDArray[np.int64]
+    heap: NDArray[np.int64]
+    free_rows: NDArray[np.int32]
+    free_chunks: NDArray[np.int32]
+    class_count: NDArray[np.int64]
+    class_chunks: NDArray[np.int32]
+
+
+@inline
+def token_of(id_: int, seed: int) -> Any:
+    """uint64 token of an id; seed is the table's token seed, as int64 bits."""
+    return mix64(np.uint64(id_) ^ np.uint64(seed))
+
+
+@inline
+def slot_of(token: int, bits: int, first: int) -> Any:
+    """Global slot number; two shifts, since one by 64 (a `whole` table has 0 bits) is undefined."""
+    return first + np.int64((token >> np.uint64(1)) >> np.uint64(63 - bits))
+
+
+@inline
+def child_of(token: int, used: int) -> Any:
+    """The 4 bits of the token after its first `used` bits."""
+    return np.int64((token >> np.uint64(64 - FANOUT_BITS - used)) & np.uint64(15))
+
+
+@inline
+def place_of(token: int, capacity: int) -> Any:
+    """Home place in a segment: the low 32 bits scaled, since capacities are no powers of two."""
+    return np.int64(((token & _LOW32) * np.uint64(capacity)) >> np.uint64(32))
+
+
+@inline
+def leaf_word(index: Index, slot: int, token: int, bits: int) -> int:
+    """The word of the leaf that covers `token` (0 where there is none)."""
+    word = index.directory[slot]
+    used = bits
+    while word < 0:
+        word = index.nodes[-word - 1, child_of(token, used)]
+        used += FANOUT_BITS
+    return word
+
+
+@inline
+def probe(entries: NDArray[np.int64], base: int, capacity: int, place: int, id_: int, code: int) -> int:
+    """The entry of (code, id) in a segment, or -1; entries are (id, (code + 1) << 32 | row)."""
+    tag = code + 1
+    for _ in range(capacity):
+        meta = entries[base + place, 1]
+        if meta == 0:
+            return -1
+        if entries[base + place, 0] == id_ and meta >> 32 == tag:
+            return base + place
+        place += 1
+        if place == capacity:
+            place = 0
+    return -1
+
+
+@kernel
+def find(
+    plan: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    roles: NDArray[np.uint8],
+    role_min: int,
+    index: Index,
+    slots: NDArray[np.int32],
+    rows: NDArray[np.int32],
+) -> int:
+    """Rows of ids: rows int32[n] (-1 absent), slots int32[n].
+
+    Returns -1, or the position of the first id whose slot has a role below `role_min` here.
+    Three passes over a batch: token and directory word, home entry, probe; each asks for the next one's lines.
+    """
+    tokens = np.empty(BATCH, np.uint64)
+    bases = np.empty(BATCH, np.int64)
+    places = np.empty(BATCH, np.int64)
+    sizes = np.empty(BATCH, np.int64)
+    entries = index.entries
+    for f in range(plan.shape[0]):
+        code, seed, bits, first = plan[f, P_CODE], plan[f, P_SEED], plan[f, P_BITS], plan[f, P_FIRST]
+        end = plan[f, P_IDS_END]
+        for low in range(plan[f, P_IDS], end, BATCH):
+            high = min(low + BATCH, end)
+            for i in range(low, high):
+                token = token_of(ids[i], seed)
+                slot = slot_of(token, bits, first)
+                tokens[i - low] = token
+                slots[i] = np.int32(slot)
+                prefetch(index.directory, slot)
+            for i in range(low, high):
+                slot = np.int64(slots[i])
+                if roles[slot] < role_min:
+                    return i
+                word = leaf_word(index, slot, tokens[i - low], bits)
+                size = CAPACITY[word & 63]
+                place = place_of(tokens[i - low], size)
+                base = (word >> 22) * GRANULE
+                sizes[i - low], bases[i - low], places[i - low] = size, base, place
+                prefetch(entries, 2 * (base + place))
+            for i in range(low, high):
+                k = i - low
+                at = probe(entries, bases[k], sizes[k], places[k], ids[i], code)
+                rows[i] = np.int32(-1) if at < 0 else np.int32(entries[at, 1] & 0x7FFFFFFF)
+    return -1
+
+
+@kernel
+def find_pairs(
+    slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], index: Index, rows: NDArray[np.int32]
+) -> None:
+    """Rows of (code, id) pairs whose slots are known: rows int32[n], -1 absent."""
+    for i in range(len(ids)):
+        code = np.int64(codes[i])
+        token = token_of(ids[i], index.codes[code, SEED])
+        word = leaf_word(index, np.int64(slots[i]), token, index.codes[code, BITS])
+        size = CAPACITY[word & 63]
+        at = probe(index.entries, (word >> 22) * GRANULE, size, place_of(token, size), ids[i], code)
+        rows[i] = np.int32(-1) if at < 0 else np.int32(index.entries[at, 1] & 0x7FFFFFFF)
+
+
+@kernel
+def slots_of(
+    codes: NDArray[np.int32], ids: NDArray[np.int64], columns: NDArray[np.int64], slots: NDArray[np.int32]
+) -> None:
+    """The slot of each (code, id) pair: slots int32[n]; columns are the index's codes."""
+    for i in range(len(ids)):
+        code = codes[i]
+        token = token_of(ids[i], columns[code, SEED])
+        slots[i] = np.int32(slot_of(token, columns[code, BITS], columns[code, FIRST]))
+
+
+@inline
+def _move(entries: NDArray[np.int64], source: int, target: int) -> None:
+    # element by element: slices of two dimensions cost numba seconds to compile
+    entries[target, 0] = entries[source, 0]
+    entries[target, 1] = entries[source, 1]
+
+
+@inline
+def _segment_new(index: Index, class_: int) -> int:
+    """An empty segment of a class; returns its first entry. The caller has made sure that memory suffices."""
+    capacity = CAPACITY[class_]
+    per_chunk = CHUNK_ENTRIES // capacity
+    number = index.class_count[class_]
+    if number % per_chunk == 0:
+        if index.heap[CHUNKS_FREE] > 0:
+            index.heap[CHUNKS_FREE] -= 1
+            chunk = np.int64(index.free_chunks[index.heap[CHUNKS_FREE]])
+        else:
+            chunk = index.heap[CHUNKS]
+            index.heap[CHUNKS] += 1
+        index.class_chunks[class_, number // per_chunk] = np.int32(chunk)
+    index.class_count[class_] = number + 1
+    base = np.int64(index.class_chunks[class_, number // per_chunk]) * CHUNK_ENTRIES + (number % per_chunk) * capacity
+    for at in range(base, base + capacity):
+        index.entries[at, 0] = 0
+        index.entries[at, 1] = 0
+    return base
+
+
+@inline
+def _locate(index: Index, slot: int, token: int, bits: int) -> int:
+    """Where the leaf word of a token stands: a slot, or ~(node * 16 + child)."""
+    where = slot
+    word = index.directory[slot]
+    used = bits
+    while word < 0:
+        where = ~((-word - 1) * 16 + child_of(token, used))
+        word = index.nodes[(~where) >> 4, (~where) & 15]
+        used += FANOUT_BITS
+    return where
+
+
+@inline
+def _get_word(index: Index, where: int) -> int:
+    return index.directory[where] if where >= 0 else index.nodes[(~where) >> 4, (~where) & 15]
+
+
+@inline
+def _set_word(index: Index, where: int, word: int) -> None:
+    if where >= 0:
+        index.directory[where] = word
+    else:
+        index.nodes[(~where) >> 4, (~where) & 15] = word
+
+
+@inline
+def _word_of_entry(index: Index, at: int) -> int:
+    """Where the leaf word stands whose segment holds entry `at`."""
+    code = (index.entries[at, 1] >> 32) - 1
+    token = token_of(index.entries[at, 0], index.codes[code, SEED])
+    bits = index.codes[code, BITS]
+    return _locate(index, slot_of(token, bits, index.codes[code, FIRST]), token, bits)
+
+
+@inline
+def segment_free(index: Index, base: int, class_: int) -> None:
+    """Free a segment that no word names any more: the class's last segment moves into the hole."""
+    capacity = CAPACITY[class_]
+    per_chunk = CHUNK_ENTRIES // capacity
+    number = index.class_count[class_] - 1
+    last_chunk = np.int64(index.class_chunks[class_, number // per_chunk])
+    last = last_chunk * CHUNK_ENTRIES + (number % per_chunk) * capacity
+    if last != base:
+        for k in range(capacity):
+            _move(index.entries, last + k, base + k)
+        at = base
+        while index.entries[at, 1] == 0:  # no live segment is empty
+            at += 1
+        where = _word_of_entry(index, at)
+        word = _get_word(index, where)
+        _set_word(index, where, (base // GRANULE) << 22 | (word & 0x3FFFFF))
+    index.class_count[class_] = number
+    if number % per_chunk == 0:
+        index.free_chunks[index.heap[CHUNKS_FREE]] = np.int32(last_chunk)
+        index.heap[CHUNKS_FREE] += 1
+
+
+@inline
+def _put(index: Index, base: int, capacity: int, token: int, id_: int, meta: int) -> None:
+    place = place_of(token, capacity)
+    while index.entries[base + place, 1] != 0:
+        place += 1
+        if place == capacity:
+            place = 0
+    index.entries[base + place, 0] = id_
+    index.entries[base + place, 1] = meta
+
+
+@inline
+def _resize(index: Index, where: int, class_: int) -> None:
+    """Move a leaf (count >= 1) into a segment of another class."""
+    word = _get_word(index, where)
+    old, old_class = (word >> 22) * GRANULE, word & 63
+    base = _segment_new(index, class_)
+    capacity = CAPACITY[class_]
+    for at in range(old, old + CAPACITY[old_class]):
+        meta = index.entries[at, 1]
+        if meta != 0:
+            id_ = index.entries[at, 0]
+            _put(index, base, capacity, token_of(id_, index.codes[(meta >> 32) - 1, SEED]), id_, meta)
+    _set_word(index, where, (base // GRANULE) << 22 | (word & 0x3FFFC0) | class_)
+    segment_free(index, old, old_class)
+
+
+@inline
+def _node_new(index: Index) -> int:
+    if index.heap[NODE_FREE] > 0:
+        node = index.heap[NODE_FREE] - 1
+        index.heap[NODE_FREE] = index.nodes[node, 0]
+    else:
+        node = index.heap[NODES]
+        index.heap[NODES] += 1
+    for child in range(16):
+        index.nodes[node, child] = 0
+    return node
+
+
+@inline
+def node_free(index: Index, node: int) -> None:
+    """Return a node whose children are gone."""
+    index.nodes[node, 0] = index.heap[NODE_FREE]
+    index.heap[NODE_FREE] = node + 1
+
+
+@inline
+def _append(index: Index, where: int, token: int, id_: int, meta: int) -> None:
+    """Add an entry to the leaf at `where`, growing its segment by one class where it is full."""
+    word = _get_word(index, where)
+    class_, count = word & 63, (word >> 6) & 0xFFFF
+    if word == 0:
+        base = _segment_new(index, 1)
+        _set_word(index, where, (base // GRANULE) << 22 | 1)
+    elif count == LIMIT[class_]:
+        _resize(index, where, class_ + 1)
+    word = _get_word(index, where)
+    _put(index, (word >> 22) * GRANULE, CAPACITY[word & 63], token, id_, meta)
+    _set_word(index, where, word + 64)
+
+
+@inline
+def _split(index: Index, where: int, used: int) -> None:
+    """Replace a full leaf by a node of 16 leaves: one part of a big slot grows at a time."""
+    word = _get_word(index, where)
+    base, class_ = (word >> 22) * GRANULE, word & 63
+    node = _node_new(index)
+    _set_word(index, where, -node - 1)
+    for at in range(base, base + CAPACITY[class_]):
+        meta = index.entries[at, 1]
+        if meta != 0:
+            id_ = index.entries[at, 0]
+            token = token_of(id_, index.codes[(meta >> 32) - 1, SEED])
+            _append(index, ~(node * 16 + child_of(token, used)), token, id_, meta)
+    segment_free(index, base, class_)
+
+
+@inline
+def insert(index: Index, slot: int, code: int, id_: int, row: int) -> None:
+    """Add (code, id) -> row, which must not be there yet."""
+    bits = index.codes[code, BITS]
+    token = token_of(id_, index.codes[code, SEED])
+    where, used = slot, bits
+    while True:
+        word = _get_word(index, where)
+        if word < 0:
+            where = ~((-word - 1) * 16 + child_of(token, used))
+            used += FANOUT_BITS
+        elif word & 63 == LAST_CLASS and (word >> 6) & 0xFFFF == LIMIT[LAST_CLASS]:
+            _split(index, where, used)
+        else:
+            break
+    _append(index, where, token, id_, (code + 1) << 32 | row)
+    index.codes[code, ROWS] += 1
+
+
+@inline
+def erase(index: Index, slot: int, code: int, id_: int) -> int:
+    """Remove (code, id) and return its row, or -1. Later entries move back: there are no tombstones to probe over."""
+    bits = index.codes[code, BITS]
+    token = token_of(id_, index.codes[code, SEED])
+    where = _locate(index, slot, token, bits)
+    word = _get_word(index, where)
+    base, class_ = (word >> 22) * GRANULE, word & 63
+    capacity = CAPACITY[class_]
+    at = probe(index.entries, base, capacity, place_of(token, capacity), id_, code)
+    if at < 0:
+        return -1
+    row = index.entries[at, 1] & 0x7FFFFFFF
+    hole = at - base
+    here = hole
+    while True:
+        here = here + 1 if here + 1 < capacity else 0
+        meta = index.entries[base + here, 1]
+        if meta == 0 or here == at - base:
+            break
+        home = place_of(token_of(index.entries[base + here, 0], index.codes[(meta >> 32) - 1, SEED]), capacity)
+        if (here - home) % capacity >= (here - hole) % capacity:
+            _move(index.entries, base + here, base + hole)
+            hole = here
+    index.entries[base + hole, 0] = 0
+    index.entries[base + hole, 1] = 0
+    index.codes[code, ROWS] -= 1
+    word -= 64
+    _set_word(index, where, word)
+    count = (word >> 6) & 0xFFFF
+    if count == 0:
+        _set_word(index, where, 0)
+        segment_free(index, base, class_)
+    elif class_ > 3 and count < LIMIT[class_ - 3]:
+        _resize(index, where, class_ - 2)
+    return row
+
+
+@inline
+def row_new(heap: NDArray[np.int64], free_rows: NDArray[np.int32]) -> Any:
+    """A free row; a compaction on its way learns of one above its target."""
+    heap[LIVE] += 1
+    if heap[FREE] > 0:
+        heap[FREE] -= 1
+        row = np.int64(free_rows[heap[FREE]])
+    else:
+        row = heap[HIGH]
+        heap[HIGH] += 1
+    if row >= heap[TARGET]:
+        heap[PEAK] = max(heap[PEAK], row)
+    return row
+
+
+@inline
+def row_free(heap: NDArray[np.int64], free_rows: NDArray[np.int32], row: int) -> None:
+    """Give a row back."""
+    heap[LIVE] -= 1
+    free_rows[heap[FREE]] = np.int32(row)
+    heap[FREE] += 1
+
+
+def empty_index(slots: int, rows: int, chunks: int, nodes: int, codes: int) -> Index:
+    """A directory over ordinary memory: what warm-up and tests use (an arena reserves its own)."""
+    return Index(
+        np.zeros(slots, np.int64),
+        np.zeros((nodes, 16), np.int64),
+        np.zeros((chunks * CHUNK_ENTRIES, 2), np.int64),
+        np.zeros((codes, CODE_COLUMNS), np.int64),
+        np.array([0, 0, 0, 2**62, -1, 0, 0, 0, 0], np.int64),
+        np.zeros(rows, np.int32),
+        np.zeros(chunks, np.int32),
+        np.zeros(CLASSES, np.int64),
+        np.zeros((CLASSES, chunks), np.int32),
+    )
+
+
+def warm_index() -> Index:
+    """One table of code 0, one slot, room for a few rows."""
+    index = empty_index(1, 64, 4, 4, 1)
+    index.codes[0] = (7, 0, 0, 0)
+    return index
+
+
+def warm_plan(ids: int) -> NDArray[np.int64]:
+    """One feature of table 0 whose ids are bags of their own."""
+    return np.array([[0, 7, 0, 0, 0, ids, 0, ids, 0, 0, 2]], np.int64)
+
+
+def warmup() -> None:
+    """Compile this module's kernels."""
+    ids = np.arange(3)
+    index, slots, codes, rows = warm_index(), np.zeros(3, np.int32), np.zeros(3, np.int32), np.empty(3, np.int32)
+    find(warm_plan(3), ids, np.ones(1, np.uint8), 1, index, slots, rows)
+    find_pairs(slots, codes, ids, index, rows)
+    slots_of(codes, ids, index.codes, slots)

@@ -1,0 +1,352 @@
+"""A server's store: the rows of its slots, read by pulls and changed by numbered pushes.
+
+Everything here runs on one thread (the server's data thread), so that each request is atomic on its server and needs
+no lock. Nothing here knows of sockets, Ray or other servers.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import View
+from ps import transfer
+from ps.arena import Arena
+from ps.errors import RequestError
+from ps.holdings import Holdings
+from ps.kernels import as_input, index, pool, update
+from ps.kernels import window as win
+from ps.memory import physical_memory
+from ps.registry import Planned, Registry
+from ps.rowblock import RowBlock, Watermark
+from ps.share import PullReply, PullShare, PushReply, PushShare
+from ps.slots import OWNER, PRIMARY, SlotTable, Tombstones
+from ps.window import ClientTable
+
+_MEMORY_SHARE = 0.7
+_NAMED_MAX = 5
+_KINDS = ("push", "assign", "delete")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Limits of one server.
+
+    memory_max: bytes of rows and their directory; beyond it new rows are refused. 0: 70 % of the memory of this host.
+    clients_max: clients that are remembered; a push of one more is refused as Overloaded.
+    slots_max: slot numbers, of all groups ever made (address space only). deletions_max: deletions remembered for
+    incremental exports; older ones make an export send whole slots.
+    """
+
+    memory_max: int = 0
+    clients_max: int = 256
+    slots_max: int = 2**24
+    deletions_max: int = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """Counts since the start, and what is held now. bytes_used counts rows and directory against memory_max."""
+
+    epoch: int
+    slots_owned: int
+    slots_primary: int
+    rows: int
+    rows_by_table: dict[str, int]
+    bytes_used: int
+    memory_max: int
+    clients: int
+    pulls: int
+    ids_pulled: int
+    ids_absent: int
+    pushes: int
+    pushes_seen: int
+    rows_new: int
+
+
+class Store:
+    """Rows in memory, by view. `incarnation` is this process's random number, by which a view names it."""
+
+    def __init__(
+        self, incarnation: int, limits: StoreLimits | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.incarnation = incarnation
+        self.limits = limits or StoreLimits()
+        slots_max, memory_max = self.limits.slots_max, self.limits.memory_max or int(physical_memory() * _MEMORY_SHARE)
+        self.held = Holdings(
+            slots=SlotTable(slots_max),
+            registry=Registry(slots_max, memory_max),
+            clients=ClientTable(slots_max, self.limits.clients_max),
+            tombstones=Tombstones(self.limits.deletions_max),
+            memory_max=memory_max,
+            clock=clock,
+        )
+        self._marks = np.zeros(slots_max, np.int32)
+        self._verdicts = np.zeros(slots_max, np.uint8)
+        self._stamp = 0
+        self._counts = dict.fromkeys(("pulls", "ids_pulled", "ids_absent", "pushes", "pushes_seen", "rows_new"), 0)
+
+    @property
+    def view(self) -> View | None:
+        """The newest view installed, None before the first."""
+        return self.held.view
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the installed view, 0 before the first."""
+        return self.held.epoch
+
+    # -- view
+
+    def install(self, view: View) -> None:
+        """Judge by a newer view from now on (an older one is ignored).
+
+        Tables are made, altered and dropped; a slot of which this server is newly primary opens its term; what the
+        view no longer names here is freed. RequestError for a view of another cluster.
+        """
+        held = self.held
+        if held.view is not None:
+            if (view.cluster, view.slot_bits) != (held.view.cluster, held.view.slot_bits):
+                raise RequestError(f"the view is of cluster {view.cluster}; this server is of cluster {held.cluster}")
+            if view.epoch <= held.view.epoch:
+                return
+        gone = held.slots.install(view, self.incarnation)
+        if len(gone):
+            held.free(gone)
+        held.registry.install(view)
+        held.view = view
+
+    # -- pull
+
+    def pull(self, share: PullShare) -> PullReply:
+        """Rows or pooled bags. It never writes: an absent id is answered as the share says, and counted.
+
+        RequestError for a malformed share or an unknown table; WrongView where a slot is not owned here.
+        """
+        work = self.held.registry.plan(share)
+        _, rows = self._find(work, OWNER)
+        out = np.empty(work.floats, np.float32)
+        absent = 0
+        for number in np.unique(work.arenas):
+            arena, plan = self.held.registry.arenas[number], work.of(number)
+            rest = (work.ids, rows, arena.values, arena.initial, arena.defaults, out)
+            if share.offsets is None:
+                absent += pool.gather_rows(plan, *rest)
+            else:
+                absent += pool.pool_bags(plan, work.offsets, work.weights, *rest)
+        self._counts["pulls"] += 1
+        self._counts["ids_pulled"] += len(work.ids)
+        self._counts["ids_absent"] += absent
+        return PullReply(out, absent)
+
+    def _find(self, work: Planned, role: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Slots and rows of a share's ids, int32[n] each; WrongView unless every slot has the role here."""
+        slots, rows = np.empty(len(work.ids), np.int32), np.empty(len(work.ids), np.int32)
+        for number in np.unique(work.arenas):
+            arena = self.held.registry.arenas[number]
+            bad = index.find(work.of(number), work.ids, self.held.slots.roles, role, arena.index, slots, rows)
+            if bad >= 0:
+                raise self.held.wrong_view(int(slots[bad]), role)
+        return slots, rows
+
+    # -- push
+
+    def push(self, share: PushShare) -> PushReply:
+        """Apply a push, assign or delete once: checked whole, then decided slot by slot, numbered, applied.
+
+        Slots that have seen the sequence are skipped. Refused whole: RequestError (malformed, unknown table, NaN or
+        infinity, a sequence more than 64 behind), MemoryFull, Overloaded (too many clients), WrongView.
+        """
+        work = self.held.registry.plan(share)
+        values = _check_push(share, work)
+        slots, rows = self._find(work, PRIMARY)
+        if not len(work.ids):
+            return PushReply(0, 0, 0)
+        touched = self._touched(slots)
+        window = self.held.clients.of(share.client)
+        new, old = win.decide(touched, share.sequence, window.last, window.mask, self._verdicts)
+        if old:
+            raise RequestError(
+                f"sequence {share.sequence} of client {share.client} is {win.WINDOW} or more behind the newest in {old} slots"
+            )
+        if not new:
+            self._counts["pushes_seen"] += 1
+            return PushReply(0, len(touched), 0)
+        changes = [self._change(int(a), work, slots, rows) for a in np.unique(work.arenas)]
+        if share.kind != "delete":
+            self._check_memory(changes)
+        win.number(touched, share.sequence, self._verdicts, window.last, window.mask, self.held.slots.positions)
+        made = sum(self._apply(change, share, work, values) for change in changes)
+        self._counts["pushes"] += 1
+        self._counts["pushes_seen"] += new < len(touched)
+        self._counts["rows_new"] += made
+        return PushReply(new, len(touched) - new, made)
+
+    assign = push
+    delete = push
+
+    def _touched(self, slots: NDArray[np.int32]) -> NDArray[np.int64]:
+        self._stamp += 1
+        if self._stamp == 2**31 - 1:
+            self._marks[:] = 0
+            self._stamp = 1
+        out = np.empty(len(slots), np.int64)
+        return out[: win.touch(slots, self._stamp, self._marks, out)]
+
+    def _change(self, number: int, work: Planned, slots: NDArray[np.int32], rows: NDArray[np.int32]) -> "_Change":
+        """What a push changes in one arena: its distinct ids, in slots that have not seen it."""
+        plan = work.of(number)
+        n = int((plan[:, index.P_IDS_END] - plan[:, index.P_IDS]).sum())
+        scratch = np.zeros(1 << max(1, (2 * n - 1).bit_length()), np.int32)
+        inverse = np.empty(len(work.ids), np.int32)
+        first, codes = np.empty(n, np.int32), np.empty(n, np.int32)
+        u = update.dedupe(plan, work.ids, slots, self._verdicts, scratch, inverse, first, codes)
+        first = first[:u]
+        return _Change(
+            self.held.registry.arenas[number], plan, inverse, codes[:u], work.ids[first], slots[first], rows[first]
+        )
+
+    def _check_memory(self, changes: "list[_Change]") -> None:
+        new = [int(np.count_nonzero(c.rows < 0)) for c in changes]
+        self.held.check_memory(sum(new), sum(c.arena.bytes_needed(n) for c, n in zip(changes, new, strict=True)))
+
+    def _apply(self, change: "_Change", share: PushShare, work: Planned, values: NDArray[np.float32]) -> int:
+        """Write one arena's part of a push; returns how many rows were made."""
+        arena, now = change.arena, int(self.held.clock())
+        positions = self.held.slots.positions
+        if share.kind == "delete":
+            gone = arena.erase(change.slots, change.codes, change.ids)
+            where = change.slots[gone].astype(np.int64)
+            tables = arena.numbers[change.codes[gone]]
+            self.held.tombstones.add(where, tables, change.ids[gone], positions[where], self.held.slots.horizon)
+            return 0
+        made = int(np.count_nonzero(change.rows < 0))
+        arena.create(change.slots, change.codes, change.ids, change.rows)
+        if share.kind == "assign":
+            update.overwrite(change.plan, change.inverse, change.rows, values, arena.values)
+            arena.begin_state(change.rows, change.codes)
+        else:
+            sums = np.zeros((len(change.ids), arena.key.dim), np.float32)
+            update.sum_gradients(change.plan, work.offsets, work.weights, change.inverse, values, sums)
+            arena.rule.step(change.rows, change.codes, sums, arena.settings, share.lr_scale, arena.values, arena.state)
+        arena.stamp(change.rows, change.slots, positions, now, int(share.kind == "push"))
+        return made
+
+    # -- slots
+
+    def export(
+        self, slots: NDArray[np.int64], since: Watermark | None = None, rows_max: int = 65_536
+    ) -> Iterator[RowBlock]:
+        """Blocks with all that slots hold, or (since) all that changed after a watermark; see `ps.transfer.export`."""
+        return transfer.export(self.held, np.asarray(slots, np.int64), since, rows_max)
+
+    def absorb(self, block: RowBlock) -> NDArray[np.bool_]:
+        """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.transfer.absorb`."""
+        return transfer.absorb(self.held, block)
+
+    def drop(self, slots: NDArray[np.int64]) -> None:
+        """Free copies of slots that the view does not name here; RequestError for one that it does."""
+        slots = np.asarray(slots, np.int64)
+        named = slots[self.held.slots.named[slots] > 0]
+        if len(named):
+            raise RequestError(f"slot {named[0]} is owned here in epoch {self.epoch}; only a view takes it away")
+        self.held.free(slots)
+
+    def digest(self, slots: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """A hash of each slot's rows (tables, ids, values, state), uint64[k]: equal contents, equal digest."""
+        slots = np.asarray(slots, np.int64)
+        out = np.zeros(len(slots), np.uint64)
+        starts, bits = self.held.slots.bounds(slots)
+        for arena in self.held.registry.arenas:
+            arena.digest(arena.collect(slots, starts, bits), out)
+        return out
+
+    def watermark(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each slot stands, int64[k]; 0 where nothing ever was."""
+        return self.held.slots.positions[np.asarray(slots, np.int64)]
+
+    def range(
+        self, table: int, start: int = 0, stop: int | None = None, rows_max: int = 65_536
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Every row of a table whose token is in [start, stop) (None: the ring's end), in token order.
+
+        Yields (ids int64[k], rows float32[k, dim]), k mostly up to rows_max. Pushes may come in between: a row that is
+        there throughout comes exactly once. WrongView where a slot of the interval is not owned here.
+        """
+        return transfer.token_range(self.held, table, start, stop, rows_max)
+
+    def compact(self, work_max: int = 32_768) -> bool:
+        """One bounded step of giving freed memory back; True while there is more to do. Call when idle."""
+        end = self.view.slots_total if self.view else 0
+        more = [arena.compact(end, work_max) for arena in self.held.registry.arenas]
+        return any(more)
+
+    def statistics(self) -> StoreStatistics:
+        """A frozen record of counts and sizes."""
+        entries, arenas = self.held.registry.entries.values(), self.held.registry.arenas
+        return StoreStatistics(
+            epoch=self.epoch,
+            slots_owned=int(np.count_nonzero(self.held.slots.named[: self._slots_end()])),
+            slots_primary=int(np.count_nonzero(self.held.slots.named[: self._slots_end()] == PRIMARY)),
+            rows=sum(a.rows_live for a in arenas),
+            rows_by_table={e.spec.name: arenas[e.arena].rows_of(e.code) for e in entries},
+            bytes_used=self.held.bytes_used(),
+            memory_max=self.held.memory_max,
+            clients=len(self.held.clients),
+            **self._counts,
+        )
+
+    def _slots_end(self) -> int:
+        return self.view.slots_total if self.view else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a push changes in one arena: plan and inverse as `dedupe` left them; codes, ids, slots, rows of u ids."""
+
+    arena: Arena
+    plan: NDArray[np.int64]
+    inverse: NDArray[np.int32]
+    codes: NDArray[np.int32]
+    ids: NDArray[np.int64]
+    slots: NDArray[np.int32]
+    rows: NDArray[np.int32]
+
+
+def _check_push(share: PushShare, work: Planned) -> NDArray[np.float32]:
+    """The share's rows, checked: shape by the tables, every float finite, identity in range."""
+    if share.kind not in _KINDS:
+        raise RequestError(f"kind is {share.kind!r}; it must be one of {', '.join(_KINDS)}")
+    if not 0 <= share.client < 2**64 or not 1 <= share.sequence < 2**62:
+        raise RequestError(
+            f"client {share.client} or sequence {share.sequence} is out of range; a sequence begins with 1"
+        )
+    if share.kind != "push" and share.offsets is not None:
+        raise RequestError(f"{share.kind} takes ids one by one, without offsets")
+    if not (0 <= share.lr_scale < 1e30):
+        raise RequestError(f"lr_scale is {share.lr_scale}; it must be a number from 0 to 1e30")
+    rows = as_input(share.rows, np.float32).reshape(-1)
+    needed = 0 if share.kind == "delete" else work.floats
+    if len(rows) != needed:
+        raise RequestError(f"rows has {len(rows)} floats; the tables of this {share.kind} need {needed}")
+    if not update.all_finite(rows.view(np.uint32)):
+        _refuse_not_finite(share, work, rows)
+    return rows
+
+
+def _refuse_not_finite(share: PushShare, work: Planned, rows: NDArray[np.float32]) -> None:
+    """Name the rows that hold a NaN or an infinity (only met once a push is known to be bad)."""
+    at = np.flatnonzero(~np.isfinite(rows))
+    feature = int(np.searchsorted(work.plan[:, index.P_OUT], at[0], side="right")) - 1
+    start, end = work.plan[feature, index.P_BAGS], work.plan[feature, index.P_BAGS_END]
+    ends = np.append(work.plan[1:, index.P_OUT], len(rows))
+    dim = (ends[feature] - work.plan[feature, index.P_OUT]) // max(end - start, 1)
+    inside = at[at < ends[feature]] - work.plan[feature, index.P_OUT]
+    named = np.unique(inside // max(dim, 1))
+    more = f" and {len(named) - _NAMED_MAX} more" if len(named) > _NAMED_MAX else ""
+    raise RequestError(
+        f"rows {', '.join(map(str, named[:_NAMED_MAX]))}{more} of feature {feature} (table number "
+        f"{share.tables[feature]}) hold a NaN or an infinity ({rows[at[0]]}); the whole {share.kind} is refused"
+    )

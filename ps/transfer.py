@@ -1,0 +1,355 @@
+"""Rows on their way out of a store and into one: token ranges, exports, absorption."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.arena import Arena, Entries
+from ps.errors import RequestError
+from ps.holdings import Holdings
+from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
+from ps.slots import NONE, NOTHING_GONE, OWNER, PRIMARY, Gone
+from ps.window import ClientEntries
+
+_RING = 2**64
+
+
+# -- ranges
+
+
+def token_range(
+    held: Holdings, table: int, start: int, stop: int | None, rows_max: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """See `Store.range`."""
+    entry = held.registry.entry(table)
+    end = _RING if stop is None else stop
+    if not 0 <= start <= end <= _RING:
+        raise RequestError(f"the range [{start}, {stop}) is not an interval of tokens (0 to 2**64)")
+    if start == end:
+        return
+    arena = held.registry.arenas[entry.arena]
+    shift = 64 - entry.bits
+    numbers = np.arange(entry.first + (start >> shift), entry.first + ((end - 1) >> shift) + 1)
+    held.require(numbers, OWNER)
+    for batch, part, parts in _pieces([arena], numbers, rows_max):
+        if table not in held.registry.entries:
+            raise RequestError(f"table number {table} was dropped while a range of it was read")
+        held.require(batch, OWNER)
+        low, last = _interval(held, batch, part, parts)
+        low, last = max(low, start), min(last, end - 1)
+        if low > last:
+            continue
+        found = arena.collect(batch, *held.slots.bounds(batch), entry.code, low, last)
+        order = np.argsort(found.tokens)
+        if len(order):
+            yield found.ids[order], arena.values[found.rows[order]]
+
+
+def _pieces(
+    arenas: list[Arena], slots: NDArray[np.int64], rows_max: int
+) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+    """Runs of slots with up to rows_max rows, as (slots, 0, 1); a bigger slot comes alone, as (slot, part, parts)."""
+    if rows_max < 1:
+        raise RequestError(f"rows_max is {rows_max}; it must be at least 1")
+    counts = sum((arena.counts(slots) for arena in arenas), np.zeros(len(slots), np.int64))
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    at = 0
+    while at < len(slots):
+        end = max(int(np.searchsorted(sums, sums[at] + rows_max, side="right")) - 1, at + 1)
+        parts = max(1, -(-int(sums[end] - sums[at]) // rows_max))
+        for part in range(parts):
+            yield slots[at:end], part, parts
+        at = end
+
+
+def _interval(held: Holdings, slots: NDArray[np.int64], part: int, parts: int) -> tuple[int, int]:
+    """First and last token of a part; of everything where there is only one."""
+    if parts == 1:
+        return 0, _RING - 1
+    starts, bits = held.slots.bounds(slots)
+    base, span = int(starts[0]), _RING >> int(bits[0])
+    return base + span * part // parts, base + span * (part + 1) // parts - 1
+
+
+# -- exports
+
+
+def export(held: Holdings, slots: NDArray[np.int64], since: Watermark | None, rows_max: int) -> Iterator[RowBlock]:
+    """Blocks that bring an empty copy, or one that stands at `since`, to where the slots stand.
+
+    A slot whose `since` is off its lineage, or older than the deletions kept, is sent whole; one of a later term, or
+    of another cluster, is refused. A slot of more than rows_max rows is cut by token intervals, which name the same
+    ids however its segments grow meanwhile; its last part repeats what was changed since the first, so that the slot
+    at `last` is exactly what stood there at that moment.
+    """
+    if since is not None and since.cluster != held.cluster:
+        raise RequestError(f"the watermark is of cluster {since.cluster}; this is cluster {held.cluster}")
+    if len(slots) and (slots.min() < 0 or slots.max() >= held.slots.slots_max or len(np.unique(slots)) != len(slots)):
+        raise RequestError("slots of an export must be distinct slot numbers")
+    held.require(slots, PRIMARY)
+    copy = int(np.random.default_rng().integers(2**62))
+    for batch, part, parts in _pieces(held.registry.arenas, slots, rows_max):
+        held.require(batch, PRIMARY)
+        if part == 0:
+            base = np.zeros(len(batch), np.int64) if since is None else _bases(held, batch, since)
+            began = held.slots.positions[batch]
+        elif held.slots.positions[batch[0]] >> TERM_SHIFT != began[0] >> TERM_SHIFT:
+            raise held.wrong_view(int(batch[0]), PRIMARY)  # the term ended: the copy would mix two histories
+        yield _block(held, batch, base, began, (part, parts), copy)
+
+
+def _bases(held: Holdings, slots: NDArray[np.int64], since: Watermark) -> NDArray[np.int64]:
+    """The position that each slot's changes are told from; 0: the whole slot."""
+    asked, now = since.of(slots), held.slots.positions[slots]
+    ahead = np.flatnonzero(asked >> TERM_SHIFT > now >> TERM_SHIFT)
+    if len(ahead):
+        slot, term = slots[ahead[0]], int(asked[ahead[0]] >> TERM_SHIFT)
+        raise RequestError(f"the watermark of slot {slot} is of term {term}, which is later than this server's")
+    good = held.slots.on_lineage(slots, asked) & (asked >= held.slots.horizon[slots])
+    return np.where(good, asked, 0)
+
+
+def _block(
+    held: Holdings,
+    slots: NDArray[np.int64],
+    base: NDArray[np.int64],
+    began: NDArray[np.int64],
+    part: tuple[int, int],
+    copy: int,
+) -> RowBlock:
+    final = part[0] == part[1] - 1
+    sections = [_section(held, arena, slots, base, began, part) for arena in held.registry.arenas]
+    lineage, offsets = held.slots.lineage(slots)
+    return RowBlock(
+        cluster=held.cluster,
+        copy=copy,
+        slots=slots,
+        base=base,
+        last=held.slots.positions[slots],
+        full=(base == 0).astype(np.uint8),
+        part=np.full(len(slots), part[0], np.int32),
+        final=np.full(len(slots), final, np.uint8),
+        lineage=lineage,
+        lineage_offsets=offsets,
+        clients=held.clients.entries(slots) if final else ClientEntries.none(len(slots)),
+        sections=tuple(s for s in sections if len(s.ids) or len(s.gone_ids)),
+    )
+
+
+def _section(
+    held: Holdings,
+    arena: Arena,
+    slots: NDArray[np.int64],
+    base: NDArray[np.int64],
+    began: NDArray[np.int64],
+    part: tuple[int, int],
+) -> Section:
+    """Rows of one arena that a part brings: of its token interval those after base, and at last all after `began`."""
+    number, parts = part
+    low, last = _interval(held, slots, number, parts)
+    final = number == parts - 1
+    again = final and parts > 1 and bool((held.slots.positions[slots] > began).any())
+    interval = (0, _RING - 1) if again else (low, last)
+    found = arena.collect(slots, *held.slots.bounds(slots), -1, *interval)
+    if again or base.any():
+        owner = np.repeat(np.arange(len(slots)), np.diff(found.offsets))
+        versions = arena.meta[found.rows, 0]
+        keep = versions > base[owner]
+        if again:
+            inside = (found.tokens >= np.uint64(low)) & (found.tokens <= np.uint64(last))
+            keep &= inside | (versions > began[owner])
+        found = _keep(found, owner, keep, len(slots))
+    since = np.where(base > 0, base, began if parts > 1 else held.slots.positions[slots])
+    gone = held.tombstones.of(slots, since) if final else None
+    return _fill(arena, found, gone, len(slots), slots)
+
+
+def _keep(found: Entries, owner: NDArray[np.int64], keep: NDArray[np.bool_], slots: int) -> Entries:
+    offsets = np.zeros(slots + 1, np.int64)
+    np.cumsum(np.bincount(owner[keep], minlength=slots), out=offsets[1:])
+    return Entries(found.ids[keep], found.codes[keep], found.rows[keep], found.tokens[keep], offsets)
+
+
+def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: NDArray[np.int64]) -> Section:
+    where, tables, ids, versions = gone if gone is not None else NOTHING_GONE
+    codes = arena.codes_of(tables)
+    mine = codes >= 0
+    where, tables, ids, versions = where[mine], tables[mine], ids[mine], versions[mine]
+    rows = arena.find(numbers[where].astype(np.int32), codes[mine], ids)
+    away = rows < 0  # an id that was pushed again since is told as a row
+    offsets = np.zeros(slots + 1, np.int64)
+    np.cumsum(np.bincount(where[away], minlength=slots), out=offsets[1:])
+    return Section(
+        dim=arena.key.dim,
+        optimizer=arena.key.optimizer,
+        ids=found.ids,
+        tables=arena.numbers[found.codes],
+        offsets=found.offsets,
+        values=arena.values[found.rows],
+        state=arena.state[found.rows],
+        meta=arena.meta[found.rows],
+        gone_ids=ids[away],
+        gone_tables=tables[away],
+        gone_versions=versions[away],
+        gone_offsets=offsets,
+    )
+
+
+# -- absorption
+
+
+def absorb(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
+    """Take a block: bool[s], which of its slots were taken.
+
+    A slot is taken when it stands exactly at `base`, or when the block is its whole content; of a slot in parts, the
+    parts of one copy in order, and until the last of them the slot is neither read nor written. A primary that takes
+    a whole slot older than its own term (a restore) numbers it as a change of its term.
+
+    RequestError (nothing is taken) for another cluster's changes, an unknown table, or an id outside its slot;
+    MemoryFull where the rows do not fit.
+    """
+    block.check()
+    if block.cluster != held.cluster and not block.full.all():
+        raise RequestError(f"the block changes slots of cluster {block.cluster}; this is cluster {held.cluster}")
+    if len(block.slots) and block.slots.max() >= held.slots.slots_max:
+        raise RequestError(
+            f"slot {block.slots.max()} is beyond the {held.slots.slots_max} slots of a server (slots_max)"
+        )
+    taken = _acceptable(held, block)
+    work = [_Incoming.of(held, block, section, taken) for section in block.sections]
+    if not held.clients.room_for(np.unique(block.clients.clients)):
+        raise RequestError("the block brings more clients than this server remembers (clients_max)")
+    rows_new = [int(np.count_nonzero(w.rows < 0)) for w in work]
+    held.check_memory(sum(rows_new), sum(w.arena.bytes_needed(n) for w, n in zip(work, rows_new, strict=True)))
+    fresh = block.slots[taken & (block.full > 0) & (block.part == 0)]
+    _reset(held, fresh)
+    restores = _restores(held, block, taken)
+    held.slots.positions[block.slots[restores]] += 1
+    for incoming in work:
+        incoming.write(held, fresh, block.slots[restores])
+    _close(held, block, taken, restores)
+    return taken
+
+
+def _acceptable(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
+    filling = held.slots.filling
+    taken = np.zeros(len(block.slots), np.bool_)
+    begins = (block.part == 0) & ((block.full > 0) | (block.base == held.slots.positions[block.slots]))
+    for s in np.flatnonzero(~begins | (block.full == 0)) if filling else np.flatnonzero(block.part > 0):
+        slot = int(block.slots[s])
+        if block.part[s] > 0:
+            taken[s] = filling.get(slot) == (block.copy, int(block.part[s]))
+        else:
+            begins[s] &= slot not in filling
+    return taken | begins
+
+
+def _reset(held: Holdings, slots: NDArray[np.int64]) -> None:
+    """Empty slots that are about to be given whole; a primary's position stays, for it never falls."""
+    for arena in held.registry.arenas:
+        arena.drop(slots)
+    held.clients.clear(slots)
+
+
+def _restores(held: Holdings, block: RowBlock, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    named = held.slots.named[block.slots] == PRIMARY
+    return taken & (block.full > 0) & named & (block.last < held.slots.positions[block.slots])
+
+
+def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_], restores: NDArray[np.bool_]) -> None:
+    """Positions, lineages and client windows of slots that are complete; a note of those that are not."""
+    slots = held.slots
+    final = taken & (block.final > 0)
+    for s in np.flatnonzero(taken & (block.final == 0)):
+        slots.filling[int(block.slots[s])] = (block.copy, int(block.part[s]) + 1)
+        slots.roles[block.slots[s]] = NONE
+    for s in np.flatnonzero(final) if slots.filling else ():
+        slots.filling.pop(int(block.slots[s]), None)
+    done = block.slots[final]
+    slots.roles[done] = slots.named[done]
+    lineage, offsets = _ragged_select(block.lineage, block.lineage_offsets, final)
+    slots.set_lineage(done, lineage, offsets)
+    plain = final & ~restores
+    slots.positions[block.slots[plain]] = block.last[plain]
+    again = final & restores
+    slots.add_lineage(block.slots[again], block.last[again])
+    whole = final & (block.full > 0)
+    slots.horizon[block.slots[whole]] = slots.positions[block.slots[whole]]
+    c = block.clients
+    clients, counts = _ragged_select(c.clients, c.offsets, final)
+    held.clients.put(
+        done,
+        ClientEntries(
+            clients, _ragged_select(c.last, c.offsets, final)[0], _ragged_select(c.mask, c.offsets, final)[0], counts
+        ),
+    )
+
+
+def _ragged_select(
+    values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The values of the kept lists, and their offsets."""
+    counts = np.diff(offsets)
+    out = np.zeros(int(keep.sum()) + 1, np.int64)
+    np.cumsum(counts[keep], out=out[1:])
+    return values[np.repeat(keep, counts)], out
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """One section, of the slots that are taken: rows to write (rows int32[n], -1 = new), and ids to delete."""
+
+    arena: Arena
+    slots: NDArray[np.int32]
+    codes: NDArray[np.int32]
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    picked: NDArray[np.bool_]
+    section: Section
+    gone_slots: NDArray[np.int32]
+    gone: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, held: Holdings, block: RowBlock, section: Section, taken: NDArray[np.bool_]) -> "_Incoming":
+        """Look the rows up; RequestError for an unknown table, or an id that does not belong to its slot."""
+        arena = held.registry.find_arena(section.dim, section.optimizer)
+        if arena is None:
+            raise RequestError(f"no table here has rows of {section.dim} values with optimizer {section.optimizer!r}")
+        counts = np.diff(section.offsets)
+        picked = np.repeat(taken, counts)
+        slots = np.repeat(block.slots, counts)[picked].astype(np.int32)
+        codes, ids = held.registry.codes(section.tables[picked], arena), section.ids[picked]
+        wrong = arena.slots_of(codes, ids) != slots
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            raise RequestError(f"id {ids[at]} does not belong to slot {slots[at]} of the row block")
+        fresh = np.repeat(taken & (block.full > 0) & (block.part == 0), counts)[picked]
+        rows = arena.find(slots, codes, ids)
+        rows[fresh] = -1  # these slots are emptied first
+        counts = np.diff(section.gone_offsets)
+        return cls(
+            arena, slots, codes, ids, rows, picked, section, np.repeat(block.slots, counts).astype(np.int32),
+            np.repeat(taken, counts),
+        )  # fmt: skip
+
+    def write(self, held: Holdings, fresh: NDArray[np.int64], restored: NDArray[np.int64]) -> None:
+        """Delete, then create and overwrite; rows of a restored slot take its new position as their version."""
+        s, gone, arena = self.section, self.gone, self.arena
+        slots, tables, ids = self.gone_slots[gone], s.gone_tables[gone], s.gone_ids[gone]
+        if len(ids):
+            codes = arena.codes_of(tables)
+            known = codes >= 0
+            arena.erase(slots[known], codes[known], ids[known])
+            where = slots.astype(np.int64)
+            held.tombstones.add(where, tables, ids, s.gone_versions[gone], held.slots.horizon)
+            self.rows = arena.find(self.slots, self.codes, self.ids)
+        arena.create(self.slots, self.codes, self.ids, self.rows)
+        arena.values[self.rows] = s.values[self.picked]
+        arena.state[self.rows] = s.state[self.picked]
+        arena.meta[self.rows] = s.meta[self.picked]
+        if len(restored):
+            again = np.isin(self.slots, restored)
+            arena.meta[self.rows[again], 0] = held.slots.positions[self.slots[again]]

@@ -1,0 +1,109 @@
+"""The client table of every slot: which pushes of which client a slot has seen.
+
+Kept transposed, client by client: a trainer touches nearly every slot, so a client's windows are two arrays over slot
+numbers (pages are taken as they are touched), and a push finds the window of a slot by its number, without hashing. A
+slot's own table is a column across the clients, read only when the slot travels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.errors import Overloaded
+from ps.memory import reserve
+
+
+@dataclass(frozen=True, slots=True)
+class ClientWindow:
+    """One client: last int64[slots] (sequence; 0 = none), mask uint64[slots] (bit k: last - k was seen)."""
+
+    last: NDArray[np.int64]
+    mask: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEntries:
+    """Windows of some slots: slot s holds entries offsets[s] to offsets[s + 1].
+
+    clients uint64[c], last int64[c], mask uint64[c], offsets int64[s + 1].
+    """
+
+    clients: NDArray[np.uint64]
+    last: NDArray[np.int64]
+    mask: NDArray[np.uint64]
+    offsets: NDArray[np.int64]
+
+    @staticmethod
+    def none(slots: int) -> "ClientEntries":
+        """No entry for any of so many slots."""
+        return ClientEntries(
+            np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint64), np.zeros(slots + 1, np.int64)
+        )
+
+
+class ClientTable:
+    """The windows of every client that pushed here."""
+
+    def __init__(self, slots_max: int, clients_max: int) -> None:
+        self._slots_max, self._clients_max = slots_max, clients_max
+        self._windows: dict[int, ClientWindow] = {}
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def of(self, client: int) -> ClientWindow:
+        """The windows of a client; Overloaded where `clients_max` others are remembered (idle ones are forgotten)."""
+        window = self._windows.get(client)
+        if window is None:
+            if len(self._windows) >= self._clients_max:
+                raise Overloaded(
+                    f"client {client} is one too many: a server remembers {self._clients_max} (clients_max)"
+                )
+            window = ClientWindow(
+                reserve((self._slots_max,), np.int64, huge=False), reserve((self._slots_max,), np.uint64, huge=False)
+            )
+            self._windows[client] = window
+        return window
+
+    def entries(self, slots: NDArray[np.int64]) -> ClientEntries:
+        """The windows of some slots."""
+        where, clients, lasts, masks = [], [], [], []
+        for client, window in self._windows.items():
+            last = window.last[slots]
+            held = np.flatnonzero(last)
+            where.append(held)
+            clients.append(np.full(len(held), client, np.uint64))
+            lasts.append(last[held])
+            masks.append(window.mask[slots[held]])
+        if not where:
+            return ClientEntries.none(len(slots))
+        at = np.concatenate(where)
+        order = np.argsort(at, kind="stable")
+        offsets = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(np.bincount(at, minlength=len(slots)), out=offsets[1:])
+        return ClientEntries(
+            np.concatenate(clients)[order], np.concatenate(lasts)[order], np.concatenate(masks)[order], offsets
+        )
+
+    def room_for(self, clients: NDArray[np.uint64]) -> bool:
+        """Whether the windows of these clients can be taken."""
+        return len(self._windows.keys() | {int(c) for c in clients}) <= self._clients_max
+
+    def put(self, slots: NDArray[np.int64], entries: ClientEntries) -> None:
+        """Take the windows of slots as they stand at another owner (Overloaded where there are too many clients)."""
+        at = np.repeat(slots, np.diff(entries.offsets))
+        for client in np.unique(entries.clients):
+            held = entries.clients == client
+            window = self.of(int(client))
+            window.last[at[held]], window.mask[at[held]] = entries.last[held], entries.mask[held]
+
+    def clear(self, slots: NDArray[np.int64]) -> None:
+        """Forget what slots have seen."""
+        for window in self._windows.values():
+            window.last[slots], window.mask[slots] = 0, 0
+
+    def forget(self, client: int) -> NDArray[np.int64]:
+        """Forget a client; the slots that remembered it."""
+        window = self._windows.pop(client, None)
+        return np.flatnonzero(window.last) if window is not None else np.empty(0, np.int64)
