@@ -35,20 +35,20 @@ def merge(
             row = reply[row_at : row_at + dim]
             bag_at = places[f] + (g - starts[f]) * dim
             bag = out[bag_at : bag_at + dim]
-            if weighted:
-                weight = edge_weight[e]
-                if touched[g]:
-                    for k in range(dim):
-                        bag[k] += weight * row[k]
-                else:
+            weight = edge_weight[e] if weighted else np.float32(1.0)
+            if not touched[g]:
+                if weighted:
                     for k in range(dim):
                         bag[k] = weight * row[k]
-            elif not touched[g]:
-                for k in range(dim):
-                    bag[k] = row[k]
+                else:
+                    for k in range(dim):
+                        bag[k] = row[k]
             elif modes[f] == MAX:
                 for k in range(dim):
                     bag[k] = max(bag[k], row[k])
+            elif weighted:
+                for k in range(dim):
+                    bag[k] += weight * row[k]
             else:
                 for k in range(dim):
                     bag[k] += row[k]
@@ -77,12 +77,13 @@ def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched
 @njit(nogil=True, cache=True)
 def gather(
     grads: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, offsets: I64, starts: I64,
-    places: I64, dims: I64, modes: U8, rows: F32,
+    places: I64, dims: I64, modes: U8, overwrite: bool, rows: F32,
 ) -> None:  # fmt: skip
     """The inverse of `merge`, for one server: each share bag's row is the sum of its bags' gradients.
 
     The gradient of a mean is divided by the count of its bag. Share bags are numbered in the order of their first
-    edge, so that a row is copied once and added to from then on. rows: flat float32, written whole.
+    edge, so that a row is copied once and added to from then on; with `overwrite` (an assignment) it is copied each
+    time, and the last one wins. rows: flat float32, written whole.
     """
     e = 0
     base = 0
@@ -99,8 +100,9 @@ def gather(
             factor = edge_weight[e] if weighted else np.float32(1.0)
             if modes[f] == MEAN and offsets.size:
                 factor /= np.float32(offsets[g + 1] - offsets[g])
-            if edge_row[e] == seen:
-                seen += 1
+            fresh = edge_row[e] == seen
+            seen += fresh
+            if fresh or overwrite:
                 for k in range(dim):
                     row[k] = factor * bag[k]
             else:

@@ -113,11 +113,26 @@ def _place(ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I6
         if offsets.size:
             low, high = offsets[low], offsets[high]
         for i in range(low, high):
-            token = mix64(np.uint64(ids[i]) ^ seeds[f])
-            slots[i] = firsts[f] + np.int64((token >> np.uint64(32)) >> (shifts[f] - np.uint64(32)))
-    for i in range(done.size):
-        if done[i]:
-            slots[i] = -1
+            if done.size and done[i]:
+                slots[i] = -1
+            else:
+                token = mix64(np.uint64(ids[i]) ^ seeds[f])
+                slots[i] = firsts[f] + np.int64((token >> np.uint64(32)) >> (shifts[f] - np.uint64(32)))
+
+
+@njit(nogil=True, cache=True)
+def cut(ids: I64, starts: I64, offsets: I64, seeds: U64, parts: int) -> U8:
+    """Part of each id, uint8[n], of up to 256 about equal ones. All occurrences of an id in a table are in one part."""
+    part = np.empty(ids.size, np.uint8)
+    for f in range(starts.size - 1):
+        low, high = starts[f], starts[f + 1]
+        if offsets.size:
+            low, high = offsets[low], offsets[high]
+        for i in range(low, high):
+            # The token's low half: the high one already decides the slot.
+            half = mix64(np.uint64(ids[i]) ^ seeds[f]) & np.uint64(0xFFFFFFFF)
+            part[i] = (half * np.uint64(parts)) >> np.uint64(32)
+    return part
 
 
 @njit(nogil=True, cache=True)

@@ -98,7 +98,7 @@ def test_gathered_gradients_sum_to_those_of_each_id(drawn):
         rows = np.full(int((result.bags[s] * dims_).sum()), np.nan, np.float32)
         gather(
             grads, result.bags[s], result.edges[s], result.edge_bag[edges], result.edge_row[edges], weights,
-            request.offsets, request.starts, places, dims_, modes_, rows,
+            request.offsets, request.starts, places, dims_, modes_, False, rows,
         )  # fmt: skip
         at = 0
         for f, dim in enumerate(dims):
@@ -118,6 +118,20 @@ def test_gathered_gradients_sum_to_those_of_each_id(drawn):
     assert sent.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(sent[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_of_duplicates_in_an_assignment_the_last_wins():
+    readers = np.zeros((65, 1), np.int16)
+    request = Request([[[7], [8], [7], [7]]], [False], readers, 1, [ROWS])
+    result = request.split()
+    rows = np.empty(2, np.float32)
+    gather(
+        np.array([1, 2, 3, 4], np.float32), result.bags[0], result.edges[0], result.edge_bag, result.edge_row,
+        result.edge_weight, request.offsets, request.starts, np.zeros(1, np.int64), np.ones(1, np.int64),
+        np.zeros(1, np.uint8), True, rows,
+    )  # fmt: skip
+    assert result.ids.tolist() == [7, 8]
+    assert rows.tolist() == [4, 2]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashring.tokens import token_seed, tokens
-from ps.kernels.split import CHOOSE, PIECES, ROWS, Split, choose_readers, first_bad_offset, split
+from ps.kernels.split import CHOOSE, PIECES, ROWS, Split, choose_readers, cut, first_bad_offset, split
 
 SLOT_BITS = 6
 NONE = np.empty(0, np.float32)
@@ -227,3 +227,11 @@ def test_offsets_of_several_features_are_joined():
     counts = np.array([[2, 3], [0, 0], [3, 4]], np.int64)
     assert first_bad_offset(counts, np.array([0, 1, 3, 0, 0, 0, 2, 4], np.int64), rebased) == (-1, 0)
     assert rebased.tolist() == [0, 1, 3, 3, 5, 7]
+
+
+def test_a_cut_keeps_all_occurrences_of_an_id_together_in_about_equal_parts():
+    request_ = one_feature([[k % 1000] for k in range(3000)])
+    part = cut(request_.ids, request_.starts, request_.offsets, request_.seeds, 4)
+    assert (part[:1000] == part[1000:2000]).all()
+    assert np.bincount(part, minlength=4).min() > 3000 / 4 * 0.8
+    assert part.max() == 3

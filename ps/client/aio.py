@@ -1,0 +1,347 @@
+"""`AsyncClient`: for coroutines of one event loop. The router uses it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hashring.view import Server
+from ps.client.batch import Bag
+from ps.client.connect import pick, where
+from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
+from ps.client.ranges import PullRange
+from ps.client.request import Call
+from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
+from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.fabric.aio import AsyncConnection
+from ps.fabric.protocol import Hello
+from ps.ragged import RaggedIds
+from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
+
+
+class _Connections:
+    """One connection for each server, made when it is first needed, once for all tasks that wait for it."""
+
+    def __init__(self, token: str, client: int) -> None:
+        self._token = token
+        self._client = client
+        self._open: dict[tuple[str, int], AsyncConnection] = {}
+        self._making: dict[tuple[str, int], asyncio.Lock] = {}
+
+    async def of(self, server: Server, until: float) -> AsyncConnection:
+        """The connection to a server; NotApplied where none of its addresses answers."""
+        key = (server.name, server.incarnation)
+        found = self._open.get(key)
+        if found is not None and not found.closed:
+            return found
+        async with self._making.setdefault(key, asyncio.Lock()):
+            found = self._open.get(key)
+            if found is None or found.closed:
+                found = self._open[key] = await self._connect(server, until)
+            return found
+
+    async def _connect(self, server: Server, until: float) -> AsyncConnection:
+        hello = Hello(self._token, server.incarnation, client=self._client)
+        failed: EmbringError = NotApplied(f"server {server.name!r} has no address")
+        for address in pick(server.addresses):
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                return await AsyncConnection.connect(address, hello, left)
+            except NotApplied as error:
+                failed = error
+        raise failed
+
+    def close(self) -> None:
+        """Close all."""
+        for connection in self._open.values():
+            connection.close()
+        self._open.clear()
+
+
+class AsyncClient:
+    """`ps.Client` for coroutines: the same verbs, arguments, answers and errors, awaited; make it with `connect`.
+
+        client = await ps.AsyncClient.connect()
+        rows = await client.pull("item", ids)
+
+    It belongs to one event loop; any number of its coroutines may call it at once. Arrays that were handed in must be
+    left alone until the call returns. Not for use after a fork.
+    """
+
+    def __init__(self, addresses: Sequence[str], token: str = "", timeout: float = 10.0) -> None:
+        """A client that has not looked for its cluster yet: `connect` is what users call."""
+        self._verbs = Verbs(addresses)
+        self._verbs.default_timeout = timeout
+        self._connections = _Connections(token, self._verbs.window.client)
+        self._pushes: set[asyncio.Task[None]] = set()
+        self._decided = asyncio.Event()
+        self._verbs.window.on_close = self._decided.set
+
+    @classmethod
+    async def connect(
+        cls, addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0
+    ) -> "AsyncClient":
+        """A client of a running cluster; addresses and token are found as `ps.connect` finds them."""
+        client = cls(*where(addresses, token), timeout)
+        try:
+            await client._run(client._verbs.begin(deadline(None, timeout)))
+        except BaseException:
+            client._connections.close()
+            raise
+        return client
+
+    # -- driving
+
+    async def _run(self, steps: Steps) -> Any:
+        outcome: Any = None
+        try:
+            while True:
+                command: Command = steps.send(outcome)
+                outcome = None
+                if isinstance(command, Ask):
+                    outcome = await self._ask(command)
+                elif isinstance(command, Wait):
+                    await asyncio.sleep(command.seconds)
+                elif isinstance(command, Full):
+                    await self._one_decided(command.until)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            steps.close()
+
+    async def _ask(self, ask: Ask) -> dict[int, EmbringError]:
+        if len(ask.calls) == 1:
+            errors = [await self._call(ask, ask.calls[0])]
+        else:
+            errors = await asyncio.gather(*(self._call(ask, call) for call in ask.calls))
+        return {call.server: error for call, error in zip(ask.calls, errors, strict=True) if error is not None}
+
+    async def _call(self, ask: Ask, call: Call) -> EmbringError | None:
+        try:
+            connection = await self._connections.of(ask.servers[call.server], ask.until)
+            left = max(0.001, ask.until - time.monotonic())
+            ask.absorb(call.server, await connection.request(call.op, call.fields, call.arrays, left))
+        except EmbringError as error:
+            return error
+        return None
+
+    async def _one_decided(self, until: float) -> None:
+        self._decided.clear()
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await self._decided.wait()
+        except TimeoutError:
+            raise NotApplied("64 pushes are undecided, and none was decided in time") from None
+
+    def _launch(self, steps: Steps) -> "asyncio.Task[None]":
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run(steps))
+        self._pushes.add(task)
+        task.add_done_callback(self._landed)
+        return task
+
+    def _landed(self, task: "asyncio.Task[None]") -> None:
+        # A failed push stays until `flush` has raised its error.
+        if task.cancelled() or task.exception() is None:
+            self._pushes.discard(task)
+
+    # -- rows
+
+    async def pull(
+        self, name: str, ids: ArrayLike, absent: Absent | None = None, timeout: float | None = None
+    ) -> NDArray[np.float32]:
+        """As `Client.pull`."""
+        return await self._run(self._verbs.pull(name, ids, absent, timeout))
+
+    async def pull_bags(
+        self,
+        bags: Mapping[str, Bag],
+        mode: Modes = "sum",
+        absent: Absent | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """As `Client.pull_bags`."""
+        return await self._run(self._verbs.pull_bags(bags, mode, absent, timeout))
+
+    async def pull_ragged(
+        self,
+        tables: Sequence[str],
+        ragged: RaggedIds,
+        mode: Modes = "sum",
+        absent: Absent | None = None,
+        timeout: float | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """As `Client.pull_ragged`."""
+        return await self._run(self._verbs.pull_ragged(tables, ragged, mode, absent, timeout))
+
+    async def push(
+        self, name: str, ids: ArrayLike, grads: ArrayLike, lr_scale: float = 1.0, timeout: float | None = None
+    ) -> None:
+        """As `Client.push`."""
+        await self._run(self._verbs.push(name, ids, grads, "push", lr_scale, timeout))
+
+    async def push_bags(
+        self,
+        bags: Mapping[str, Bag],
+        grads: Mapping[str, ArrayLike],
+        mode: Modes = "sum",
+        lr_scale: float = 1.0,
+        timeout: float | None = None,
+    ) -> None:
+        """As `Client.push_bags`."""
+        await self._run(self._verbs.push_bags(bags, grads, mode, lr_scale, timeout))
+
+    async def push_ragged(
+        self,
+        tables: Sequence[str],
+        ragged: RaggedIds,
+        grads: Sequence[ArrayLike],
+        mode: Modes = "sum",
+        lr_scale: float = 1.0,
+        timeout: float | None = None,
+    ) -> None:
+        """As `Client.push_ragged`."""
+        await self._run(self._verbs.push_ragged(tables, ragged, grads, mode, lr_scale, timeout))
+
+    def push_nowait(
+        self, name: str, ids: ArrayLike, grads: ArrayLike, lr_scale: float = 1.0, timeout: float | None = None
+    ) -> "asyncio.Task[None]":
+        """A task that pushes as `push` does; await it, or `flush()`."""
+        return self._launch(self._verbs.push(name, ids, grads, "push", lr_scale, timeout))
+
+    def push_bags_nowait(
+        self,
+        bags: Mapping[str, Bag],
+        grads: Mapping[str, ArrayLike],
+        mode: Modes = "sum",
+        lr_scale: float = 1.0,
+        timeout: float | None = None,
+    ) -> "asyncio.Task[None]":
+        """A task that pushes as `push_bags` does; await it, or `flush()`."""
+        return self._launch(self._verbs.push_bags(bags, grads, mode, lr_scale, timeout))
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """As `Client.flush`."""
+        seconds = deadline(timeout, TIMEOUT_MAX) - time.monotonic()
+        tasks = list(self._pushes)
+        if not tasks:
+            return
+        done, pending = await asyncio.wait(tasks, timeout=seconds)
+        self._pushes -= done
+        for task in tasks:
+            if task in done and not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if pending:
+            raise PerhapsApplied(f"{len(pending)} pushes were still open after {seconds:g} s")
+
+    async def assign(self, name: str, ids: ArrayLike, rows: ArrayLike, timeout: float | None = None) -> None:
+        """As `Client.assign`."""
+        await self._run(self._verbs.push(name, ids, rows, "assign", 1.0, timeout))
+
+    async def delete(self, name: str, ids: ArrayLike, timeout: float | None = None) -> None:
+        """As `Client.delete`."""
+        await self._run(self._verbs.push(name, ids, None, "delete", 1.0, timeout))
+
+    # -- ranges
+
+    async def ranges(self, name: str, n: int, timeout: float | None = None) -> list[tuple[int, int | None]]:
+        """As `Client.ranges`."""
+        return await self._run(self._verbs.ranges(name, n, timeout))
+
+    async def pull_range(
+        self, name: str, start: int = 0, stop: int | None = None, timeout: float | None = None
+    ) -> AsyncIterator[RowRange]:
+        """As `Client.pull_range`, for `async for`."""
+        scan = PullRange(self._verbs, name, start, stop, timeout)
+        while (parts := await self._run(scan.next())) is not None:
+            for part in parts:
+                yield part
+
+    async def push_range(
+        self,
+        name: str,
+        start: int,
+        stop: int | None,
+        ids: ArrayLike,
+        grads: ArrayLike,
+        lr_scale: float = 1.0,
+        timeout: float | None = None,
+    ) -> None:
+        """As `Client.push_range`."""
+        await self._run(self._verbs.push(name, ids, grads, "push", lr_scale, timeout, within=(start, stop)))
+
+    # -- tables
+
+    async def create_table(
+        self,
+        name: str,
+        dim: int,
+        optimizer: Optimizer = ADAGRAD,
+        initializer: Initializer = INITIALIZER,
+        placement: Placement = "sharded",
+        replicas: int | Literal["all"] = 1,
+        seed: int | None = None,
+        absent: Absent = "initial",
+        default: Sequence[float] = (),
+        timeout: float | None = None,
+    ) -> None:
+        """As `Client.create_table`."""
+        await self._run(
+            self._verbs.create_table(
+                name, dim, optimizer, initializer, placement, replicas, seed, absent, default, timeout
+            )
+        )
+
+    async def tables(self, timeout: float | None = None) -> dict[str, TableSpec]:
+        """As `Client.tables`."""
+        return await self._run(self._verbs.tables(timeout))
+
+    async def describe(self, name: str, timeout: float | None = None) -> TableSpec:
+        """As `Client.describe`."""
+        return await self._run(self._verbs.describe(name, timeout))
+
+    async def alter_table(self, name: str, timeout: float | None = None, **changes: Any) -> None:
+        """As `Client.alter_table`."""
+        await self._run(self._verbs.alter_table(name, changes, timeout))
+
+    async def truncate(self, name: str, timeout: float | None = None) -> None:
+        """As `Client.truncate`."""
+        await self._run(self._verbs.truncate(name, timeout))
+
+    async def drop_table(self, name: str, timeout: float | None = None) -> None:
+        """As `Client.drop_table`."""
+        await self._run(self._verbs.drop_table(name, timeout))
+
+    # -- the client itself
+
+    @property
+    def last_absent(self) -> int:
+        """As `Client.last_absent`: of the pull that was awaited last. Read it before awaiting anything else."""
+        return self._verbs.absent
+
+    def statistics(self) -> ClientStatistics:
+        """As `Client.statistics`."""
+        return self._verbs.statistics_now()
+
+    async def close(self) -> None:
+        """As `Client.close`."""
+        try:
+            await self.flush()
+        finally:
+            self._connections.close()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self.close()
+        else:
+            self._connections.close()

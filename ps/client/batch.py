@@ -1,0 +1,157 @@
+"""The gateway: what a user hands in, checked once and joined into the flat arrays of a request."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ps.errors import RequestError
+from ps.kernels.merge import MAX, MEAN, SUM
+from ps.kernels.split import first_bad_offset
+from ps.ragged import RaggedIds, as_ids, check_offsets
+from ps.spec import ABSENT_CODES
+
+MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
+
+Bag = Sequence[ArrayLike]
+"""(ids, offsets) or (ids, offsets, weights) of one table."""
+
+NO_OFFSETS = np.empty(0, np.int64)
+NO_WEIGHTS = np.empty(0, np.float32)
+_INT64 = np.dtype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The ids of a request, all features one behind another; the symbols are those of kernels/split.py.
+
+    names: the table of each feature. starts int64[F+1]. offsets int64[G+1], or empty: every id is a bag of its own.
+    weights float32[n], or empty. weighted: features that came with weights.
+    """
+
+    names: tuple[str, ...]
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    weighted: frozenset[str]
+
+    @property
+    def bags(self) -> int:
+        """Bags of all features."""
+        return int(self.starts[-1])
+
+    def part(self, low: int, high: int) -> "Batch":
+        """The bags low..high-1 of the whole request, of whichever features they are."""
+        starts = np.clip(self.starts - low, 0, high - low)
+        if not self.offsets.size:
+            return Batch(self.names, self.ids[low:high], starts, NO_OFFSETS, NO_WEIGHTS, frozenset())
+        offsets = self.offsets[low : high + 1]
+        span = slice(int(offsets[0]), int(offsets[-1]))
+        weights = self.weights[span] if self.weights.size else NO_WEIGHTS
+        return Batch(self.names, self.ids[span], starts, offsets - offsets[0], weights, self.weighted)
+
+
+def writable(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, copied if it is read-only: a kernel is compiled once, for arrays of one kind."""
+    return array if array.flags.writeable else array.copy()
+
+
+def rows_batch(name: str, ids: ArrayLike) -> Batch:
+    """Single ids of one table."""
+    checked = writable(as_ids(ids))
+    return Batch((name,), checked, np.array([0, len(checked)], np.int64), NO_OFFSETS, NO_WEIGHTS, frozenset())
+
+
+def ragged_batch(tables: Sequence[str], ragged: RaggedIds) -> Batch:
+    """A RaggedIds whose features are rows of the given tables."""
+    if len(tables) != ragged.features:
+        raise RequestError(f"{len(tables)} tables were given for {ragged.features} features; they must be as many")
+    starts = np.arange(len(tables) + 1, dtype=np.int64) * ragged.bags
+    weights = NO_WEIGHTS if ragged.weights is None else writable(ragged.weights)
+    names = tuple(tables)
+    weighted = frozenset(() if ragged.weights is None else names)
+    return Batch(names, writable(ragged.ids), starts, writable(ragged.offsets), weights, weighted)
+
+
+def bags_batch(bags: Mapping[str, Bag]) -> Batch:
+    """{table: (ids, offsets[, weights])}; RequestError naming the table and what is wrong with it."""
+    if not isinstance(bags, Mapping):
+        raise RequestError(f"bags is a {type(bags).__name__}; it must be a dictionary from table to (ids, offsets)")
+    ids, offsets, counts = [], [], []
+    weighted = []
+    for name, given in bags.items():
+        if not isinstance(given, tuple | list) or not 2 <= len(given) <= 3:
+            raise RequestError(f"table {name!r} was given no (ids, offsets) or (ids, offsets, weights)")
+        one, bounds = _vector(given[0], name, "ids"), _vector(given[1], name, "offsets")
+        if not bounds.size:
+            check_offsets(bounds, one.size, f"offsets of table {name!r}")
+        ids.append(one)
+        offsets.append(bounds)
+        counts.append((bounds.size - 1, one.size))
+        if len(given) == 3 and given[2] is not None:
+            weighted.append(name)
+    names = tuple(bags)
+    if not names:
+        nothing = np.zeros(1, np.int64)
+        return Batch(names, np.empty(0, np.int64), nothing, nothing, NO_WEIGHTS, frozenset())
+    table = np.array(counts, np.int64)
+    starts = np.zeros(len(names) + 1, np.int64)
+    np.cumsum(table[:, 0], out=starts[1:])
+    joined = np.empty(int(starts[-1]) + 1, np.int64)
+    feature, _ = first_bad_offset(table, np.concatenate(offsets), joined)
+    if feature >= 0:
+        check_offsets(offsets[feature], counts[feature][1], f"offsets of table {names[feature]!r}")
+    weights = _weights(bags, weighted, counts) if weighted else NO_WEIGHTS
+    return Batch(names, np.concatenate(ids), starts, joined, weights, frozenset(weighted))
+
+
+def _vector(values: ArrayLike, name: str, what: str) -> NDArray[np.int64]:
+    if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
+        return values  # joined into a contiguous array below
+    return as_ids(values, f"{what} of table {name!r}")
+
+
+def _weights(
+    bags: Mapping[str, Bag], weighted: Sequence[str], counts: Sequence[tuple[int, int]]
+) -> NDArray[np.float32]:
+    """Weights of all ids, 1 where a table came without."""
+    parts = []
+    for (name, given), (_, n) in zip(bags.items(), counts, strict=True):
+        if name not in weighted:
+            parts.append(np.ones(n, np.float32))
+            continue
+        weights = np.asarray(given[2], np.float32)
+        if weights.shape != (n,):
+            raise RequestError(f"weights of table {name!r} have shape {weights.shape}; it must be ({n},)")
+        if not np.isfinite(weights).all():
+            at = int(np.argmin(np.isfinite(weights)))
+            raise RequestError(f"weights[{at}] of table {name!r} is {weights[at]}; every weight must be finite")
+        parts.append(weights)
+    return np.concatenate(parts)
+
+
+def modes_of(batch: Batch, mode: str | Mapping[str, str], allowed: Sequence[str] = ("sum", "mean", "max")) -> Any:
+    """uint8[F]: how each feature is pooled. RequestError for an unknown mode, or weights with any but "sum"."""
+    if isinstance(mode, str):
+        chosen = [mode] * len(batch.names)
+    else:
+        missing = [name for name in batch.names if name not in mode]
+        if missing:
+            raise RequestError(f"mode has no entry for table {missing[0]!r}")
+        chosen = [mode[name] for name in batch.names]
+    for name, one in zip(batch.names, chosen, strict=True):
+        if one not in allowed:
+            raise RequestError(f"mode of table {name!r} is {one!r}; it must be {' or '.join(map(repr, allowed))}")
+        if one != "sum" and name in batch.weighted:
+            raise RequestError(f'mode of table {name!r} is {one!r}; weights go with "sum" only')
+    return np.array([MODES[one] for one in chosen], np.uint8)
+
+
+def absent_code(absent: str | None) -> int | None:
+    """The code of what an id without a row answers; None: as its table says."""
+    if absent is not None and absent not in ABSENT_CODES:
+        raise RequestError(f'absent is {absent!r}; it must be "initial", "zeros" or "default"')
+    return None if absent is None else ABSENT_CODES[absent]

@@ -1,0 +1,38 @@
+"""Where a cluster is: given, in the environment, or in the runtime file that `embring up` wrote."""
+
+import os
+from collections.abc import Sequence
+
+from ps.errors import ConfigError
+from ps.fabric.address import parse_address
+from ps.runtime import read_runtime, read_token
+
+ADDRESS = "EMBRING_ADDRESS"
+TOKEN = "EMBRING_TOKEN"
+
+
+def where(addresses: str | Sequence[str] | None, token: str | None) -> tuple[tuple[str, ...], str]:
+    """(addresses, token): what is given, else $EMBRING_ADDRESS and $EMBRING_TOKEN, else this machine's cluster.
+
+    Raises ConfigError where no cluster is known or an address is malformed.
+    """
+    given = os.environ.get(ADDRESS) if addresses is None else addresses
+    if isinstance(given, str):
+        given = [part.strip() for part in given.split(",") if part.strip()]
+    secret = os.environ.get(TOKEN) if token is None else token
+    if given is None:
+        runtime = read_runtime()
+        given = runtime.addresses
+        if secret is None:
+            secret = read_token(runtime.token_path)
+    if not given:
+        raise ConfigError(f"no address was given; write HOST:PORT or unix:/path (or set {ADDRESS})")
+    for address in given:
+        parse_address(address)
+    return tuple(given), secret or ""
+
+
+def pick(addresses: Sequence[str]) -> list[str]:
+    """A server's addresses in the order to try: Unix sockets that exist here first, other hosts' left out."""
+    here = [a for a in addresses if a.startswith("unix:") and os.path.exists(a[len("unix:") :])]
+    return here + [a for a in addresses if not a.startswith("unix:")]

@@ -1,0 +1,325 @@
+"""The client without input or output: verbs as generators that yield what is to be done, and are sent what came of it.
+
+A blocking or asynchronous shell drives a generator: it makes the calls of an `Ask` at once and sends back which of
+them failed, sleeps for a `Wait`, and for `Full` waits until a push is decided. All that decides (who is asked, what a
+failure means, when to give up) is here, once for both shells.
+"""
+
+import random
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import Server, View
+from ps.client.request import Call
+from ps.client.routing import Features, Routing
+from ps.client.window import Window
+from ps.errors import (
+    EmbringError,
+    NotApplied,
+    Overloaded,
+    PerhapsApplied,
+    RequestError,
+    SlotsLost,
+    WrongView,
+)
+from ps.wire import Message, view_of
+
+TIMEOUT_MAX = 600.0
+"""Seconds that a call may last, retries included: servers forget an idle client's sequences after an hour."""
+
+ATTEMPT_MIN = 0.1
+"""Seconds that an attempt gets at least. It gets a third of what is left: a silent server leaves time to retry."""
+
+PAUSE_FIRST, PAUSE_MAX = 0.005, 0.25
+"""Seconds between attempts, doubling; each is drawn from its upper half, so that clients do not retry in step."""
+
+SUSPECT_S = 1.0
+"""Seconds for which a server that failed is asked only for what no other owner has."""
+
+PROBE_S = 0.5
+"""Seconds that servers have to say which view they know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Make these calls at once, hand each reply to `absorb(server, reply)`; send back {server: error} of the rest."""
+
+    servers: Sequence[Server]
+    calls: Sequence[Call]
+    absorb: Callable[[int, Message], None]
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Do nothing for so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Too many pushes are undecided: wait until one is decided, or until the deadline."""
+
+    until: float
+
+
+Command = Ask | Wait | Full
+Outcome = dict[int, EmbringError] | None
+Steps = Generator[Command, Any, Any]
+
+
+class Exchange(Protocol):
+    """A request that can be split anew after a failure (ps.client.request)."""
+
+    began: bool
+    """Whether a part of it has changed rows."""
+
+    def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
+        """Calls for what is not answered yet."""
+
+    def absorb(self, server: int, reply: Message) -> None:
+        """Take one reply."""
+
+    def answered(self, failed: Sequence[int]) -> None:
+        """An attempt is over."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a client has done since it began."""
+
+    pulls: int = 0
+    pushes: int = 0
+    ids: int = 0
+    absent: int = 0
+    retries: int = 0
+    views: int = 0
+
+
+def _last_word(error: EmbringError, doubtful: PerhapsApplied | None, began: bool) -> EmbringError:
+    """What a request that ran out of time ends with: "surely not applied" only where that is so for all of it."""
+    if began and not isinstance(error, PerhapsApplied) and doubtful is None:
+        return PerhapsApplied(f"a part of the push was applied, and of the rest is known: {error}")
+    return doubtful or error
+
+
+def deadline(timeout: float | None, default: float) -> float:
+    """The moment (monotonic) at which a call gives up; RequestError for a time-out that is none."""
+    seconds = default if timeout is None else timeout
+    if not isinstance(seconds, int | float) or not 0 < seconds <= TIMEOUT_MAX:
+        raise RequestError(f"timeout is {seconds!r}; it must be above 0 and at most {TIMEOUT_MAX:g} seconds")
+    return time.monotonic() + seconds
+
+
+class Core:
+    """What a client knows: the view, its window of sequences, which servers failed lately."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.addresses = tuple(addresses)
+        self.window = Window()
+        self.counters = Counters()
+        self.absent = 0
+        self._routing: Routing | None = None
+        self._load = np.zeros(0)
+        self._suspects: dict[int, float] = {}
+        self._refreshing = False
+        self._random = random.Random()
+
+    @property
+    def routing(self) -> Routing:
+        """What is derived from the newest view that this client has seen."""
+        assert self._routing is not None
+        return self._routing
+
+    def adopt(self, view: View) -> None:
+        """Take a view if it is newer; RequestError if it is another cluster's."""
+        known = self._routing
+        if known is not None and view.cluster != known.view.cluster:
+            raise RequestError(f"a server belongs to cluster {view.cluster}; this client's is {known.view.cluster}")
+        if known is None or view.epoch > known.epoch:
+            self._routing = Routing(view)
+            self._load = np.zeros(len(view.servers))
+            self._suspects = {}
+            self.counters.views += 1
+
+    # -- asking, and what a failure means
+
+    def exchange(self, request: Exchange, until: float) -> Steps:
+        """Drive a request until every id is answered; raises what its caller is to know."""
+        attempt = 0
+        doubtful: PerhapsApplied | None = None
+        while True:
+            routing = self.routing
+            failures: dict[int, EmbringError] = {}
+            try:
+                calls = request.split(routing, self._left_out(), self._load)
+            except (SlotsLost, RequestError) as error:
+                yield from self.hopeless(error, routing, until)
+                continue
+            if calls:
+                failures = yield Ask(routing.servers, calls, request.absorb, self.attempt_until(until))
+            if not failures:
+                return
+            request.answered(list(failures))
+            doubtful = doubtful or next((e for e in failures.values() if isinstance(e, PerhapsApplied)), None)
+            if time.monotonic() >= until:
+                raise _last_word(next(iter(failures.values())), doubtful, request.began)
+            yield from self.after(failures, routing, attempt, until)
+            attempt += 1
+            self.counters.retries += 1
+
+    def _left_out(self) -> frozenset[int]:
+        if not self._suspects:
+            return frozenset()
+        now = time.monotonic()
+        self._suspects = {s: t for s, t in self._suspects.items() if t > now}
+        return frozenset(self._suspects)
+
+    def attempt_until(self, until: float) -> float:
+        """When the attempt that begins now ends."""
+        now = time.monotonic()
+        left = until - now
+        return now + max(left / 3, min(left, ATTEMPT_MIN))
+
+    def after(self, failures: dict[int, EmbringError], routing: Routing, attempt: int, until: float) -> Steps:
+        """Return where a retry may help, after waiting or learning a newer view; else raise."""
+        for error in failures.values():
+            if not isinstance(error, WrongView | NotApplied | PerhapsApplied):
+                yield from self.hopeless(error, routing, until)
+                return
+        now = time.monotonic()
+        if self.routing.epoch == routing.epoch:
+            self._suspects |= {s: now + SUSPECT_S for s, e in failures.items() if not isinstance(e, WrongView)}
+        told = {s: e.epoch for s, e in failures.items() if isinstance(e, WrongView) and e.epoch > routing.epoch}
+        if not all(isinstance(e, Overloaded) for e in failures.values()):
+            yield from self.refresh(routing.epoch, until, told)
+        if self.routing.epoch == routing.epoch:
+            pause = min(PAUSE_MAX, PAUSE_FIRST * 2**attempt) * self._random.uniform(0.5, 1.0)
+            yield Wait(max(0.0, min(pause, until - time.monotonic())))
+
+    def hopeless(self, error: EmbringError, routing: Routing, until: float) -> Steps:
+        """Raise the error, unless it was judged by an old view: a table was made anew since, or slots restored."""
+        if isinstance(error, SlotsLost) or type(error) is RequestError:
+            yield from self.refresh(routing.epoch, until, {})
+            now = self.routing
+            numbers = {name: t.number for name, t in routing.tables.items()}
+            moved = any(numbers.get(name) != t.number for name, t in now.tables.items())
+            if now.epoch > routing.epoch and (moved or isinstance(error, SlotsLost)) and time.monotonic() < until:
+                return
+        raise error
+
+    # -- views
+
+    def refresh(self, epoch: int, until: float, told: dict[int, int]) -> Steps:
+        """Try to learn a view newer than `epoch`. told: servers that are known to have one."""
+        while self._refreshing and self.routing.epoch <= epoch and time.monotonic() < until:
+            yield Wait(PAUSE_FIRST)
+        if self.routing.epoch > epoch:
+            return
+        self._refreshing = True
+        try:
+            order = sorted(told, key=lambda s: -told[s]) or (yield from self._newer(epoch, until))
+            for s in order:
+                error = yield from self.fetch_view(self.routing.servers, s, until)
+                if error is None and self.routing.epoch > epoch:
+                    return
+        finally:
+            self._refreshing = False
+
+    def _newer(self, epoch: int, until: float) -> Generator[Command, Any, list[int]]:
+        """Servers that know a view newer than `epoch`, the newest first."""
+        servers = self.routing.servers
+        epochs: dict[int, int] = {}
+        calls = [Call(s, "ping", {}, {}) for s, server in enumerate(servers) if server.alive]
+
+        def absorb(s: int, reply: Message) -> None:
+            epochs[s] = int(reply.fields.get("epoch", 0))
+
+        if calls:
+            yield Ask(servers, calls, absorb, min(until, time.monotonic() + PROBE_S))
+        return sorted((s for s in epochs if epochs[s] > epoch), key=lambda s: -epochs[s])
+
+    def fetch_view(
+        self, servers: Sequence[Server], s: int, until: float
+    ) -> Generator[Command, Any, EmbringError | None]:
+        """Adopt the view of one server; its error where it gave none."""
+
+        def absorb(_: int, reply: Message) -> None:
+            self.adopt(view_of(reply.fields, reply.arrays))
+
+        failures = yield Ask(servers, [Call(s, "view", {}, {})], absorb, self.attempt_until(until))
+        return failures.get(s)
+
+    def begin(self, until: float) -> Steps:
+        """Learn the view from the first of the given addresses that answers."""
+        seeds = [Server(address, 0, "", addresses=(address,)) for address in self.addresses]
+        attempt = 0
+        while True:
+            error: EmbringError | None = None
+            for s in range(len(seeds)):
+                error = yield from self.fetch_view(seeds, s, until)
+                if error is None:
+                    return
+                if isinstance(error, RequestError):
+                    raise error
+            pause = min(PAUSE_MAX, PAUSE_FIRST * 2**attempt)
+            attempt += 1
+            if time.monotonic() + pause >= until:
+                raise error or NotApplied("no address of a server was given")
+            yield Wait(pause)
+
+    def features(self, names: tuple[str, ...], until: float) -> Generator[Command, Any, Features]:
+        """The tables of a request; a name that is not known yet may stand in a newer view."""
+        try:
+            return self.routing.features(names)
+        except RequestError:
+            yield from self.refresh(self.routing.epoch, until, {})
+            return self.routing.features(names)
+
+    # -- administration
+
+    def admin(
+        self, verb: str, fields: dict[str, Any], until: float, done: Callable[[Routing], bool]
+    ) -> Generator[Command, Any, dict[str, Any]]:
+        """Ask the controller through any server, then wait until this client's view shows that it is done."""
+        answer: dict[str, Any] = {}
+
+        def absorb(_: int, reply: Message) -> None:
+            answer.update(reply.fields)
+
+        attempt = 0
+        while not answer:
+            error: EmbringError = NotApplied("no server of the view is alive")
+            for s, server in enumerate(self.routing.servers):
+                if server.alive:
+                    call = Call(s, "admin", {"verb": verb, **fields}, {})
+                    failures = yield Ask(self.routing.servers, [call], absorb, until)
+                    if not failures:
+                        break
+                    error = failures[s]
+                    if not isinstance(error, NotApplied):
+                        raise error
+            else:
+                yield from self._pause(attempt, until, error)
+            attempt += 1
+        while not done(self.routing):
+            yield from self.refresh(self.routing.epoch, until, {})
+            if not done(self.routing):
+                unseen = PerhapsApplied(f"{verb} was asked for, and no view shows it yet")
+                yield from self._pause(attempt, until, unseen)
+                attempt += 1
+        return answer
+
+    def _pause(self, attempt: int, until: float, error: EmbringError) -> Steps:
+        """Wait before the next attempt, or raise the error where there is no time for one."""
+        pause = min(PAUSE_MAX, PAUSE_FIRST * 2 ** min(attempt, 10))
+        if time.monotonic() + pause >= until:
+            raise error
+        yield Wait(pause)
+

@@ -1,0 +1,128 @@
+"""The blocking shell: connections, and a verb that is driven over them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hashring.view import Server
+from ps.client.connect import pick
+from ps.client.core import Ask, Command, Full, Steps, Wait
+from ps.client.request import Call
+from ps.errors import EmbringError, NotApplied
+from ps.fabric.blocking import BlockingConnection
+from ps.fabric.protocol import Hello
+
+GRACE_S = 0.05
+"""A reply that is already here is read even where its deadline passed while nobody asked for it."""
+
+class Connections:
+    """One connection for each server, made when it is first needed."""
+
+    def __init__(self, token: str, client: int) -> None:
+        self._token = token
+        self._client = client
+        self._open: dict[tuple[str, int], BlockingConnection] = {}
+
+    def of(self, server: Server, until: float) -> BlockingConnection:
+        """The connection to a server; NotApplied where none of its addresses answers."""
+        key = (server.name, server.incarnation)
+        found = self._open.get(key)
+        if found is None or found.closed:
+            found = self._open[key] = self._connect(server, until)
+        return found
+
+    def _connect(self, server: Server, until: float) -> BlockingConnection:
+        hello = Hello(self._token, server.incarnation, client=self._client)
+        failed: EmbringError = NotApplied(f"server {server.name!r} has no address")
+        for address in pick(server.addresses):
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                return BlockingConnection.connect(address, hello, left)
+            except NotApplied as error:
+                failed = error
+        raise failed
+
+    def send(self, server: Server, call: Call, until: float) -> tuple[BlockingConnection, int]:
+        """Send, over a new connection if the old one turns out to be closed: (connection, number of the request)."""
+        connection = self.of(server, until)
+        left = max(0.001, until - time.monotonic())
+        try:
+            return connection, connection.send(call.op, call.fields, call.arrays, left)
+        except NotApplied:
+            if not connection.closed or time.monotonic() >= until:
+                raise
+        connection = self.of(server, until)
+        left = max(0.001, until - time.monotonic())
+        return connection, connection.send(call.op, call.fields, call.arrays, left)
+
+    def close(self) -> None:
+        """Close all."""
+        for connection in self._open.values():
+            connection.close()
+        self._open.clear()
+
+
+class Flight:
+    """A verb on its way: its generator, and the calls whose replies are awaited."""
+
+    def __init__(self, connections: Connections, wait_for_room: Callable[[], None], steps: Steps) -> None:
+        self._connections = connections
+        self._wait_for_room = wait_for_room
+        self._steps = steps
+        self._ask: Ask | None = None
+        self._sent: list[tuple[int, BlockingConnection, int]] = []
+        self._failures: dict[int, EmbringError] = {}
+        self.done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        """Go as far as the first calls, and send them."""
+        self._resume(None)
+
+    def finish(self) -> None:
+        """Receive, and go on until the verb is done."""
+        while not self.done:
+            self._resume(self._receive())
+
+    def _resume(self, outcome: Any) -> None:
+        while not self.done:
+            try:
+                command: Command = self._steps.send(outcome)
+            except StopIteration as stop:
+                self.done, self.value = True, stop.value
+                return
+            except BaseException as error:
+                self.done, self.error = True, error
+                if not isinstance(error, EmbringError):
+                    raise
+                return
+            if isinstance(command, Ask):
+                self._send(command)
+                return
+            outcome = None
+            if isinstance(command, Wait):
+                time.sleep(command.seconds)
+            elif isinstance(command, Full):
+                self._wait_for_room()
+
+    def _send(self, ask: Ask) -> None:
+        self._ask, self._sent, self._failures = ask, [], {}
+        for call in ask.calls:
+            try:
+                sent = self._connections.send(ask.servers[call.server], call, ask.until)
+                self._sent.append((call.server, *sent))
+            except EmbringError as error:
+                self._failures[call.server] = error
+
+    def _receive(self) -> dict[int, EmbringError]:
+        ask, failures = self._ask, self._failures
+        assert ask is not None
+        for server, connection, number in self._sent:
+            try:
+                ask.absorb(server, connection.receive(number, max(GRACE_S, ask.until - time.monotonic())))
+            except EmbringError as error:
+                failures[server] = error
+        return failures

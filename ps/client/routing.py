@@ -1,0 +1,115 @@
+"""Routing: what a client derives from one view, as arrays that the split kernel takes.
+
+Immutable: a newer view makes a new `Routing`, and a request under way keeps the one it began an attempt with.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.tokens import token_seed
+from hashring.view import View
+from ps.errors import RequestError
+from ps.spec import ABSENT_CODES, TableSpec
+
+SHAPES_MAX = 256
+"""Combinations of tables whose arrays are kept; a program asks for a few."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableInfo:
+    """A table as the client needs it: slots [first, first + 2**bits) belong to its group."""
+
+    number: int
+    spec: TableSpec
+    first: int
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The tables of a request, one a feature, as arrays[F]; `seeds`, `firsts` and `shifts` as in kernels/split.py."""
+
+    names: tuple[str, ...]
+    numbers: NDArray[np.int32]
+    dims: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    firsts: NDArray[np.int64]
+    shifts: NDArray[np.uint64]
+    absent: NDArray[np.uint8]
+    dim_list: tuple[int, ...]
+
+
+class Routing:
+    """Tables, readers and primaries of one view.
+
+    readers int16[slots, C]: the living owners of each slot (indexes of view.servers), -1 behind the last.
+    primaries int16[slots, 1]: who takes pushes; -1 where every owner is dead.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.epoch = view.epoch
+        self.servers = view.servers
+        self.tables: Mapping[str, TableInfo] = {t.name: self._table(t.group, t.number, t.spec) for t in view.tables}
+        self.primaries = np.where(view.lost(), np.int16(-1), view.owners()[:, 0]).reshape(-1, 1)
+        self.readers = self._readers(frozenset(i for i, s in enumerate(view.servers) if not s.alive))
+        self._without: dict[frozenset[int], NDArray[np.int16]] = {}
+        self._features: dict[tuple[str, ...], Features] = {}
+
+    def _table(self, group_number: int, number: int, spec: Mapping[str, object]) -> TableInfo:
+        group = self.view.group(group_number)
+        return TableInfo(number, TableSpec.from_plain(spec), group.first, group.slots.bit_length() - 1)
+
+    def _readers(self, left_out: frozenset[int]) -> NDArray[np.int16]:
+        """Owners without some servers; a slot that would have none keeps its living ones."""
+        owners = self.view.owners()
+        dead = np.array([not s.alive for s in self.servers] + [True])
+        out = np.array([i in left_out for i in range(len(self.servers))] + [True]) | dead
+        hidden = out[owners]
+        hidden = np.where(hidden.all(axis=1, keepdims=True), dead[owners], hidden)
+        order = np.argsort(hidden, axis=1, kind="stable")
+        kept = np.take_along_axis(np.where(hidden, np.int16(-1), owners), order, axis=1)
+        width = max(1, int((kept >= 0).sum(axis=1).max(initial=0)))
+        return np.ascontiguousarray(kept[:, :width])
+
+    def readers_without(self, left_out: frozenset[int]) -> NDArray[np.int16]:
+        """`readers`, where servers that lately failed are asked only for slots that nobody else has."""
+        if not left_out:
+            return self.readers
+        if left_out not in self._without:
+            self._without[left_out] = self._readers(left_out)
+        return self._without[left_out]
+
+    def table(self, name: str) -> TableInfo:
+        """The table of this name, or RequestError naming those there are."""
+        info = self.tables.get(name)
+        if info is None:
+            known = ", ".join(sorted(self.tables)[:20]) or "none yet"
+            raise RequestError(f"unknown table {name!r}; the tables are: {known}")
+        return info
+
+    def features(self, names: tuple[str, ...]) -> Features:
+        """The arrays of a request's tables, made once for each combination."""
+        known = self._features.get(names)
+        if known is None:
+            if len(self._features) >= SHAPES_MAX:
+                self._features.clear()
+            known = self._features[names] = _features(names, [self.table(name) for name in names])
+        return known
+
+
+def _features(names: tuple[str, ...], tables: Sequence[TableInfo]) -> Features:
+    dims = tuple(t.spec.dim for t in tables)
+    return Features(
+        names,
+        np.array([t.number for t in tables], np.int32),
+        np.array(dims, np.int64),
+        np.array([token_seed(t.spec.seed) for t in tables], np.uint64),
+        np.array([t.first for t in tables], np.int64),
+        np.array([64 - t.bits for t in tables], np.uint64),
+        np.array([ABSENT_CODES[t.spec.absent] for t in tables], np.uint8),
+        dims,
+    )

@@ -1,0 +1,376 @@
+"""What a client can do, as generators over `Core`: each verb once, for the blocking and the asynchronous client."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hashring.tokens import tokens
+from ps.client.batch import Bag, Batch, absent_code, bags_batch, modes_of, ragged_batch, rows_batch, writable
+from ps.client.core import Core, Full, Steps, deadline
+from ps.client.request import NONE_DONE, Places, PullRequest, PushRequest, check_finite
+from ps.client.routing import Features, Routing
+from ps.errors import RequestError
+from ps.kernels.split import cut
+from ps.ragged import RaggedIds, as_rows
+from ps.share import PushKind
+from ps.spec import Absent, Adagrad, Initializer, Optimizer, Placement, TableSpec
+
+CHUNK = 32 * 2**20
+"""Bytes of rows, and of ids, that one request moves at most; a bigger call is cut. Far below what a frame may hold."""
+
+PARTS_MAX = 256
+"""Parts into which one push is cut at most: 8 GiB of rows."""
+
+ADAGRAD, INITIALIZER = Adagrad(), Initializer()
+"""What a table has unless it is told otherwise."""
+
+Modes = str | Mapping[str, str]
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Some rows of a table, as a range pull returns them: ids int64[k], rows float32[k, dim]."""
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStatistics:
+    """What a client has done: calls, the ids in them, ids without a row, retries, views learnt, pushes open."""
+
+    pulls: int
+    pushes: int
+    ids: int
+    absent: int
+    retries: int
+    views: int
+    undecided: int
+    epoch: int
+
+
+class Verbs(Core):
+    """Generators that return what the client's methods of the same names return; errors and shapes are told there."""
+
+    default_timeout = 10.0
+
+    def statistics_now(self) -> ClientStatistics:
+        """The counters, as one value."""
+        c = self.counters
+        return ClientStatistics(
+            c.pulls, c.pushes, c.ids, c.absent, c.retries, c.views, self.window.undecided, self.routing.epoch
+        )
+
+    # -- pulls
+
+    def pull(self, name: str, ids: ArrayLike, absent: Absent | None, timeout: float | None) -> Steps:
+        """float32[n, dim]."""
+        until = deadline(timeout, self.default_timeout)
+        batch = rows_batch(name, ids)
+        features = yield from self.features(batch.names, until)
+        flat = yield from self._pull(batch, features, np.zeros(1, np.uint8), absent, until)
+        return flat.reshape(-1, features.dim_list[0])
+
+    def pull_bags(
+        self, bags: Mapping[str, Bag], mode: Modes, absent: Absent | None, timeout: float | None
+    ) -> Steps:
+        """{name: float32[bags, dim]}."""
+        batch = bags_batch(bags)
+        pooled = yield from self._pull_pooled(batch, mode, absent, timeout)
+        return dict(zip(batch.names, pooled, strict=True))
+
+    def pull_ragged(
+        self, tables: Sequence[str], ragged: RaggedIds, mode: Modes, absent: Absent | None, timeout: float | None
+    ) -> Steps:
+        """[float32[bags, dim]] of each feature."""
+        return (yield from self._pull_pooled(ragged_batch(tables, ragged), mode, absent, timeout))
+
+    def _pull_pooled(self, batch: Batch, mode: Modes, absent: Absent | None, timeout: float | None) -> Steps:
+        until = deadline(timeout, self.default_timeout)
+        modes = modes_of(batch, mode)
+        features = yield from self.features(batch.names, until)
+        flat = yield from self._pull(batch, features, modes, absent, until)
+        return _by_feature(flat, batch, features)
+
+    def _pull(
+        self, batch: Batch, features: Features, modes: NDArray[np.uint8], absent: Absent | None, until: float
+    ) -> Steps:
+        """Rows of all features, flat. A big batch is cut by bags, whose rows stand one behind another in the answer."""
+        code = absent_code(absent)
+        where = Places.of(batch.starts, features.dims)
+        without = 0
+        if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
+            request = PullRequest(batch, features, modes, code)
+            yield from self.exchange(request, until)
+            flat, without = request.finish(), request.absent
+        else:
+            flat = np.empty(where.total, np.float32)
+            at = 0
+            for low, high in _chunks(batch, features):
+                part = batch.part(low, high)
+                size = Places.of(part.starts, features.dims).total
+                request = PullRequest(part, features, modes, code, flat[at : at + size])
+                yield from self.exchange(request, until)
+                request.finish()
+                at += size
+                without += request.absent
+        self.absent = without
+        self.counters.pulls += 1
+        self.counters.ids += len(batch.ids)
+        self.counters.absent += without
+        return flat
+
+    # -- pushes
+
+    def push(
+        self,
+        name: str,
+        ids: ArrayLike,
+        rows: ArrayLike | None,
+        kind: PushKind,
+        lr_scale: float,
+        timeout: float | None,
+        within: tuple[int, int | None] | None = None,
+    ) -> Steps:
+        """A gradient or a value for each id, or none where the kind is "delete"."""
+        until = deadline(timeout, self.default_timeout)
+        batch = rows_batch(name, ids)
+        features = yield from self.features(batch.names, until)
+        if within is not None:
+            _check_within(batch, self.routing, within)
+        what = "rows" if kind == "assign" else "grads"
+        flat = np.empty(0, np.float32)
+        if rows is not None:
+            checked = as_rows(rows, len(batch.ids), features.dim_list[0], f"{what} of table {name!r}")
+            flat = writable(checked).reshape(-1)
+            check_finite(flat, batch, features, what)
+        yield from self._push(batch, features, np.zeros(1, np.uint8), kind, flat, lr_scale, until)
+
+    def push_bags(
+        self,
+        bags: Mapping[str, Bag],
+        grads: Mapping[str, ArrayLike],
+        mode: Modes,
+        lr_scale: float,
+        timeout: float | None,
+    ) -> Steps:
+        """A gradient for each bag."""
+        batch = bags_batch(bags)
+        missing = [name for name in batch.names if name not in grads] + [n for n in grads if n not in batch.names]
+        if missing:
+            raise RequestError(f"table {missing[0]!r} must be in both bags and grads")
+        yield from self._push_pooled(batch, [grads[name] for name in batch.names], mode, lr_scale, timeout)
+
+    def push_ragged(
+        self,
+        tables: Sequence[str],
+        ragged: RaggedIds,
+        grads: Sequence[ArrayLike],
+        mode: Modes,
+        lr_scale: float,
+        timeout: float | None,
+    ) -> Steps:
+        """A gradient for each bag of each feature."""
+        batch = ragged_batch(tables, ragged)
+        if len(grads) != len(batch.names):
+            raise RequestError(f"{len(grads)} gradients were given for {len(batch.names)} features; one each is needed")
+        yield from self._push_pooled(batch, grads, mode, lr_scale, timeout)
+
+    def _push_pooled(
+        self, batch: Batch, grads: Sequence[ArrayLike], mode: Modes, lr_scale: float, timeout: float | None
+    ) -> Steps:
+        until = deadline(timeout, self.default_timeout)
+        modes = modes_of(batch, mode, allowed=("sum", "mean"))
+        features = yield from self.features(batch.names, until)
+        bags = np.diff(batch.starts).tolist()
+        rows = [
+            as_rows(g, n, dim, f"grads of table {name!r}").reshape(-1)
+            for g, n, dim, name in zip(grads, bags, features.dim_list, batch.names, strict=True)
+        ]
+        flat = np.concatenate(rows) if rows else np.empty(0, np.float32)
+        check_finite(flat, batch, features, "grads")
+        yield from self._push(batch, features, modes, "push", flat, lr_scale, until)
+
+    def _push(
+        self,
+        batch: Batch,
+        features: Features,
+        modes: NDArray[np.uint8],
+        kind: PushKind,
+        flat: Rows,
+        lr_scale: float,
+        until: float,
+    ) -> Steps:
+        """Send under one sequence; a push beyond what a frame should hold is cut by ids, a sequence for each part."""
+        if not isinstance(lr_scale, int | float) or not 0.0 <= lr_scale < float("inf"):
+            raise RequestError(f"lr_scale is {lr_scale!r}; it must be a finite number from 0 on")
+        self.counters.pushes += 1
+        self.counters.ids += len(batch.ids)
+        if not len(batch.ids):
+            return
+        parts = -(-max(flat.nbytes, batch.ids.nbytes) // CHUNK)
+        if parts > PARTS_MAX:
+            raise RequestError(f"the push has {flat.nbytes} bytes of rows; at most {PARTS_MAX * CHUNK} go in one call")
+        part_of = cut(batch.ids, batch.starts, batch.offsets, features.seeds, parts) if parts > 1 else None
+        began = False
+        for part in range(parts):
+            done = NONE_DONE if part_of is None else (part_of != part).astype(np.uint8)
+            request = PushRequest(batch, features, modes, kind, flat, float(lr_scale), done)
+            request.began = began
+            yield from self._send_once(request, until)
+            began = True
+
+    def _send_once(self, request: PushRequest, until: float) -> Steps:
+        """One sequence, from the first try to the last."""
+        while self.window.full:
+            yield Full(until)
+        window = self.window
+        request.client, request.sequence = window.client, window.open()
+        try:
+            yield from self.exchange(request, until)
+        finally:
+            window.close(request.sequence)
+
+    # -- ranges
+
+    def ranges(self, name: str, n: int, timeout: float | None) -> Steps:
+        """[(start, stop)], stop=None at the ring's end."""
+        if not isinstance(n, int) or n < 1:
+            raise RequestError(f"n is {n!r}; a table has at least one range")
+        yield from self.features((name,), deadline(timeout, self.default_timeout))
+        bits = self.routing.table(name).bits
+        n = min(n, 2**bits)
+        edges = [(k * 2**bits // n) << (64 - bits) for k in range(n)]
+        return list(zip(edges, [*edges[1:], None], strict=True))
+
+    # -- tables
+
+    def tables(self, timeout: float | None) -> Steps:
+        """{name: TableSpec}."""
+        yield from self.refresh(self.routing.epoch, deadline(timeout, self.default_timeout), {})
+        return {name: info.spec for name, info in sorted(self.routing.tables.items())}
+
+    def describe(self, name: str, timeout: float | None) -> Steps:
+        """The table's TableSpec."""
+        specs = yield from self.tables(timeout)
+        if name not in specs:
+            self.routing.table(name)
+        return specs[name]
+
+    def create_table(
+        self,
+        name: str,
+        dim: int,
+        optimizer: Optimizer,
+        initializer: Initializer,
+        placement: Placement,
+        replicas: int | Literal["all"],
+        seed: int | None,
+        absent: Absent,
+        default: Sequence[float],
+        timeout: float | None,
+    ) -> Steps:
+        """Make a table, or find that it is there already."""
+        until = deadline(timeout, self.default_timeout)
+        wanted = TableSpec(
+            name, dim, optimizer, initializer, seed or 0, placement, replicas, absent, tuple(map(float, default))
+        ).check()
+        present = (yield from self.tables(timeout)).get(name)
+        if present is None:
+            spec = {**wanted.to_plain(), "seed": seed}
+            yield from self.admin("create_table", {"spec": spec}, until, lambda now: name in now.tables)
+            present = self.routing.table(name).spec
+        have, want = present.to_plain(), wanted.to_plain()
+        different = [k for k in want if want[k] != have[k] and not (k == "seed" and seed is None)]
+        if different:
+            key = different[0]
+            raise RequestError(
+                f"table {name!r} exists with another specification: its {key} is {have[key]!r}, asked was {want[key]!r}"
+            )
+
+    def alter_table(self, name: str, changes: Mapping[str, Any], timeout: float | None) -> Steps:
+        """Give a table new settings."""
+        until = deadline(timeout, self.default_timeout)
+        present = yield from self.describe(name, timeout)
+        plain = present.to_plain()
+        unknown = [k for k in changes if k not in plain]
+        if unknown:
+            raise RequestError(f"a table has no setting {unknown[0]!r}; it has {', '.join(plain)}")
+        wanted = TableSpec(**{**{k: getattr(present, k) for k in plain}, **changes}).check()
+        plain_changes = {k: wanted.to_plain()[k] for k in changes}
+        yield from self.admin(
+            "alter_table",
+            {"name": name, "changes": plain_changes},
+            until,
+            lambda now: name not in now.tables or now.tables[name].spec == wanted,
+        )
+
+    def truncate(self, name: str, timeout: float | None) -> Steps:
+        """Forget every row."""
+        yield from self._renumber("truncate", name, timeout)
+
+    def drop_table(self, name: str, timeout: float | None) -> Steps:
+        """Remove the table."""
+        yield from self._renumber("drop_table", name, timeout)
+
+    def _renumber(self, verb: str, name: str, timeout: float | None) -> Steps:
+        until = deadline(timeout, self.default_timeout)
+        yield from self.describe(name, timeout)
+        number = self.routing.table(name).number
+
+        def gone(now: Routing) -> bool:
+            return name not in now.tables or now.tables[name].number != number
+
+        yield from self.admin(verb, {"name": name}, until, gone)
+
+
+def _by_feature(flat: Rows, batch: Batch, features: Features) -> list[Rows]:
+    """float32[bags, dim] of each feature, as views of the flat answer."""
+    out = []
+    at = 0
+    starts = batch.starts.tolist()
+    for f, dim in enumerate(features.dim_list):
+        bags = starts[f + 1] - starts[f]
+        out.append(flat[at : at + bags * dim].reshape(bags, dim))
+        at += bags * dim
+    return out
+
+
+def _chunks(batch: Batch, features: Features) -> Iterator[tuple[int, int]]:
+    """Bags low..high-1, each chunk of at most CHUNK bytes of rows and of ids (a single bag may have more)."""
+    rows = np.repeat(features.dims * 4, np.diff(batch.starts))
+    ids = np.diff(batch.offsets) * 8 if batch.offsets.size else np.full(batch.bags, 8)
+    ends = np.cumsum(np.maximum(rows, ids))
+    low = 0
+    while low < batch.bags:
+        before = int(ends[low - 1]) if low else 0
+        high = max(low + 1, int(np.searchsorted(ends, before + CHUNK, side="right")))
+        yield low, high
+        low = high
+
+
+def _check_within(batch: Batch, routing: Routing, within: tuple[int, int | None]) -> None:
+    """RequestError naming the first id whose token is outside the range."""
+    start, stop = check_range(*within)
+    places = tokens(batch.ids, routing.table(batch.names[0]).spec.seed)
+    outside = places < np.uint64(start)
+    if stop is not None:
+        outside |= places >= np.uint64(stop)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise RequestError(
+            f"ids[{at}] is {batch.ids[at]}, whose token {int(places[at])} is outside the range from {start} to "
+            f"{'the end of the ring' if stop is None else stop}"
+        )
+
+
+def check_range(start: int, stop: int | None) -> tuple[int, int | None]:
+    """The range, or RequestError where it is none."""
+    end = 2**64 if stop is None else stop
+    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= 2**64):
+        raise RequestError(f"the range from {start!r} to {stop!r} is none; it needs 0 <= start < stop <= 2**64")
+    return start, None if end == 2**64 else stop
