@@ -97,6 +97,12 @@ class TrainConfig:
             raise ConfigError(f"{where} has an unknown key 'folder'; paths begin in the folder of the file")
         config = replace(build(cls, plain, where), folder=folder)
         config.specs()
+        for feature in config.spec.features:
+            if feature.pooling == "max":
+                raise ConfigError(
+                    f"[head]: pooling of feature {feature.name!r} is 'max', which does not say whose row won; "
+                    "training takes sum or mean"
+                )
         for name in ("data", "test"):
             if name == "data" or config.test:
                 config.source(name)
