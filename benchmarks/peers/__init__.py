@@ -1,0 +1,1 @@
+"""What embring is compared with, each with its best known settings."""

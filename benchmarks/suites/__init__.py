@@ -1,0 +1,1 @@
+"""What `embring bench` runs: each suite gives one JSON-able report."""
