@@ -81,7 +81,7 @@ def render(record: Mapping[str, Any]) -> Any:
     for title in ("table", "dim", "placement", "optimizer", "rows"):
         tables.add_column(title, justify="right" if title in ("dim", "rows") else "left")
     for t in record["tables"]:
-        rows = sum(s.get("rows_by_table", {}).get(str(t["number"]), 0) for s in record["servers"])
+        rows = sum(s.get("rows_by_table", {}).get(t["name"], 0) for s in record["servers"])
         tables.add_row(t["name"], str(t["dim"]), t["placement"], t["optimizer"]["kind"], f"{rows:,}")
     parts: list[Any] = [head, Text(), servers]
     if record["tables"]:

@@ -8,6 +8,7 @@ The state folder (mode 0700) holds the settings, the two tokens, the view log an
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,6 @@ def _python_path() -> str:
 
 def _start_actors(runtime: Runtime, config: Config) -> Runtime:
     """Start the controller, which starts the servers; the runtime with what they tell."""
-    from dataclasses import replace
-
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -179,12 +178,13 @@ def _start_actors(runtime: Runtime, config: Config) -> Runtime:
             environment,
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        controller = ControllerActor.options(
+        actor: Any = ControllerActor
+        controller: Any = actor.options(
             name=NAME, namespace=namespace, lifetime="detached", max_concurrency=8, max_restarts=-1,
             scheduling_strategy=here, runtime_env={"env_vars": environment},
         ).remote(setup)  # fmt: skip
         try:
-            status = ray.get(controller.start.remote(), timeout=START_TIMEOUT_S)
+            status: dict[str, Any] = ray.get(controller.start.remote(), timeout=START_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             ray.kill(controller)
             raise StartError(f"the servers did not start: {_cause(error)} (logs: {runtime.state}/logs)") from None
@@ -216,18 +216,17 @@ def _driver(runtime: Runtime) -> Iterator[None]:
     os.environ.update(environment)
     try:
         import ray
-        from ray._raylet import AuthenticationTokenLoader
-        from ray._raylet import Config as RaySettings
 
         # Ray reads both once, at its import; this process may have imported it before, for another cluster.
-        RaySettings.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        raylet: Any = ray._raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
         if ray.is_initialized():
             raise ConfigError("this process already uses Ray: start and ask a cluster from a process of its own")
         os.chdir(runtime.state)
         try:
             ray.init(
-                address=runtime.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level="error",
+                address=runtime.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
                 configure_logging=False,
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -262,7 +261,7 @@ def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
 
         def ask(verb: str, **fields: Any) -> dict[str, Any]:
             try:
-                reply = ray.get(actor.admin.remote(verb, fields), timeout=CALL_TIMEOUT_S)
+                reply: Any = ray.get(actor.admin.remote(verb, fields), timeout=CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 raise NotApplied(f"the controller does not answer: {_cause(error)}") from None
             if "error" in reply:

@@ -87,6 +87,20 @@ class ServerConfig:
         "Rows beyond it are refused (updates and pulls go on) instead of meeting the out-of-memory "
         "killer; 0 shares 70 % of this host's memory among its servers.",
     )
+    clients_max: int = _setting(
+        256,
+        "clients",
+        1,
+        65536,
+        "Training processes whose pushes a server tells apart (each is applied once). One costs up to 16 bytes a slot.",
+    )
+    deletions_max: int = _setting(
+        262144,
+        "ids",
+        1024,
+        2**28,
+        "Deletions remembered for incremental exports; older ones make an export send whole slots. 28 bytes each.",
+    )
     connections_max: int = _setting(
         4096,
         "connections",
@@ -227,19 +241,6 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoints."""
-
-    block_mib: int = _setting(
-        16,
-        "MiB",
-        1,
-        256,
-        "Size of one block of rows in a file. Larger blocks are written faster; each one passes through memory whole.",
-    )
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole cluster.toml."""
 
@@ -247,7 +248,6 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     ray: RayConfig = field(default_factory=RayConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def fingerprint(self) -> str:

@@ -72,10 +72,11 @@ def log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("embring")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for name in ("embring", "ps"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def memory_max(config: ServerConfig) -> int:
@@ -104,13 +105,15 @@ class Server:
 
     async def _open(self) -> list[str]:
         """On the data thread: make the store and listen."""
-        import torch
         from ps.service import Service, serve
         from ps.store import Store, StoreLimits
 
-        torch.set_num_threads(1)
-        self._store = Store(self.incarnation, StoreLimits(memory_max=memory_max(self.config.server)))
-        self._service = Service(self._store, self.config, self._setup.token, self._control)
+        server = self.config.server
+        limits = StoreLimits(
+            memory_max=memory_max(server), clients_max=server.clients_max, deletions_max=server.deletions_max
+        )
+        store = Store(self.incarnation, limits)
+        self._service = Service(store, self.config, self._setup.token, self._control, self.name)
         return await serve(self._service, self._wanted())
 
     def _wanted(self) -> list[str]:

@@ -176,20 +176,20 @@ class Control:
         owners = view.owners()
         silent = self.members.silence.silent()
         index = {s.incarnation: i for i, s in enumerate(view.servers)}
-        primary = np.bincount(owners[:, 0][owners[:, 0] >= 0], minlength=len(view.servers)) if len(owners) else []
+        primary = np.bincount(owners[owners[:, 0] >= 0, 0], minlength=len(view.servers))
         servers = []
         for member in sorted(self.members.by_name.values(), key=lambda m: m.name):
             place = index.get(member.incarnation, -1)
             servers.append(
                 {
-                    **member.statistics,
+                    **member.figures,
                     "name": member.name,
                     "state": "silent" if member.name in silent else member.state,
                     "host": member.host,
                     "pid": member.pid,
                     "incarnation": member.incarnation,
                     "addresses": list(member.addresses),
-                    "slots": int(primary[place]) if 0 <= place < len(primary) else 0,
+                    "slots": int(primary[place]) if place >= 0 else 0,
                     "restarts": member.restarts,
                     "unanswered": self.members.silence.unanswered.get(member.name, 0),
                 }

@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from hashring.view import Server
 from ps.config import Config
+from ps.controller.figures import figures
 from ps.controller.health import Silence
 from ps.errors import EmbringError
 from ps.fabric.aio import AsyncConnection
@@ -41,7 +42,7 @@ class Member:
     pid: int = 0
     state: str = "starting"
     restarts: int = 0
-    statistics: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -114,6 +115,8 @@ class Members:
         loop = asyncio.get_running_loop()
         connection: AsyncConnection | None = None
         turn = 0
+        before: dict[str, Any] | None = None
+        asked = loop.time()
         while True:
             begun = loop.time()
             try:
@@ -124,7 +127,8 @@ class Members:
                 self.silence.answered(member.name)
                 if turn % every == 0:
                     reply = await connection.request("statistics", {}, {}, 5 * interval)
-                    member.statistics = dict(reply.fields)
+                    member.figures = figures(reply.fields, before, loop.time() - asked)
+                    before, asked = reply.fields, loop.time()
                 turn += 1
             except (EmbringError, OSError, TimeoutError):
                 self.silence.missed(member.name)
@@ -140,7 +144,7 @@ class Members:
 
     def _end(self, member: Member, state: str) -> None:
         member.state = state
-        member.statistics = {}
+        member.figures = {}
         self.silence.forget(member.name)
         current = asyncio.current_task()
         for task in member.tasks:

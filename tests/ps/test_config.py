@@ -17,12 +17,12 @@ def test_the_printed_default_reads_back_as_the_default(tmp_path):
     assert load_config(path) == Config() == load_config(None)
 
 
-@given(st.integers(6, 16), st.integers(0, 2**63 - 1), st.integers(1, 256), st.booleans(), st.floats(30, 86400))
-def test_any_settings_survive_being_printed(slot_bits, seed, servers, restart, idle):
+@given(st.integers(6, 16), st.integers(0, 2**63 - 1), st.integers(1, 256), st.booleans(), st.floats(20, 3600))
+def test_any_settings_survive_being_printed(slot_bits, seed, servers, restart, silent):
     config = config_from_plain(
         {
             "cluster": {"slot_bits": slot_bits, "seed": seed},
-            "server": {"servers": servers, "idle_s": idle},
+            "server": {"servers": servers, "silent_s": silent},
             "control": {"restart": restart},
         }
     )
@@ -51,7 +51,7 @@ def test_every_setting_is_explained():
         ({"server": {"servers": True}}, "server.servers is True; it must be a whole number"),
         ({"server": {"servers": 2.0}}, "server.servers is 2.0; it must be a whole number"),
         ({"server": {"servers": 0}}, "server.servers is 0; it must be 1 to 256 (processes)"),
-        ({"server": {"idle_s": float("nan")}}, "server.idle_s is nan; it must be 30 to 86400 (seconds)"),
+        ({"server": {"silent_s": float("nan")}}, "server.silent_s is nan; it must be 20 to 3600 (seconds)"),
         ({"server": {"host": ""}}, "server.host is empty; it must be address"),
         ({"control": {"restart": 1}}, "control.restart is 1; it must be true or false"),
         ({"cluster": {"slot_bits": 17}}, "cluster.slot_bits is 17; it must be 6 to 16"),
