@@ -275,7 +275,7 @@ class _Crew:
         del self._processes[worker]
         said = ""
         with suppress(EOFError, OSError):
-            said = report.recv() if report.poll() else ""
+            said = report.recv_bytes().decode() if report.poll() else ""
         report.close()
         process.join()
         if process.exitcode == 0:

@@ -79,7 +79,7 @@ def work(order: WorkerOrder, report: Connection) -> None:
         with lock(Path(order.run_folder) / f"worker-{order.worker}.lock", TAKEOVER_S, "its former worker still lives"):
             _Worker(order).run()
     except Exception as error:
-        report.send(f"{type(error).__name__}: {error}")
+        report.send_bytes(f"{type(error).__name__}: {error}".encode())
         raise SystemExit(1) from error
 
 

@@ -128,4 +128,4 @@ def test_a_failing_worker_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(training_worker.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit):
         work(order, theirs)
-    assert "ConfigError: there are no prepared rows in" in ours.recv()
+    assert "ConfigError: there are no prepared rows in" in ours.recv_bytes().decode()
