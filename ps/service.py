@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hashring.tokens import tokens
 from hashring.view import View
@@ -254,7 +253,7 @@ class Service:
         return {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}, {}
 
     def _range(self, request: Message) -> Result:
-        """One part of the rows whose tokens lie in [start, stop); `cursor` is where the next part begins."""
+        """One part of the rows whose tokens lie in [start, stop); the next begins at `cursor` (None: there is none)."""
         self._serving()
         fields = request.fields
         number = whole(fields, "table", 0, 2**31 - 1)
@@ -264,24 +263,15 @@ class Service:
         if table is None:
             raise RequestError(f"table {number} is unknown in epoch {self.view.epoch}")
         spec = TableSpec.from_plain(table.spec)
-        ids: list[NDArray[np.int64]] = []
-        rows: list[NDArray[np.float32]] = []
-        size = 0
-        last = None
-        for part_ids, part_rows in self.store.range(number, start, stop):
-            if not len(part_ids):
-                continue
-            if size >= PART_BYTES:
-                last = int(tokens(ids[-1], spec.seed).max()) + 1
-                break
-            ids.append(part_ids)
-            rows.append(part_rows)
-            size += part_rows.nbytes
-        arrays = {
-            "ids": np.concatenate(ids) if ids else np.empty(0, np.int64),
-            "rows": np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32),
-        }
-        return {"more": last is not None, "cursor": last}, arrays
+        rows_max = max(1, PART_BYTES // (4 * spec.dim))
+        for ids, rows in self.store.range(number, start, stop, rows_max):
+            if len(ids):
+                # Tokens are a bijection of ids: no other row of the table stands where this part ends.
+                cursor = int(tokens(ids, spec.seed).max()) + 1
+                more = cursor < (2**64 if stop is None else stop)
+                return {"more": more, "cursor": cursor if more else None}, {"ids": ids, "rows": rows}
+        empty = {"ids": np.empty(0, np.int64), "rows": np.empty((0, spec.dim), np.float32)}
+        return {"more": False, "cursor": None}, empty
 
     # -- blocks
 

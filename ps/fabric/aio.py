@@ -27,6 +27,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self.address = address
         self._loop = asyncio.get_running_loop()
         self._session = session
+        self._hello = session.hello()
         self._transport: asyncio.Transport | None = None
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -162,7 +163,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         """Begin the handshake."""
         # uvloop's transports do not derive from asyncio.Transport.
         self._transport = cast(asyncio.Transport, transport)
-        self._write(self._session.hello())
+        self._write(self._hello)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the session wants the next bytes: big bodies are received in place."""

@@ -149,14 +149,17 @@ def test_mutated_frames_end_in_a_message_or_a_frame_error(data):
         else:
             frame += frame[at:]
     end = receiver(FrameLimits(header_max=2000, body_max=4000, arrays_max=4))
+    told = None
     try:
         for message in feed(end, bytes(frame), data.draw(st.sampled_from([None, 1, 17]))):
             assert sum(array.nbytes for array in message.arrays.values()) <= 4000
     except FrameError as error:
-        assert len(str(error)) < 400
+        told = error
+    assert told is None or len(str(told)) < 400
 
 
-leaf = st.one_of(st.integers(-5, 2**64 - 1), st.text(max_size=4), st.none(), st.booleans(), st.floats(), st.binary(max_size=4))
+numbers = st.one_of(st.integers(-5, 2**64 - 1), st.floats(), st.booleans())
+leaf = st.one_of(numbers, st.text(max_size=4), st.none(), st.binary(max_size=4))
 tree = st.recursive(leaf, lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(max_size=3), c, max_size=3))
 described = st.lists(
     st.tuples(
@@ -173,11 +176,13 @@ described = st.lists(
 def test_any_header_ends_in_a_message_or_a_frame_error(plain, body):
     header = msgpack.packb(plain)
     data = PREFIX.pack(b"EMBR", 1, 0, len(header), body) + header + bytes(body)
+    told = None
     try:
         messages = feed(receiver(FrameLimits(header_max=10_000, body_max=4000, arrays_max=4)), data)
         assert len(messages) == 1
     except FrameError as error:
-        assert len(str(error)) < 400
+        told = error
+    assert told is None or len(str(told)) < 400
 
 
 @settings(max_examples=300)
