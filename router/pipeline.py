@@ -11,6 +11,7 @@ In a program without an event loop:
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 import ps
@@ -33,6 +35,9 @@ from router.feature_kernels import warmup
 from router.features import Prepared
 from router.metrics import RouterMetrics
 from router.models import LoadedModel, ModelMetadata
+
+START_S = 120.0
+"""What starting or closing a router in a thread may take."""
 
 OVERHEAD_S = 60.0
 """What `predict_sync` grants beyond a request's own time before it gives up on its event loop."""
@@ -175,7 +180,6 @@ class Router:
 
         connect: how to reach the cluster; None is `AsyncClient.connect()`, which looks where `ps.connect()` does.
         """
-        from ps.loop import LoopThread
 
         async def begin() -> tuple["Router", "ps.AsyncClient"]:
             client = await (connect or ps.AsyncClient.connect)()
@@ -185,16 +189,20 @@ class Router:
                 await client.close()
                 raise
 
-        thread = LoopThread("router")
+        loop = uvloop.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="router", daemon=True)
+        thread.start()
         try:
-            router, client = thread.call(begin(), OVERHEAD_S)
+            router, client = asyncio.run_coroutine_threadsafe(begin(), loop).result(START_S)
             try:
                 yield router
             finally:
-                thread.call(router.close(), OVERHEAD_S)
-                thread.call(client.close(), OVERHEAD_S)
+                asyncio.run_coroutine_threadsafe(router.close(), loop).result(START_S)
+                asyncio.run_coroutine_threadsafe(client.close(), loop).result(START_S)
         finally:
-            thread.close()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(START_S)
+            loop.close()
 
     def _all(self) -> Iterator[LoadedModel]:
         for versions in self._models.values():
@@ -272,9 +280,9 @@ class Router:
         if left <= 0:
             raise DeadlineExceeded(f"model {model.name!r}: the deadline passed in stage queue")
         with metrics.stage(*labels, "pull"):
-            pooled = await self._client.pull_bags(
-                model.features.by_table(batch), mode=model.features.modes, absent=model.config.absent, timeout=left
-            )
+            bags = model.features.by_table(batch)
+            absent_answer: Any = model.config.absent  # one of the choices that its setting allows
+            pooled = await self._client.pull_bags(bags, model.features.modes, absent_answer, left)
             absent = self._client.last_absent
         metrics.absent.labels(*labels).inc(absent)
         for request in requests:
