@@ -53,7 +53,9 @@ def pull(
 @app.command()
 def kernels(
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the store that pulls are measured on.")] = 2_000_000,
-    large: Annotated[int, typer.Option(min=0, help="Rows of a store filled to measure memory; 16900000 is 8 GiB.")] = 0,
+    large: Annotated[
+        int, typer.Option(min=0, help="Rows of the stores filled to measure memory; 16900000 are 8 GiB.")
+    ] = 1_000_000,
     rounds: RoundsOption = 5,
     seconds: SecondsOption = 0.4,
     output: JsonOption = None,

@@ -4,9 +4,11 @@ python -m benchmarks.peers.ray_call ADDRESS SIZE     reads "N" lines, answers ea
 """
 
 import json
+import logging
 import os
 import sys
 import time
+from typing import Any
 
 from benchmarks.peers.process import PeerProcess
 
@@ -36,13 +38,14 @@ def drive(address: str, size: int) -> None:
 
     answers, sys.stdout = sys.stdout, sys.stderr
     os.chdir("/")
-    ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=False)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
 
     class Echo:
         def echo(self, payload: bytes) -> bytes:
             return payload
 
-    actor = ray.remote(Echo).options(num_cpus=0).remote()
+    remote: Any = ray.remote
+    actor = remote(Echo).options(num_cpus=0).remote()
     payload = bytes(size)
     for line in sys.stdin:
         seconds = []

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class RedisBags:
         except ImportError:
             raise PeerMissing(f"Redis is not measured: the Python package hiredis is missing; {HOW}") from None
         torch.set_num_threads(1)
-        self.hiredis = hiredis
+        self.hiredis: Any = hiredis
         self.number = {name: i for i, name in enumerate(workload.tables)}
         self.dim = workload.shape.dim
         self.folder = tempfile.TemporaryDirectory(prefix="embring-redis-")
@@ -46,7 +47,7 @@ class RedisBags:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(60)
         self.socket.connect(path)
-        self.reader = hiredis.Reader()
+        self.reader: Any = hiredis.Reader()
         self.buffer = bytearray(1 << 20)
         for i in range(len(workload.tables)):
             self._load(i, workload.values(i))
@@ -80,10 +81,10 @@ class RedisBags:
     def _load(self, table: int, values: NDArray[np.float32]) -> None:
         names = _keys(np.arange(len(values)) | table << 40)
         for at in range(0, len(values), CHUNK):
-            pairs = [
-                x for name, row in zip(names[at : at + CHUNK], values[at : at + CHUNK]) for x in (name, row.tobytes())
-            ]
-            for answer in self._exchange([self.hiredis.pack_command((b"MSET", *pairs))]):
+            command: list[bytes] = [b"MSET"]
+            for name, row in zip(names[at : at + CHUNK], values[at : at + CHUNK], strict=True):
+                command += (name, row.tobytes())
+            for answer in self._exchange([self.hiredis.pack_command(tuple(command))]):
                 if answer != b"OK":
                     raise PeerMissing(f"Redis is not measured: it answered MSET with {answer!r}")
 

@@ -7,6 +7,7 @@ the better). Each is the median over the rounds of the ratio of the medians of a
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -74,7 +75,7 @@ def _pooled(settings: Settings, client: "ps.Client", findings: Findings, report:
         poolers: dict[str, Pooler] = {"embring": EmbringBags(tables, client, settings.placement)}
         for peer, goal in GOAL_OF_PEER.items():
             if goal in settings.goals:
-                made = _peer(lambda peer=peer: PEERS[peer](tables), findings, report)
+                made = _peer(partial(PEERS[peer], tables), findings, report)
                 if made is not None:
                     poolers[peer] = made
                     stack.callback(made.close)
