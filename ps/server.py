@@ -104,10 +104,12 @@ class Server:
         log.info("%s incarnation %d listens on %s", name, self.incarnation, ", ".join(self.addresses))
 
     async def _open(self) -> list[str]:
-        """On the data thread: make the store and listen."""
+        """On the data thread: load the kernels, make the store and listen."""
         from ps.service import Service, serve
         from ps.store import Store, StoreLimits
+        from ps.warm import warm
 
+        warm()  # from the cache: a first request must not wait for it
         server = self.config.server
         limits = StoreLimits(
             memory_max=memory_max(server), clients_max=server.clients_max, deletions_max=server.deletions_max
