@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hashring.tokens import tokens
 from hashring.view import View
@@ -25,7 +26,8 @@ from ps.errors import NotApplied, RequestError
 from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
 from ps.fabric.protocol import Welcome
 from ps.rowblock import RowBlock, Watermark
-from ps.spec import TableSpec
+from ps.share import PullShare
+from ps.spec import DIM_MAX, TableSpec
 from ps.store import Store, StoreStatistics
 from ps.wire import (
     FrameLimits,
@@ -243,9 +245,22 @@ class Service:
 
     def _pull(self, request: Message) -> Result:
         self._serving()
-        reply = self.store.pull(pull_share(request.fields, request.arrays))
+        share = pull_share(request.fields, request.arrays)
+        self._check_reply(share)
+        reply = self.store.pull(share)
         self._absent_ids += reply.absent
         return {"absent": reply.absent}, {"rows": reply.rows}
+
+    def _check_reply(self, share: PullShare) -> None:
+        """RequestError, before anything is allocated, for a pull whose rows no frame could carry."""
+        bags = len(share.ids) if share.offsets is None else len(share.offsets) - 1
+        limit = self.listener.frame_limits.body_max
+        if bags * DIM_MAX * 4 <= limit:
+            return
+        dims = {table.number: int(str(table.spec["dim"])) for table in self.view.tables}
+        size = 4 * sum(n * dims.get(t, 0) for t, n in zip(share.tables.tolist(), share.bags.tolist(), strict=True))
+        if size > limit:
+            raise RequestError(f"the rows asked for have {size} bytes; one reply has at most {limit}: ask in parts")
 
     def _push(self, request: Message) -> Result:
         self._serving()
@@ -269,20 +284,34 @@ class Service:
                 # Tokens are a bijection of ids: no other row of the table stands where this part ends.
                 cursor = int(tokens(ids, spec.seed).max()) + 1
                 more = cursor < (2**64 if stop is None else stop)
-                return {"more": more, "cursor": cursor if more else None}, {"ids": ids, "rows": rows}
-        empty = {"ids": np.empty(0, np.int64), "rows": np.empty((0, spec.dim), np.float32)}
-        return {"more": False, "cursor": None}, empty
+                part: dict[str, NDArray[Any]] = {"ids": ids, "rows": rows}
+                return {"more": more, "cursor": cursor if more else None}, part
+        part = {"ids": np.empty(0, np.int64), "rows": np.empty((0, spec.dim), np.float32)}
+        return {"more": False, "cursor": None}, part
 
     # -- blocks
+
+    def _slots(self, request: Message) -> NDArray[np.int64]:
+        """The slots that a request names, each of them in the view, once."""
+        slots = vector(request.arrays, "slots", "<i8")
+        if len(slots) and not 0 <= slots.min() <= slots.max() < self.view.slots_total:
+            last = self.view.slots_total - 1
+            raise RequestError(f"slots are {slots.min()} to {slots.max()}; epoch {self.view.epoch} has 0 to {last}")
+        if len(np.unique(slots)) != len(slots):
+            raise RequestError("a slot is named twice")
+        return slots
 
     def _export(self, request: Message) -> Result:
         """One part of an export: begun by `slots`, continued by the `cursor` and `part` of the answer before."""
         if "cursor" not in request.fields:
-            slots = vector(request.arrays, "slots", "<i8")
+            slots = self._slots(request)
             since = None
             if "positions" in request.arrays:
                 cluster = whole(request.fields, "cluster", 0, 2**64 - 1)
-                since = Watermark(cluster, slots, vector(request.arrays, "positions", "<i8"))
+                positions = vector(request.arrays, "positions", "<i8")
+                if len(positions) != len(slots):
+                    raise RequestError(f"there are {len(positions)} positions of {len(slots)} slots; each has one")
+                since = Watermark(cluster, slots, positions)
             while len(self._exports) >= EXPORTS_MAX:
                 self._exports.pop(next(iter(self._exports)))
             self._export_number += 1
@@ -310,14 +339,14 @@ class Service:
         return {}, {"taken": np.asarray(taken, np.uint8)}
 
     def _drop(self, request: Message) -> Result:
-        self.store.drop(vector(request.arrays, "slots", "<i8"))
+        self.store.drop(self._slots(request))
         return {}, {}
 
     def _digest(self, request: Message) -> Result:
-        return {}, {"digests": self.store.digest(vector(request.arrays, "slots", "<i8"))}
+        return {}, {"digests": self.store.digest(self._slots(request))}
 
     def _watermark(self, request: Message) -> Result:
-        return {}, {"positions": self.store.watermark(vector(request.arrays, "slots", "<i8"))}
+        return {}, {"positions": self.store.watermark(self._slots(request))}
 
     # -- the server itself
 
