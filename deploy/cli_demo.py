@@ -1,0 +1,108 @@
+"""`embring demo`."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from deploy.demo import Outcome
+
+
+def demo(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="movielens (fetched, 2 MB, for research use), movielens-small:DIR, criteo:PATH (raw TSV, also .gz), "
+            "or synthetic (needs no network)."
+        ),
+    ] = "movielens",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON; - is standard output.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write label and scores of each held-out row, as JSON lines.")
+    ] = None,
+) -> None:
+    """Train, serve and check a CTR model on a cluster on this machine, which is started and ended for it.
+
+    Three servers and a router on local Ray, two asynchronous training workers. Every held-out row is scored over gRPC
+    and REST and compared with plain torch over the same weights. Takes some two minutes on two cores; exit status 1
+    where a figure is not what it must be.
+
+    Example:  embring demo --data synthetic --json figures.json
+    """
+    from ps.cluster import kernel_cache
+
+    # Before numba is imported: servers, workers, router and this process share one cache of compiled kernels.
+    os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for file in (json_file, predictions):
+        _check_writable(file)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from deploy.demo import run
+
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    with bars:
+        task: Any = None
+
+        def watch(progress: Any, batches: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bars.add_task("  batches", total=batches)
+            bars.update(task, completed=progress.totals.batches)
+
+        outcome = run(data, predictions, lambda line: console.print(f"[dim]•[/dim] {line}"), watch)
+    text = json.dumps(asdict(outcome), indent=2)
+    if json_file is not None and str(json_file) == "-":
+        print(text)
+    else:
+        if json_file is not None:
+            json_file.write_text(text + "\n")
+        Console().print(summary(outcome))
+    for failure in outcome.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+def _check_writable(file: Path | None) -> None:
+    """Refuse before two minutes of work what could not be written after them."""
+    from ps.errors import ConfigError
+
+    if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"{file} cannot be written: {file.absolute().parent} is no folder, or it is one itself")
+
+
+def summary(outcome: "Outcome") -> Any:
+    """The figures as text for a terminal."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    per_server = ", ".join(f"{name} {rows:,}" for name, rows in outcome.rows_per_server.items())
+    skipped = f", {outcome.rows_skipped:,} malformed left out" if outcome.rows_skipped else ""
+    latency = ", ".join(f"{door} {ms['p50']:.1f} / {ms['p99']:.1f}" for door, ms in outcome.latency_ms.items())
+    compared = f"gRPC {outcome.parity_rows_grpc:,} and REST {outcome.parity_rows_rest:,}"
+    for name, text in (
+        ("data", f"{outcome.dataset}: {outcome.train_rows:,} rows trained, {outcome.heldout_rows:,} held out{skipped}"),
+        ("quality", f"AUC {outcome.auc:.4f}, log-loss {outcome.logloss:.4f} on the held-out rows"),
+        ("training", f"{outcome.train_rows_per_s:,.0f} rows/s with {outcome.workers} asynchronous workers"),
+        ("tables", f"{outcome.rows:,} rows on {outcome.servers} servers ({per_server})"),
+        ("scores", f"{compared} compared with plain torch: largest difference {outcome.parity_max_abs_diff:.1e}"),
+        ("latency", f"{latency} ms (p50 / p99, one row a request)"),
+        ("time", f"{outcome.seconds.get('total', 0.0):.0f} s; {outcome.processes_left} processes left"),
+        ("result", "everything as it must be" if outcome.ok else "NOT as it must be"),
+    ):
+        table.add_row(name, text)
+    return table
