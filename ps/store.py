@@ -169,7 +169,7 @@ class Store:
         new, old = win.decide(touched, share.sequence, window.last, window.mask, self._verdicts)
         if old:
             raise RequestError(
-                f"sequence {share.sequence} of client {share.client} is {win.WINDOW} or more behind the newest in {old} slots"
+                f"sequence {share.sequence} of client {share.client} is {win.WINDOW} or more behind the newest"
             )
         if not new:
             self._counts["pushes_seen"] += 1

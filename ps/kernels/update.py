@@ -79,16 +79,18 @@ def sum_gradients(
         for b in range(plan[f, P_BAGS], plan[f, P_BAGS_END]):
             low = offsets[b] if bagged else plan[f, P_IDS] + b - plan[f, P_BAGS]
             high = offsets[b + 1] if bagged else low + 1
+            gradient = rows[at : at + d]
             for i in range(low, high):
                 u = inverse[i]
                 if u < 0:
                     continue
+                total = sums[u]
                 if weighted:
                     for j in range(d):
-                        sums[u, j] += weights[i] * rows[at + j]
+                        total[j] += weights[i] * gradient[j]
                 else:
                     for j in range(d):
-                        sums[u, j] += rows[at + j]
+                        total[j] += gradient[j]
             at += d
 
 
@@ -106,9 +108,9 @@ def overwrite(
         at = plan[f, P_OUT]
         for i in range(plan[f, P_IDS], plan[f, P_IDS_END]):
             if inverse[i] >= 0:
-                row = targets[inverse[i]]
+                target, source = values[targets[inverse[i]]], rows[at : at + d]
                 for j in range(d):
-                    values[row, j] = rows[at + j]
+                    target[j] = source[j]
             at += d
 
 
