@@ -11,6 +11,7 @@ from torch import Tensor
 from ps.client import Client
 from ps.errors import RequestError
 from ps.ragged import RaggedIds
+from ps.spec import Absent
 
 Mode = Literal["sum", "mean", "max"]
 
@@ -55,7 +56,7 @@ class EmbeddingBag(torch.nn.Module):
         mode: Mode = "sum",
         include_last_offset: bool = False,
         lr_scale: float = 1.0,
-        absent: str | None = None,
+        absent: Absent | None = None,
         deferred: bool = False,
     ) -> None:
         """include_last_offset: as torch's; whether offsets hold one entry more than there are bags.

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -82,7 +82,7 @@ class TrainReport:
 def train(
     config: TrainConfig,
     folder: str | Path,
-    addresses: str | None = None,
+    addresses: str | Sequence[str] | None = None,
     token: str | None = None,
     undecided: Undecided = "refuse",
     watch: Callable[[TrainProgress], None] | None = None,

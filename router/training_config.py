@@ -33,7 +33,7 @@ from typing import Any
 
 from dense_head import HeadError, HeadSpec
 from ps.errors import ConfigError, RequestError
-from ps.spec import SGD, Adam, Initializer, Optimizer, TableSpec, optimizer_from_plain
+from ps.spec import TableSpec
 from router.settings import build, read_toml, setting
 from router.training_data import Batches, Dataset, PreparedRows
 from router.training_dense import DENSE_DIM
@@ -130,11 +130,12 @@ class TrainConfig:
     def dense_specs(self) -> list[TableSpec]:
         """Tables of the head's weights and buffers."""
         settings = build(DenseSettings, self.dense, "[dense]")
-        optimizer: Optimizer = optimizer_from_plain(settings.optimizer) if settings.optimizer else Adam()
-        common = {"dim": DENSE_DIM, "initializer": Initializer(0.0, 0.0), "replicas": settings.replicas}
+        zeros = {"low": 0.0, "high": 0.0}
+        common = {"dim": DENSE_DIM, "initializer": zeros, "replicas": settings.replicas}
+        optimizer = settings.optimizer or {"kind": "adam", "lr": 0.001}
         return [
-            TableSpec(f"{self.name}.dense", optimizer=optimizer, **common).check(),  # type: ignore[arg-type]
-            TableSpec(f"{self.name}.buffers", optimizer=SGD(1.0), **common).check(),  # type: ignore[arg-type]
+            TableSpec.from_plain({**common, "name": f"{self.name}.dense", "optimizer": optimizer}),
+            TableSpec.from_plain({**common, "name": f"{self.name}.buffers", "optimizer": {"kind": "sgd", "lr": 1.0}}),
         ]
 
     def source(self, name: str) -> DataSource:

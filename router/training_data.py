@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import ConfigError, RequestError
-from ps.ragged import check_offsets
+from ps.ragged import RaggedIds
 from router.features import Bags, Prepared
 
 MANIFEST = "rows.json"
@@ -73,7 +73,10 @@ class PreparedRows:
         for name, (ids, offsets) in self.bags.items():
             if len(offsets) != rows + 1:
                 raise RequestError(f"feature {name!r} has {len(offsets) - 1} bags for {rows} labels")
-            check_offsets(offsets, len(ids), f"offsets of feature {name!r}")
+            try:
+                RaggedIds.of(ids, offsets)
+            except RequestError as error:
+                raise RequestError(f"feature {name!r}: {error}") from None
         return self
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Scores of prepared rows with the tables of a cluster, and how good they are."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,8 @@ import ps
 from dense_head import Predictor, auc, log_loss
 from router.training_data import PreparedRows
 from router.training_dense import TableBags
+
+Absent = Literal["initial", "zeros", "default"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Evaluation:
 
 
 def score(
-    client: ps.Client, predictor: Predictor, rows: PreparedRows, batch: int = 1024, absent: str = "zeros"
+    client: ps.Client, predictor: Predictor, rows: PreparedRows, batch: int = 1024, absent: Absent = "zeros"
 ) -> tuple[NDArray[np.float32], int]:
     """(scores float32[rows], ids without a row). absent: what such an id answers; "zeros" is what a router serves."""
     tables = TableBags(predictor.spec)
@@ -37,7 +40,7 @@ def score(
 
 
 def evaluate(
-    client: ps.Client, predictor: Predictor, rows: PreparedRows, batch: int = 1024, absent: str = "zeros"
+    client: ps.Client, predictor: Predictor, rows: PreparedRows, batch: int = 1024, absent: Absent = "zeros"
 ) -> Evaluation:
     """AUC and log-loss of `score`. HeadError where the rows hold one class only."""
     scores, missing = score(client, predictor, rows, batch, absent)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class WorkerOrder:
     run_folder: str
     worker: int
     client: int
-    addresses: str | None
+    addresses: str | Sequence[str] | None
     token: str | None
 
 
