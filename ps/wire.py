@@ -42,7 +42,7 @@ JOIN_MAX = 32 * 1024
 """Frames up to this many bytes leave as one buffer: joining them costs less than a vectored write does."""
 
 ALIGN_FROM = 4096
-"""Bodies from this size on are received into memory aligned to 64 bytes; a smaller one costs more than it gains."""
+"""Bodies from this size on lie in memory aligned to 64 bytes; aligning a smaller one costs more than it gains."""
 
 _CODES = ("|u1", "|i1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 DTYPES = {code: np.dtype(code) for code in _CODES}
@@ -144,6 +144,8 @@ def _check_sizes(header: int, body: int, limits: FrameLimits) -> None:
 def decode_prefix(data: Buffer, offset: int, limits: FrameLimits) -> tuple[int, int]:
     """(header length, body length) of the frame that begins at `offset`; FrameError where they break a limit."""
     magic, version, flags, header, body = PREFIX.unpack_from(data, offset)
+    if magic == MAGIC and version == VERSION and flags == 0 < header <= limits.header_max and body <= limits.body_max:
+        return header, body
     check_magic(magic)
     if version != VERSION:
         raise FrameError(f"the frame has version {version}; this side speaks version {VERSION}")
@@ -152,7 +154,7 @@ def decode_prefix(data: Buffer, offset: int, limits: FrameLimits) -> tuple[int, 
     if header == 0:
         raise FrameError("the frame's header has 0 bytes; it must have at least one")
     _check_sizes(header, body, limits)
-    return header, body
+    raise FrameError("the frame's prefix is malformed")
 
 
 def check_magic(begin: bytes) -> None:
@@ -218,16 +220,23 @@ def _places(described: list[Any]) -> tuple[Places, int]:
     return places, end
 
 
-def body_buffer(size: int) -> NDArray[np.uint8]:
-    """Memory for a body of `size` bytes."""
-    if size < ALIGN_FROM:
-        return np.empty(size, np.uint8)
+def body_buffer(size: int) -> memoryview:
+    """Memory for a body of `size` bytes, to be received into."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
+    return raw.data[start : start + size]
 
 
-def assemble(message: Message, places: Places, body: NDArray[np.uint8]) -> Message:
+def body_of(received: memoryview) -> Buffer:
+    """Memory of its own for a body that lies in a buffer which will be used again."""
+    if len(received) < ALIGN_FROM:
+        return bytearray(received)
+    body = body_buffer(len(received))
+    body[:] = received
+    return body
+
+
+def assemble(message: Message, places: Places, body: Buffer) -> Message:
     """The message with its arrays, which are views into `body`."""
     for name, (dtype, shape, offset) in places.items():
         # A body of no bytes has no memory that a view could point into.

@@ -14,6 +14,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -107,7 +108,6 @@ class Listener:
         is no token.
         """
         self._loop = asyncio.get_running_loop()
-        self.now = self._loop.time
         wanted = [parse_address(given) for given in addresses]
         for where in wanted:
             if not where.local and not self.token:
@@ -178,11 +178,12 @@ class Listener:
 
     def _turn(self) -> None:
         """Handle requests until the queue is empty or the turn is over."""
-        begin = now = self.now()
+        # Not the loop's clock: uvloop's stands still while a callback runs.
+        begin = now = monotonic()
         while self._queue and now - begin < self.limits.turn_s:
             connection, request, came, until = self._queue.popleft()
             self._handle(connection, request, now - came, until - now)
-            now = self.now()
+            now = monotonic()
         self._turning = bool(self._queue)
         if self._turning:
             self._loop.call_soon(self._turn)
@@ -225,7 +226,7 @@ class Listener:
 
     def _sweep(self) -> None:
         """Close the connections that are silent, stuck in a frame or in the handshake, or not reading."""
-        now = self.now()
+        now = monotonic()
         for connection in list(self.connections):
             if connection.overdue(now):
                 self.counts["closed_silent"] += 1
@@ -242,7 +243,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._session = ServerSession(listener.token, listener.welcome, listener.frame_limits)
         self._transport: asyncio.Transport | None = None
         self.gone = True
-        self._heard = self._opened = listener.now()
+        self._heard = self._opened = monotonic()
         self._unread_since: float | None = None
         self._seen = 0
         self._stuck = (-1, 0.0)
@@ -316,7 +317,7 @@ class _Connection(asyncio.BufferedProtocol):
         session = self._session
         requests = session.received(nbytes)
         listener = self._listener
-        self._heard = now = listener.now()
+        self._heard = now = monotonic()
         self._seen += len(requests)
         self._busy += len(requests)
         for request in requests:
@@ -331,7 +332,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """The client does not read fast enough: take no further requests of it."""
-        self._unread_since = self._listener.now()
+        self._unread_since = monotonic()
         if self._transport is not None and not self.gone:
             self._transport.pause_reading()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import AuthError, EmbringError, PerhapsApplied, RequestError, WrongView
@@ -28,6 +27,7 @@ from ps.wire import (
     Places,
     assemble,
     body_buffer,
+    body_of,
     check_magic,
     decode_header,
     decode_prefix,
@@ -83,7 +83,7 @@ class Receiver:
         self._scratch = memoryview(bytearray(scratch))
         self._start = 0
         self._end = 0
-        self._partial: tuple[Message, Places, NDArray[np.uint8]] | None = None
+        self._partial: tuple[Message, Places, Buffer] | None = None
         self._rest = memoryview(b"")
 
     @property
@@ -142,16 +142,14 @@ class Receiver:
                 self._move(PREFIX.size + header)
             return False
         message, places = decode_header(self._scratch[begin - header : begin], size, self.limits)
-        body = body_buffer(size)
         if here >= size:
             self._start = begin + size
-            if size:
-                body.data[:] = self._scratch[begin : self._start]
-            messages.append(assemble(message, places, body))
+            messages.append(assemble(message, places, body_of(self._scratch[begin : self._start])))
         else:
+            body = body_buffer(size)
             self._start = self._end
-            body.data[:here] = self._scratch[begin : self._end]
-            self._partial, self._rest = (message, places, body), body.data[here:]
+            body[:here] = self._scratch[begin : self._end]
+            self._partial, self._rest = (message, places, body), body[here:]
         return True
 
 
