@@ -120,13 +120,13 @@ class AsyncClient:
             errors = [await self._call(ask, ask.calls[0])]
         else:
             errors = await asyncio.gather(*(self._call(ask, call) for call in ask.calls))
-        return {call.server: error for call, error in zip(ask.calls, errors, strict=True) if error is not None}
+        return {call.key: error for call, error in zip(ask.calls, errors, strict=True) if error is not None}
 
     async def _call(self, ask: Ask, call: Call) -> EmbringError | None:
         try:
             connection = await self._connections.of(ask.servers[call.server], ask.until)
             left = max(0.001, ask.until - time.monotonic())
-            ask.absorb(call.server, await connection.request(call.op, call.fields, call.arrays, left))
+            ask.absorb(call.key, await connection.request(call.op, call.fields, call.arrays, left))
         except EmbringError as error:
             return error
         return None
@@ -258,9 +258,8 @@ class AsyncClient:
     ) -> AsyncIterator[RowRange]:
         """As `Client.pull_range`, for `async for`."""
         scan = PullRange(self._verbs, name, start, stop, timeout)
-        while (parts := await self._run(scan.next())) is not None:
-            for part in parts:
-                yield part
+        while (part := await self._run(scan.next())) is not None:
+            yield part
 
     async def push_range(
         self,

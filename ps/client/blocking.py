@@ -290,7 +290,7 @@ class Client:
     def pull_range(
         self, name: str, start: int = 0, stop: int | None = None, timeout: float | None = None
     ) -> Iterator[RowRange]:
-        """Every row whose token is in [start, stop), in parts, asked of its owners alone.
+        """Every row whose token is in [start, stop), in parts of about 1 MiB, asked of its owners alone.
 
         Rows that no push touches meanwhile come exactly once, also while slots move. timeout is for each part.
 
@@ -298,8 +298,8 @@ class Client:
             3
         """
         scan = PullRange(self._verbs, name, start, stop, timeout)
-        while (parts := self._run(scan.next())) is not None:
-            yield from parts
+        while (part := self._run(scan.next())) is not None:
+            yield part
 
     def push_range(
         self,

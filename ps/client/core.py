@@ -47,7 +47,7 @@ PROBE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Make these calls at once, hand each reply to `absorb(server, reply)`; send back {server: error} of the rest."""
+    """Make these calls at once, hand each reply to `absorb(key, reply)`; send back {key: error} of the rest."""
 
     servers: Sequence[Server]
     calls: Sequence[Call]
@@ -208,8 +208,8 @@ class Core:
         if isinstance(error, SlotsLost) or type(error) is RequestError:
             yield from self.refresh(routing.epoch, until, {})
             now = self.routing
-            numbers = {name: t.number for name, t in routing.tables.items()}
-            moved = any(numbers.get(name) != t.number for name, t in now.tables.items())
+            before, after = ({name: t.number for name, t in r.tables.items()} for r in (routing, now))
+            moved = before != after
             if now.epoch > routing.epoch and (moved or isinstance(error, SlotsLost)) and time.monotonic() < until:
                 return
         raise error
@@ -236,7 +236,7 @@ class Core:
         """Servers that know a view newer than `epoch`, the newest first."""
         servers = self.routing.servers
         epochs: dict[int, int] = {}
-        calls = [Call(s, "ping", {}, {}) for s, server in enumerate(servers) if server.alive]
+        calls = [Call(s, s, "ping", {}, {}) for s, server in enumerate(servers) if server.alive]
 
         def absorb(s: int, reply: Message) -> None:
             epochs[s] = int(reply.fields.get("epoch", 0))
@@ -253,7 +253,7 @@ class Core:
         def absorb(_: int, reply: Message) -> None:
             self.adopt(view_of(reply.fields, reply.arrays))
 
-        failures = yield Ask(servers, [Call(s, "view", {}, {})], absorb, self.attempt_until(until))
+        failures = yield Ask(servers, [Call(s, s, "view", {}, {})], absorb, self.attempt_until(until))
         return failures.get(s)
 
     def begin(self, until: float) -> Steps:
@@ -298,7 +298,7 @@ class Core:
             error: EmbringError = NotApplied("no server of the view is alive")
             for s, server in enumerate(self.routing.servers):
                 if server.alive:
-                    call = Call(s, "admin", {"verb": verb, **fields}, {})
+                    call = Call(s, s, "admin", {"verb": verb, **fields}, {})
                     failures = yield Ask(self.routing.servers, [call], absorb, until)
                     if not failures:
                         break

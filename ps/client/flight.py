@@ -113,16 +113,16 @@ class Flight:
         for call in ask.calls:
             try:
                 sent = self._connections.send(ask.servers[call.server], call, ask.until)
-                self._sent.append((call.server, *sent))
+                self._sent.append((call.key, *sent))
             except EmbringError as error:
-                self._failures[call.server] = error
+                self._failures[call.key] = error
 
     def _receive(self) -> dict[int, EmbringError]:
         ask, failures = self._ask, self._failures
         assert ask is not None
-        for server, connection, number in self._sent:
+        for key, connection, number in self._sent:
             try:
-                ask.absorb(server, connection.receive(number, max(GRACE_S, ask.until - time.monotonic())))
+                ask.absorb(key, connection.receive(number, max(GRACE_S, ask.until - time.monotonic())))
             except EmbringError as error:
-                failures[server] = error
+                failures[key] = error
         return failures

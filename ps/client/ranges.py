@@ -1,17 +1,17 @@
 """A range pull: every row of a token interval once, also while slots move between servers.
 
-Each slot remembers up to which token its rows were taken. A server is asked from the lowest such token of the slots
-that it owns; of its answer only the rows of those slots from their own token on are kept. An answer counts only if
-the server judged by the view that the slots were planned with, or by one in which their owner and term are the same.
+Each slot remembers up to which token its rows were taken. A call asks one server for a run of neighbouring slots
+that it owns. An answer counts only if the server judged by the view that the call was planned with, or by one in which the
+owner and the term of those slots are the same: then the rows are the slots' own, and will not be asked for again.
 """
 
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.tokens import tokens
 from ps.client.core import Ask, Command, deadline
 from ps.client.request import Call
 from ps.client.routing import Routing, TableInfo
@@ -21,9 +21,24 @@ from ps.wire import Message
 
 RING_LAST = 2**64 - 1
 
+BLOCK_BYTES = 2**20
+"""Rows are gathered up to about this many bytes before they are handed out."""
+
+RUNS_MAX = 16
+"""Calls to one server at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Slots low..high-1 of the table, all owned by one server."""
+
+    server: int
+    low: int
+    high: int
+
 
 class PullRange:
-    """The rows of [start, stop) of a table; `next()` asks every owner for its next part at once."""
+    """The rows of [start, stop) of a table; each `next()` gives some."""
 
     def __init__(self, verbs: Verbs, name: str, start: int, stop: int | None, timeout: float | None) -> None:
         self._verbs = verbs
@@ -33,111 +48,120 @@ class PullRange:
         self._timeout = timeout
         self._number = -1
         self._next: NDArray[np.uint64] = np.empty(0, np.uint64)
-        self._ends: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._lasts: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._open: NDArray[np.bool_] = np.empty(0, np.bool_)
         deadline(timeout, verbs.default_timeout)
 
     def _begin(self, info: TableInfo) -> None:
-        """Per slot of the table: the first token still to be taken, and the last one; open while any is left."""
+        """Of each slot: the first token that is still to be taken, the last one, and whether any is left."""
         width = 2 ** (64 - info.bits)
         first = [s * width for s in range(2**info.bits)]
         self._next = np.array([max(f, self._start) for f in first], np.uint64)
-        self._ends = np.array([min(f + width - 1, self._last) for f in first], np.uint64)
-        self._open = self._next <= self._ends
+        self._lasts = np.array([min(f + width - 1, self._last) for f in first], np.uint64)
+        self._open = self._next <= self._lasts
         self._number = info.number
 
-    def next(self) -> Generator[Command, object, list[RowRange] | None]:
-        """The next parts, at most one from each server; None at the end."""
+    def next(self) -> Generator[Command, dict[int, EmbringError], RowRange | None]:
+        """Some of the rows, in no order; None when there are no more."""
         verbs = self._verbs
         until = deadline(self._timeout, verbs.default_timeout)
         yield from verbs.features((self._name,), until)
-        info = verbs.routing.table(self._name)
         if self._number < 0:
-            self._begin(info)
-        if info.number != self._number:
-            raise RequestError(f"table {self._name!r} was made anew during the range pull")
+            self._begin(verbs.routing.table(self._name))
+        parts: list[RowRange] = []
         attempt = 0
-        while self._open.any():
+        while self._open.any() and sum(part.rows.nbytes for part in parts) < BLOCK_BYTES:
             routing = verbs.routing
+            info = self._same_table(routing)
             try:
-                owners = self._owners(routing, info)
+                runs = self._runs(routing, info)
             except SlotsLost as error:
                 yield from verbs.hopeless(error, routing, until)
                 continue
-            replies: dict[int, Message] = {}
-            calls = [self._call(s, owners, routing) for s in np.unique(owners[self._open]).tolist()]
-            failures = yield Ask(routing.servers, calls, replies.__setitem__, verbs.attempt_until(until))
-            parts: list[RowRange] = []
-            failed: dict[int, EmbringError] = dict(failures)  # type: ignore[call-overload]
-            for s, reply in replies.items():
-                error_of = yield from self._take(s, reply, owners, routing, info, parts, until)
-                if error_of is not None:
-                    failed[s] = error_of
-            if parts:
-                return parts
+            failed = yield from self._round(runs, routing, info, parts, until)
             if failed:
                 if time.monotonic() >= until:
                     raise next(iter(failed.values()))
                 yield from verbs.after(failed, routing, attempt, until)
                 attempt += 1
-        return None
+        if not parts:
+            return None
+        return RowRange(np.concatenate([p.ids for p in parts]), np.concatenate([p.rows for p in parts]))
 
-    def _owners(self, routing: Routing, info: TableInfo) -> NDArray[np.int16]:
-        """The primary of each slot of the table."""
-        owners = routing.primaries[info.first : info.first + len(self._next), 0]
-        lost = self._open & (owners < 0)
-        if lost.any():
-            slots = (np.flatnonzero(lost) + info.first).tolist()
+    def _same_table(self, routing: Routing) -> TableInfo:
+        info = routing.table(self._name)
+        if info.number != self._number:
+            raise RequestError(f"table {self._name!r} was made anew during the range pull")
+        return info
+
+    def _runs(self, routing: Routing, info: TableInfo) -> list[_Run]:
+        """The next runs, a few of each server; SlotsLost where nobody owns an open slot."""
+        owners = np.where(self._open, routing.primaries[info.first : info.first + len(self._open), 0], np.int16(-2))
+        if (owners == -1).any():
+            slots = (np.flatnonzero(owners == -1) + info.first).tolist()
             raise SlotsLost(f"{len(slots)} slots of table {self._name!r} have no living owner", slots)
-        return owners
+        edges = np.flatnonzero(np.diff(owners)) + 1
+        # A slot that was begun must come first in its run, since a run is asked from its first open token on.
+        begun = np.flatnonzero(self._open[1:] & (self._next[1:] != self._lasts[:-1] + np.uint64(1))) + 1
+        lows = np.unique(np.concatenate([[0], edges, begun]))
+        taken: dict[int, int] = {}
+        runs = []
+        for low, high in zip(lows.tolist(), [*lows.tolist()[1:], len(owners)], strict=True):
+            s = int(owners[low])
+            if s >= 0 and taken.get(s, 0) < RUNS_MAX:
+                taken[s] = taken.get(s, 0) + 1
+                runs.append(_Run(s, low, high))
+        return runs
 
-    def _call(self, s: int, owners: NDArray[np.int16], routing: Routing) -> Call:
-        mine = self._open & (owners == s)
-        start, last = int(self._next[mine].min()), int(self._ends[mine].max())
-        stop = None if last == RING_LAST else last + 1
-        return Call(s, "range", {"table": self._number, "start": start, "stop": stop, "epoch": routing.epoch}, {})
+    def _round(
+        self, runs: list[_Run], routing: Routing, info: TableInfo, parts: list[RowRange], until: float
+    ) -> Generator[Command, dict[int, EmbringError], dict[int, EmbringError]]:
+        """Ask for every run at once and keep what counts; errors by server."""
+        replies: dict[int, Message] = {}
+        calls = [self._call(key, run, routing) for key, run in enumerate(runs)]
+        ask = Ask(routing.servers, calls, replies.__setitem__, self._verbs.attempt_until(until))
+        failed = {runs[key].server: error for key, error in (yield ask).items()}
+        for key, reply in replies.items():
+            run = runs[key]
+            epoch = int(reply.fields.get("epoch", 0))
+            if epoch != routing.epoch:
+                yield from self._verbs.refresh(epoch - 1, until, {run.server: epoch})
+                if epoch < routing.epoch or not self._unmoved(run, routing, self._verbs.routing, info):
+                    failed[run.server] = WrongView(f"slots moved between views {routing.epoch} and {epoch}", epoch)
+                    continue
+            self._take(run, reply, parts)
+        return failed
 
-    def _take(
-        self,
-        s: int,
-        reply: Message,
-        owners: NDArray[np.int16],
-        routing: Routing,
-        info: TableInfo,
-        parts: list[RowRange],
-        until: float,
-    ) -> Generator[Command, object, EmbringError | None]:
-        """Keep what server s answered for its slots, or say why it does not count."""
-        mine = self._open & (owners == s)
-        epoch = int(reply.fields.get("epoch", 0))
-        if epoch != routing.epoch:
-            yield from self._verbs.refresh(epoch - 1, until, {s: epoch})
-            now = self._verbs.routing
-            if epoch < routing.epoch or now.epoch < epoch:
-                return WrongView(f"a server answered by view {epoch}; this client has {now.epoch}", epoch)
-            mine &= self._unmoved(routing, now, info)
-        ids, rows = reply.arrays["ids"], reply.arrays["rows"]
+    def _call(self, key: int, run: _Run, routing: Routing) -> Call:
+        last = int(self._lasts[run.high - 1])
+        fields = {
+            "table": self._number,
+            "start": int(self._next[run.low]),
+            "stop": None if last == RING_LAST else last + 1,
+            "epoch": routing.epoch,
+        }
+        return Call(key, run.server, "range", fields, {})
+
+    def _take(self, run: _Run, reply: Message, parts: list[RowRange]) -> None:
+        """Keep the rows of a run, and remember up to where it was answered."""
+        if len(reply.arrays["ids"]):
+            parts.append(RowRange(reply.arrays["ids"], reply.arrays["rows"]))
+        span = slice(run.low, run.high)
         cursor = reply.fields.get("cursor")
-        upto = RING_LAST if cursor is None else int(cursor) - 1
-        if len(ids):
-            places = tokens(ids, info.spec.seed)
-            slots = (places >> np.uint64(32)) >> np.uint64(32 - info.bits)
-            kept = mine[slots] & (places >= self._next[slots]) & (places <= self._ends[slots])
-            if kept.any():
-                parts.append(RowRange(ids, rows) if kept.all() else RowRange(ids[kept], rows[kept]))
-        taken = mine & (self._ends <= np.uint64(upto))
-        self._open &= ~taken
-        begun = mine & ~taken & (self._next <= np.uint64(upto))
-        self._next[begun] = np.uint64(min(upto, RING_LAST - 1) + 1)
-        return None
+        if cursor is None or int(cursor) > RING_LAST:
+            self._open[span] = False
+            return
+        upto = np.uint64(int(cursor))
+        self._open[span] &= self._lasts[span] >= upto
+        self._next[span] = np.maximum(self._next[span], upto)
 
-    def _unmoved(self, before: Routing, now: Routing, info: TableInfo) -> NDArray[np.bool_]:
-        """Slots whose owner and term have been the same in both views."""
+    def _unmoved(self, run: _Run, before: Routing, now: Routing, info: TableInfo) -> bool:
+        """Whether the run's owner and terms have been the same in both views."""
         table = now.tables.get(self._name)
         if table is None or table.number != info.number:
-            raise RequestError(f"table {self._name!r} was dropped or made anew during the range pull")
-        span = slice(info.first, info.first + len(self._next))
-        names_before = np.array([x.incarnation for x in before.servers] + [0], np.uint64)
-        names_now = np.array([x.incarnation for x in now.servers] + [0], np.uint64)
-        same_owner = names_before[before.primaries[span, 0]] == names_now[now.primaries[span, 0]]
-        return same_owner & (before.view.terms()[span] == now.view.terms()[span])
+            return False
+        span = slice(info.first + run.low, info.first + run.high)
+        owner = before.servers[run.server].incarnation
+        here = [s for s, server in enumerate(now.servers) if server.incarnation == owner]
+        same_owner = bool(here) and bool((now.primaries[span, 0] == here[0]).all())
+        return same_owner and bool((before.view.terms()[span] == now.view.terms()[span]).all())

@@ -24,8 +24,9 @@ NONE_DONE = np.empty(0, np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One message for one server (its index in the view)."""
+    """One message for one server (its index in the view). `key` names the call in what comes of it."""
 
+    key: int
     server: int
     op: str
     fields: dict[str, Any]
@@ -104,11 +105,11 @@ class _Request:
         again = np.isin(plan.servers, list(failed))
         self.done = np.where(again, np.uint8(0), np.uint8(1))
 
-    def _part(self, plan: Split, s: int) -> tuple[slice, NDArray[np.int64] | None]:
-        """Server s's ids, and its offsets unless every bag has one id."""
+    def _part(self, plan: Split, s: int, weighted: bool) -> tuple[slice, NDArray[np.int64] | None]:
+        """Server s's ids, and its offsets unless every bag has one id and no weights."""
         span = slice(plan.id_start[s], plan.id_start[s + 1])
         low, high = plan.bag_start[s], plan.bag_start[s + 1]
-        single = high - low == span.stop - span.start
+        single = not weighted and high - low == span.stop - span.start
         return span, None if single else plan.offsets[low + s : high + s + 1]
 
 
@@ -138,7 +139,7 @@ class PullRequest(_Request):
         plan = self._plan(routing, routing.readers_without(left_out), load)
         calls = []
         for s in self.asked:
-            span, offsets = self._part(plan, s)
+            span, offsets = self._part(plan, s, self._weights_travel)
             share = PullShare(
                 tables=self.features.numbers,
                 bags=plan.bags[s],
@@ -150,7 +151,7 @@ class PullRequest(_Request):
             )
             fields, arrays = pull_message(share)
             fields["epoch"] = routing.epoch
-            calls.append(Call(s, "pull", fields, arrays))
+            calls.append(Call(s, s, "pull", fields, arrays))
         return calls
 
     def absorb(self, server: int, reply: Message) -> None:
@@ -223,7 +224,7 @@ class PushRequest(_Request):
         plan = self._plan(routing, routing.primaries, load)
         calls = []
         for s in self.asked:
-            span, offsets = self._part(plan, s)
+            span, offsets = self._part(plan, s, plan.weights.size > 0)
             share = PushShare(
                 client=self.client,
                 sequence=self.sequence,
@@ -238,7 +239,7 @@ class PushRequest(_Request):
             )
             fields, arrays = push_message(share)
             fields["epoch"] = routing.epoch
-            calls.append(Call(s, "push", fields, arrays))
+            calls.append(Call(s, s, "push", fields, arrays))
         return calls
 
     def _rows_of(self, plan: Split, s: int) -> NDArray[np.float32]:
