@@ -3,12 +3,13 @@
 Everything here works on one `Board`, a mutable copy of a group's owner lists, and is sequential and free of sets and
 hashes whose order could differ: the same input gives the same owners in any process.
 
-Two loads are kept apart: *copies* (all owners) and *primaries* (first in the list). Changing who is first moves no rows,
-so `balance_primaries` may go far, while `hand_over` and `fill` move just what a change asks for.
+Two loads are kept apart: *copies* (all owners) and *primaries* (first in the list). Changing who is first moves no
+rows, so `balance_primaries` may go far, while `hand_over` and `fill` move just what a change asks for.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,8 +84,8 @@ class Board:
 def fill(board: Board, copies: int) -> None:
     """Give every slot with fewer than `copies` owners more of them, up to the servers there are.
 
-    Walks the slot's order of preference with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): the first server that
-    is below the mean wins; distinct hosts come before zones, and both before the bound.
+    Walks the slot's order of preference with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): the first server
+    that is below the mean wins; distinct hosts come before zones, and both before the bound.
     """
     copies = min(copies, len(board.usable))
     if not copies:
@@ -176,7 +177,7 @@ def balance_primaries(board: Board) -> None:
     while above:
         start = max(above, key=lambda s: board.primaries[s])
         path = _path(board, shared, start, bound)
-        for giver, taker in zip(path, path[1:], strict=False):
+        for giver, taker in pairwise(path):
             _swap(board, shared, giver, taker)
         if not path or board.primaries[start] <= bound:  # without a path, nobody who shares its slots can take one
             above.remove(start)

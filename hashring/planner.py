@@ -10,8 +10,8 @@
 Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change that cannot be
 made is refused with `PlanError`, in one sentence.
 
-Bounds, held by property tests for 1 to 64 servers: with equal weights and hosts of equal size, max/mean of slots per server
-is at most 1.02 for primaries and for copies; a join moves at most 1.005 / (N + 1) of the (slot, copy) pairs, all
+Bounds, held by property tests for 1 to 64 servers: with equal weights and hosts of equal size, max/mean of slots per
+server is at most 1.02 for primaries and for copies; a join moves at most 1.005 / (N + 1) of the (slot, copy) pairs, all
 of them to the newcomer.
 """
 

@@ -28,7 +28,7 @@ _ZERO = np.uint64(0)
 
 @njit(inline="always", cache=True, nogil=True)
 def mix64(x):  # type: ignore[no-untyped-def]  # compiled: uint64 -> uint64
-    """The splitmix64 finaliser on uint64 (Steele, Lea, Flood 2014; constants of Vigna): a bijection that mixes every bit."""
+    """splitmix64's finaliser on uint64 (Steele, Lea, Flood 2014; Vigna's constants): a bijection, mixing every bit."""
     x = np.uint64(x)
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2

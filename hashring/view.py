@@ -24,7 +24,7 @@ Placement = Literal["sharded", "whole"]
 
 
 def _frozen(array: NDArray[Any], dtype: type) -> NDArray[Any]:
-    out = np.ascontiguousarray(array, dtype)
+    out: NDArray[Any] = np.ascontiguousarray(array, dtype)
     if out.flags.writeable:
         out = out.copy() if out is array else out
         out.flags.writeable = False
@@ -50,8 +50,8 @@ class Server:
 class Group:
     """Tables of equal placement and replicas, which share slots.
 
-    first: global number of its first slot, never used again. owners int16[slots, copies]: indexes of `View.servers`, the
-    primary first, -1 where there is none. terms int64[slots]. weights float64[slots]: what balancing counts.
+    first: global number of its first slot, never used again. owners int16[slots, copies]: indexes of `View.servers`,
+    the primary first, -1 where there is none. terms int64[slots]. weights float64[slots]: what balancing counts.
     """
 
     number: int
@@ -190,8 +190,10 @@ class View:
             "next": [self.next_table, self.next_group, self.next_slot],
             "servers": [[s.name, s.incarnation, s.host, s.zone, list(s.addresses), s.alive] for s in self.servers],
             "groups": [
-                [g.number, g.placement, g.replicas, g.first, g.slots]
-                + [g.owners.tobytes(), g.terms.tobytes(), g.weights.tobytes()]
+                [
+                    *(g.number, g.placement, g.replicas, g.first, g.slots),
+                    *(g.owners.tobytes(), g.terms.tobytes(), g.weights.tobytes()),
+                ]
                 for g in self.groups
             ],
             "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in self.tables],

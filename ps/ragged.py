@@ -49,7 +49,9 @@ def check_offsets(offsets: NDArray[np.int64], n: int, what: str = "offsets") -> 
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])
     if len(falls):
         at = int(falls[0])
-        raise RequestError(f"{what} falls from {offsets[at]} to {offsets[at + 1]} at index {at + 1}; it must never fall")
+        raise RequestError(
+            f"{what} falls from {offsets[at]} to {offsets[at + 1]} at index {at + 1}; they must not fall"
+        )
     if offsets[-1] != n:
         raise RequestError(f"{what} ends with {offsets[-1]}; it must end with the number of ids, {n}")
 
@@ -69,15 +71,13 @@ class RaggedIds:
         return (len(self.offsets) - 1) // self.features if self.features else 0
 
     @classmethod
-    def of(
-        cls, ids: ArrayLike, offsets: ArrayLike, features: int = 1, weights: ArrayLike | None = None
-    ) -> "RaggedIds":
+    def of(cls, ids: ArrayLike, offsets: ArrayLike, features: int = 1, weights: ArrayLike | None = None) -> "RaggedIds":
         """Checked arrays; RequestError in one sentence where an invariant is broken."""
         checked = as_ids(ids)
         bounds = as_ids(offsets, "offsets")
         check_offsets(bounds, len(checked))
         if features < 1 or (len(bounds) - 1) % features:
-            raise RequestError(f"offsets describe {len(bounds) - 1} bags, which {features} features cannot share evenly")
+            raise RequestError(f"offsets describe {len(bounds) - 1} bags, which {features} features cannot share")
         factors = None
         if weights is not None:
             factors = np.ascontiguousarray(weights, np.float32)

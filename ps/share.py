@@ -24,7 +24,8 @@ PushKind = Literal["push", "assign", "delete"]
 class PullShare:
     """What a server is asked for.
 
-    tables int32[F]: table numbers of the view. bags int32[F]. modes uint8[F]: SUM or MAX. absent uint8[F]: ABSENT_CODES.
+    tables int32[F]: table numbers of the view. bags int32[F]. modes uint8[F]: SUM or MAX.
+    absent uint8[F]: ABSENT_CODES.
     ids int64[n]. offsets int64[sum(bags) + 1], or None: every id is a bag. weights float32[n] (SUM only), or None.
     """
 
@@ -69,7 +70,7 @@ class PushShare:
 
 @dataclass(frozen=True, slots=True)
 class PushReply:
-    """applied: slots changed now; seen: slots skipped because this sequence had been applied before; rows_new: rows made."""
+    """applied: slots changed now; seen: slots skipped, since they had this sequence before; rows_new: rows made."""
 
     applied: int
     seen: int

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ps.errors import RequestError
 
@@ -184,7 +184,7 @@ class TableSpec:
         named = isinstance(self.name, str) and len(self.name) <= NAME_MAX and _NAME.fullmatch(self.name)
         _require(
             bool(named),
-            f"table name is {self.name!r}; it must be 1 to {NAME_MAX} letters, digits or _ . - / and begin with none of . - /",
+            f"table name is {self.name!r}; it must be 1 to {NAME_MAX} letters, digits or _ . - / (no . - / first)",
         )
         _require(_whole(self.dim, 1, DIM_MAX), f"dim of table {self.name!r} is {self.dim!r}; it must be 1 to {DIM_MAX}")
         _require(
@@ -204,7 +204,7 @@ class TableSpec:
         )
         _require(
             len(self.default) in (0, self.dim) and all(math.isfinite(v) for v in self.default),
-            f"default of table {self.name!r} has {len(self.default)} values; it must have {self.dim} finite ones, or none",
+            f"default of table {self.name!r} has {len(self.default)} values; it must have {self.dim}, finite, or none",
         )
         check_optimizer(self.optimizer)
         self.initializer.check()
@@ -217,7 +217,7 @@ class TableSpec:
     @classmethod
     def from_plain(cls, plain: Mapping[str, object]) -> "TableSpec":
         """The inverse of `to_plain`; unknown keys and optimizers are refused with RequestError."""
-        data = dict(plain)
+        data: dict[str, Any] = dict(plain)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
         _require(not unknown, f"table specification has an unknown key {', '.join(map(repr, unknown))}")
@@ -241,7 +241,8 @@ def optimizer_from_plain(plain: Mapping[str, object]) -> Optimizer:
         raise RequestError(f"optimizer kind is {kind!r}; it must be one of {', '.join(sorted(OPTIMIZERS))}")
     known = {f.name for f in fields(cls) if f.init}
     unknown = sorted(set(data) - known)
-    _require(not unknown, f"optimizer {kind} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}")
+    names = ", ".join(map(repr, unknown))
+    _require(not unknown, f"optimizer {kind} has no setting {names}; it has {', '.join(sorted(known))}")
     optimizer = cls(**data)  # type: ignore[arg-type]
     check_optimizer(optimizer)
     return optimizer

@@ -228,7 +228,8 @@ server = lambda i: Server(f"s{i}", 1000 + i, f"h{i % 3}")
 view = plan(View.empty(1), Join(tuple(server(i) for i in range(5))))
 view = plan(view, CreateTable("t", {}, replicas=2))
 view = plan(view, CreateTable("w", {}, "whole"))
-for change in (Join((server(5),)), Fail("s1"), Return(Server("s1", 7, "h1")), Recover(), Leave(("s2",)), Join((server(9),))):
+changes = [Join((server(5),)), Fail("s1"), Return(Server("s1", 7, "h1")), Recover(), Leave(("s2",)), Join((server(9),))]
+for change in changes:
     view = plan(view, change)
 digest = hashlib.sha256(b"".join(g.owners.tobytes() + g.terms.tobytes() for g in view.groups)).hexdigest()
 """

@@ -64,7 +64,7 @@ def test_names_must_be_unique_and_groups_used() -> None:
     "broken", [{}, {"cluster": 1}, {**small().to_plain(), "groups": [[1]]}, {**small().to_plain(), "servers": 3}]
 )
 def test_what_is_no_view_is_refused(broken: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="view|unpack"):
+    with pytest.raises(ValueError, match=r"view|unpack"):
         View.from_plain(broken)
 
 
