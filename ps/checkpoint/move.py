@@ -271,7 +271,7 @@ def decode_block(data: bytearray) -> RowBlock:
     header, body = decode_prefix(data, 0, LIMITS)
     start = PREFIX.size + header
     message, places = decode_header(memoryview(data)[PREFIX.size : start], body, LIMITS)
-    assemble(message, places, np.frombuffer(data, np.uint8, offset=start))
+    assemble(message, places, memoryview(data)[start:])
     return RowBlock.from_arrays(message.fields, message.arrays)
 
 
