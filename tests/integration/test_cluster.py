@@ -64,7 +64,7 @@ class Machine:
     def connect(self) -> Any:
         """A client over TCP, with nothing but addresses and a token."""
         addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
-        return ps.connect(",".join(addresses), token=Path(self.runtime.token_path).read_text(), timeout=20.0)
+        return ps.connect(",".join(addresses), token=Path(self.runtime.token_path).read_text(), timeout=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_stranger_without_the_token_is_turned_away(machine, tmp_path):
         "print('JOINED', ray.get_actor('controller'))"
     )
     for environment in ({}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
-        done = stranger.python(program, **environment)
+        done = stranger.python(program, **environment, RAY_NUM_REDIS_GET_RETRIES="2")
         assert done.returncode != 0
         assert "JOINED" not in done.stdout
     known = machine.python(program, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=machine.runtime.ray_token_path)
