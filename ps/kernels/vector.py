@@ -1,7 +1,7 @@
 """Sums of rows held in vector registers.
 
-A loop `target[j] += row[j]` loads and stores the target once a row; numba cannot keep it in registers, since it does not
-know the width. Here the sum of 16 or 64 columns is written in LLVM's vector type and stored once a bag, as FBGEMM's
+A loop `target[j] += row[j]` loads and stores the target once a row; numba cannot keep it in registers, since it does
+not know the width. Here the sum of 16 or 64 columns is written in LLVM's vector type and stored once a bag, as FBGEMM's
 generated code does: 2 to 4 times faster on rows that are in the cache.
 """
 
@@ -20,8 +20,8 @@ _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 def _sum_columns(vectors: int, weighted: bool) -> Any:
     """An intrinsic that sums `vectors` * 16 columns of rows[low:high] of a matrix into out[at:].
 
-    f(values float32[r, d], rows int32[n], weights float32[n], low, high, column, out float32[...], at): every row number
-    is valid, and column + 16 * vectors <= d. weights are read only by the weighted kind.
+    f(values float32[r, d], rows int32[n], weights float32[n], low, high, column, out float32[...], at): every row
+    number is valid, and column + 16 * vectors <= d. weights are read only by the weighted kind.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

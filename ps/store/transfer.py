@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ps.arena import Arena, Entries
 from ps.errors import RequestError
-from ps.holdings import Holdings
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
 from ps.slots import NONE, NOTHING_GONE, OWNER, PRIMARY, Gone
+from ps.store.holdings import Holdings
 from ps.window import ClientEntries
 
 _RING = 2**64

@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.view import View
-from ps import transfer
 from ps.arena import Arena
 from ps.errors import RequestError
-from ps.holdings import Holdings
 from ps.kernels import as_input, index, pool, update
 from ps.kernels import window as win
 from ps.memory import physical_memory
-from ps.registry import Planned, Registry
 from ps.rowblock import RowBlock, Watermark
 from ps.share import PullReply, PullShare, PushReply, PushShare
 from ps.slots import OWNER, PRIMARY, SlotTable, Tombstones
+from ps.store import transfer
+from ps.store.holdings import Holdings
+from ps.store.registry import Planned, Registry
 from ps.window import ClientTable
 
 _MEMORY_SHARE = 0.7
@@ -239,11 +239,11 @@ class Store:
     def export(
         self, slots: NDArray[np.int64], since: Watermark | None = None, rows_max: int = 65_536
     ) -> Iterator[RowBlock]:
-        """Blocks with all that slots hold, or (since) all that changed after a watermark; see `ps.transfer.export`."""
+        """Blocks with all that slots hold, or (since) all that changed since a watermark (`ps.store.transfer.export`)."""
         return transfer.export(self.held, np.asarray(slots, np.int64), since, rows_max)
 
     def absorb(self, block: RowBlock) -> NDArray[np.bool_]:
-        """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.transfer.absorb`."""
+        """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.store.transfer.absorb`."""
         return transfer.absorb(self.held, block)
 
     def drop(self, slots: NDArray[np.int64]) -> None:

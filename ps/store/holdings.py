@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import MemoryFull, WrongView
-from ps.registry import Registry
 from ps.slots import PRIMARY, SlotTable, Tombstones
+from ps.store.registry import Registry
 from ps.window import ClientTable
 
 
