@@ -90,7 +90,7 @@ def summary(outcome: "Outcome") -> Any:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    per_server = ", ".join(f"{name} {rows:,}" for name, rows in outcome.rows_per_server.items())
+    per_server = ", ".join(f"{rows:,}" for rows in outcome.rows_per_server)
     skipped = f", {outcome.rows_skipped:,} malformed left out" if outcome.rows_skipped else ""
     latency = ", ".join(f"{door} {ms['p50']:.1f} / {ms['p99']:.1f}" for door, ms in outcome.latency_ms.items())
     compared = f"gRPC {outcome.parity_rows_grpc:,} and REST {outcome.parity_rows_rest:,}"

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Outcome:
     heldout_rows: int = 0
     rows_skipped: int = 0
     rows: int = 0
-    rows_per_server: dict[str, int] = field(default_factory=dict)
+    rows_per_server: list[int] = field(default_factory=list)
     train_seconds: float = 0.0
     train_rows_per_s: float = 0.0
     staleness: list[int] = field(default_factory=list)
@@ -141,7 +142,7 @@ def run(source: str, predictions: Path | None, report: Report, watch: Callable[[
             if runtime is not None:
                 report("shutting down")
                 stop(runtime, runtime_file=folder / "cluster.json")
-                outcome.processes_left = len(marked(Path(runtime.scratch).name))
+                outcome.processes_left = len(marked(Path(runtime.scratch).name)) + len(active_children())
             shutil.rmtree(folder, ignore_errors=True)
     outcome.seconds["total"] = round(time.monotonic() - began, 1)
     if outcome.processes_left:
@@ -301,8 +302,8 @@ def _rows(runtime: Runtime, dumped: int, outcome: Outcome) -> None:
     with controller(runtime) as ask:
         while True:
             servers = ask("status")["servers"]
-            outcome.rows_per_server = {s["name"]: int(s.get("rows", 0)) for s in servers}
-            outcome.rows = sum(outcome.rows_per_server.values())
+            outcome.rows_per_server = [int(s.get("rows", 0)) for s in servers]
+            outcome.rows = sum(outcome.rows_per_server)
             outcome.servers = sum(s["state"] == "alive" for s in servers)
             if outcome.rows == dumped or time.monotonic() > deadline:
                 break
@@ -331,7 +332,7 @@ def _judge(outcome: Outcome, dataset: Dataset, labels: NDArray, scores: dict[str
         ("parity_max_abs_diff", outcome.parity_max_abs_diff, 0.0, PARITY_MAX),
         ("score_std", outcome.score_std, SCORE_STD_MIN, np.inf),
         ("rows", outcome.rows, targets.rows_min, np.inf),
-        ("rows of the emptiest server", min(outcome.rows_per_server.values(), default=0), 1, np.inf),
+        ("rows of the emptiest server", min(outcome.rows_per_server, default=0), 1, np.inf),
         ("servers", outcome.servers, SERVERS, SERVERS),
     ]
     for name, value, low, high in must:

@@ -155,6 +155,18 @@ def test_logs_of_every_process(machine):
     assert "there is no log of 'nobody'" in machine.embring("logs", "nobody", status=1).stderr
 
 
+def test_a_stopped_server_is_called_silent_and_loses_nothing(machine):
+    victim = machine.status()["servers"][0]
+    os.kill(victim["pid"], signal.SIGSTOP)
+    try:
+        until(lambda: machine.status()["servers"][0]["state"] == "silent", "the silence of a stopped server")
+        assert machine.status()["slots_lost"] == 0
+    finally:
+        os.kill(victim["pid"], signal.SIGCONT)
+    until(lambda: machine.status()["servers"][0]["state"] == "alive", "the return of a stopped server")
+    assert machine.status()["servers"][0]["incarnation"] == victim["incarnation"]
+
+
 def test_a_killed_server_loses_its_slots_until_they_are_recovered(machine, tmp_path):
     """kill -9: the rows of its slots are gone, and nobody is given initial rows for what was trained."""
     ids = np.arange(5000, dtype=np.int64)

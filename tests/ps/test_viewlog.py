@@ -95,3 +95,18 @@ def test_a_failed_write_leaves_no_name(tmp_path, monkeypatch):
             log.append(chain(1)[0])
     assert os.listdir(tmp_path) == []
     log.append(chain(1)[0])
+
+
+def test_a_jump_takes_the_next_epoch_too(tmp_path):
+    log, rival = ViewLog(tmp_path), ViewLog(tmp_path)
+    views = chain(3)
+    for view in views:
+        log.append(view)
+    jumped = replace(views[-1], epoch=50)
+    log.append(jumped, after=2)
+    assert log.epochs() == [0, 1, 2, 3, 50]
+    with pytest.raises(EpochTakenError):
+        rival.append(replace(views[-1], epoch=3), after=2)
+    assert log.newest().epoch == 50
+    log.append(replace(jumped, epoch=51), after=50)
+    assert log.newest().epoch == 51
