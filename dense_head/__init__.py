@@ -1,10 +1,10 @@
 """Dense heads: the models that run after the embeddings. Torch, numpy and safetensors; nothing of ours.
 
-    spec = HeadSpec(kind="deepfm", features=(HeadFeature("user", "user", 16), HeadFeature("item", "item", 16)))
-    module = build(spec)                                  # embeddings, dense -> logits
-    loss, grads = TrainStep(module)(embeddings, dense, labels)
-    save("head", spec, module)
-    scores = Predictor.load("head").predict(embeddings, dense)
+spec = HeadSpec(kind="deepfm", features=(HeadFeature("user", "user", 16), HeadFeature("item", "item", 16)))
+module = build(spec)                                  # embeddings, dense -> logits
+loss, grads = TrainStep(module)(embeddings, dense, labels)
+save("head", spec, module)
+scores = Predictor.load("head").predict(embeddings, dense)
 """
 
 from dense_head.io import load, save
