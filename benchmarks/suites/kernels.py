@@ -113,7 +113,7 @@ def _exports(store: Store, n: int) -> dict[str, float]:
     totals: list[float] = []
     for slot in slots:
         begun = mark = time.perf_counter()
-        for _ in store.export(_one(slot)):
+        for _ in store.export(_one(int(slot))):
             now = time.perf_counter()
             parts.append(now - mark)
             mark = now

@@ -1,0 +1,64 @@
+"""`embring bench`: help with an example, bad options named, figures printed and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.suites import pull
+from deploy.cli_bench import app
+from ps.errors import RequestError
+
+RESULT = {"S3": {"ray": 0.02}, "equal": True, "missing": [], "raw_us": {"S3": {}}, "settings": {}}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("command", ["pull", "kernels"])
+def test_help_shows_an_example(command: str) -> None:
+    shown = invoke(command, "--help")
+    assert shown.exit_code == 0
+    assert f"embring bench {command}" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--goals", "S1,S9"), "'S9'"),
+        (("--shapes", "M,X"), "'X'"),
+        (("--batches", "32,many"), "'many'"),
+        (("--batches", "0"), "'0'"),
+        (("--batches", ","), "--batches is empty"),
+        (("--placement", "round"), "'round'"),
+    ],
+)
+def test_bad_options_are_named(arguments: tuple[str, ...], says: str) -> None:
+    shown = invoke("pull", *arguments)
+    assert isinstance(shown.exception, RequestError)
+    assert says in str(shown.exception)
+
+
+def test_figures_are_printed_and_everything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[pull.Settings] = []
+
+    def run(settings: pull.Settings, report: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return dict(RESULT)
+
+    monkeypatch.setattr(pull, "run", run)
+    shown = invoke("pull", "--goals", "S3", "--batches", "32,64", "--rounds", "2", "--json", str(tmp_path / "out.json"))
+    assert shown.exit_code == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == RESULT
+    assert json.loads(shown.stdout)["S3"] == {"ray": 0.02}
+    assert (asked[0].goals, asked[0].batches, asked[0].rounds) == (("S3",), (32, 64), 2)
+
+
+def test_results_that_differ_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "run", lambda settings, report: {**RESULT, "equal": False})
+    shown = invoke("pull")
+    assert isinstance(shown.exception, RequestError)
+    assert "differ" in str(shown.exception)
