@@ -239,7 +239,7 @@ class Store:
     def export(
         self, slots: NDArray[np.int64], since: Watermark | None = None, rows_max: int = 65_536
     ) -> Iterator[RowBlock]:
-        """Blocks with all that slots hold, or (since) all that changed since a watermark (`ps.store.transfer.export`)."""
+        """Blocks with all that slots hold, or (since) all that changed after a watermark (see transfer.export)."""
         return transfer.export(self.held, np.asarray(slots, np.int64), since, rows_max)
 
     def absorb(self, block: RowBlock) -> NDArray[np.bool_]:

@@ -1,0 +1,226 @@
+"""The slot directory against a dict: growth, splits, deletions, dense segments, walks and compaction."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_store import MASK, mix64
+
+from ps.kernels import index as ix
+from ps.kernels import scan
+
+SEEDS = (11, 2**63 + 5)
+Pair = tuple[int, int]
+
+
+def new_index(slots: int, bits: int, chunks: int = 200, rows: int = 2**17) -> ix.Index:
+    """Two tables that share slots."""
+    index = ix.empty_index(slots, rows, chunks, 4096, 2)
+    for code, seed in enumerate(SEEDS):
+        index.codes[code] = (np.uint64(seed).astype(np.int64), bits, 0, 0)
+    return index
+
+
+def token(code: int, id_: int) -> int:
+    return mix64((id_ & MASK) ^ SEEDS[code])
+
+
+def arrays(index: ix.Index, pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    codes = np.array([c for c, _ in pairs], np.int32)
+    ids = np.array([i for _, i in pairs], np.int64)
+    slots = np.empty(len(pairs), np.int32)
+    ix.slots_of(codes, ids, index.codes, slots)
+    return slots, codes, ids
+
+
+def find(index: ix.Index, pairs: list[Pair]) -> list[int]:
+    slots, codes, ids = arrays(index, pairs)
+    rows = np.empty(len(pairs), np.int32)
+    ix.find_pairs(slots, codes, ids, index, rows)
+    return rows.tolist()
+
+
+def add(index: ix.Index, pairs: list[Pair]) -> None:
+    slots, codes, ids = arrays(index, pairs)
+    rows = np.empty(len(pairs), np.int32)
+    ix.find_pairs(slots, codes, ids, index, rows)
+    scan.insert_many(slots, codes, ids, index, rows)
+
+
+def remove(index: ix.Index, pairs: list[Pair]) -> list[bool]:
+    slots, codes, ids = arrays(index, pairs)
+    gone = np.zeros(len(pairs), np.uint8)
+    scan.erase_many(slots, codes, ids, index, gone)
+    return gone.astype(bool).tolist()
+
+
+def bounds(slots: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    numbers = np.arange(slots)
+    starts = numbers.astype(np.uint64) << np.uint64(64 - bits) if bits else np.zeros(slots, np.uint64)
+    return numbers, starts, np.full(slots, bits, np.int64)
+
+
+def held(index: ix.Index, slots: int, bits: int, code: int = -1, low: int = 0, last: int = MASK) -> list[Pair]:
+    """(code, id) of every entry that a walk meets."""
+    numbers, starts, widths = bounds(slots, bits)
+    counts = np.empty(slots, np.int64)
+    scan.count_rows(numbers, index, counts)
+    n = int(counts.sum())
+    ids, codes, rows, tokens = (
+        np.empty(n, np.int64),
+        np.empty(n, np.int32),
+        np.empty(n, np.int32),
+        np.empty(n, np.uint64),
+    )
+    offsets = np.zeros(slots + 1, np.int64)
+    low64, last64 = np.uint64(low), np.uint64(last)
+    n = scan.collect(numbers, starts, widths, code, low64, last64, index, ids, codes, rows, tokens, offsets)
+    assert offsets[-1] == n
+    pairs = list(zip(codes[:n].tolist(), ids[:n].tolist(), strict=True))
+    assert tokens[:n].tolist() == [token(c, i) for c, i in pairs]
+    assert rows[:n].tolist() == find(index, pairs)
+    return pairs
+
+
+def check_invariants(index: ix.Index, slots: int) -> None:
+    """Rows are distinct; segments of a class are dense; every leaf word tells its segment's truth."""
+    leaves, stack = [], [int(w) for w in index.directory[:slots]]
+    while stack:
+        word = stack.pop()
+        if word < 0:
+            stack += index.nodes[-word - 1].tolist()
+        elif word:
+            leaves.append(word)
+    used = {}
+    for word in leaves:
+        base, count, class_ = (word >> 22) * ix.GRANULE, word >> 6 & 0xFFFF, word & 63
+        segment = index.entries[base : base + ix.CAPACITY[class_]]
+        assert np.count_nonzero(segment[:, 1]) == count > 0
+        assert count <= ix.LIMIT[class_]
+        used.setdefault(class_, set()).add(base)
+    for class_ in range(1, ix.CLASSES):
+        assert len(used.get(class_, ())) == index.class_count[class_]
+    chunks = {base // ix.CHUNK_ENTRIES for bases in used.values() for base in bases}
+    free = set(index.free_chunks[: index.heap[ix.CHUNKS_FREE]].tolist())
+    assert not chunks & free
+    assert len(chunks) + len(free) == index.heap[ix.CHUNKS]
+
+
+CODE_IDS = st.tuples(st.integers(0, 1), st.one_of(st.integers(0, 40), st.integers(-(2**63), 2**63 - 1)))
+
+
+@settings(max_examples=80)
+@given(
+    st.integers(0, 3),
+    st.lists(st.tuples(st.booleans(), st.lists(CODE_IDS, min_size=1, max_size=60, unique=True)), max_size=10),
+)
+def test_index_equals_a_dict(bits: int, steps: list[tuple[bool, list[Pair]]]) -> None:
+    slots = 1 << bits
+    index, twin = new_index(slots, bits), set()
+    for insert, pairs in steps:
+        if insert:
+            add(index, pairs)
+            twin |= set(pairs)
+        else:
+            assert remove(index, pairs) == [p in twin for p in pairs]
+            twin -= set(pairs)
+        check_invariants(index, slots)
+        met = held(index, slots, bits)
+        assert len(met) == len(twin)
+        assert set(met) == twin
+        rows = find(index, sorted(twin))
+        assert len(set(rows)) == len(rows)
+        assert index.heap[ix.LIVE] == len(twin)
+    assert index.codes[:, ix.ROWS].tolist() == [sum(c == k for c, _ in twin) for k in (0, 1)]
+    assert find(index, [(0, 999), (1, -999)]) == [-1, -1]
+
+
+@pytest.fixture(scope="module")
+def big() -> tuple[ix.Index, list[Pair]]:
+    """One slot of 90,000 rows: beyond a segment, so it is a node."""
+    index = new_index(1, 0)
+    pairs = [(i % 2, i * 7 - 200_000) for i in range(90_000)]
+    for low in range(0, len(pairs), 9_000):
+        add(index, pairs[low : low + 9_000])
+    return index, pairs
+
+
+def test_a_big_slot_is_split_and_walked_in_token_order(big: tuple[ix.Index, list[Pair]]) -> None:
+    index, pairs = big
+    assert index.directory[0] < 0
+    check_invariants(index, 1)
+    assert set(held(index, 1, 0)) == set(pairs)
+    assert min(find(index, pairs)) >= 0
+    low, last = 2**62, 2**63 + 12345
+    inside = held(index, 1, 0, code=1, low=low, last=last)
+    assert set(inside) == {p for p in pairs if p[0] == 1 and low <= token(*p) <= last}
+
+
+def test_load_stays_between_two_thirds_and_four_fifths(big: tuple[ix.Index, list[Pair]]) -> None:
+    index, pairs = big
+    capacity = int((index.class_count * ix.CAPACITY).sum())
+    assert 0.6 < len(pairs) / capacity <= 0.8
+    assert index.heap[ix.CHUNKS] - index.heap[ix.CHUNKS_FREE] <= capacity // ix.CHUNK_ENTRIES + ix.CLASSES
+
+
+def test_dropping_slots_frees_everything() -> None:
+    index = new_index(4, 2)
+    pairs = [(i % 2, i) for i in range(120_000)]
+    add(index, pairs)
+    assert (index.directory[:4] < 0).all()
+    keep = 3
+    scan.drop_slots(np.arange(keep), index)
+    check_invariants(index, 4)
+    left = {p for p in pairs if token(*p) >> 62 == keep}
+    assert set(held(index, 4, 2)) == left
+    assert index.heap[ix.LIVE] == len(left)
+    scan.drop_slots(np.array([keep]), index)
+    assert not index.class_count.any()
+    assert index.heap[ix.LIVE] == 0
+    assert index.heap[ix.CHUNKS_FREE] == index.heap[ix.CHUNKS]
+    nodes_free, at = 0, int(index.heap[ix.NODE_FREE])
+    while at:
+        nodes_free, at = nodes_free + 1, int(index.nodes[at - 1, 0])
+    assert nodes_free == index.heap[ix.NODES]
+    add(index, pairs)  # everything freed is used again
+    assert index.heap[ix.HIGH] == len(pairs)
+    assert set(held(index, 4, 2)) == set(pairs)
+
+
+def test_one_insertion_moves_a_bounded_number_of_entries() -> None:
+    """Growth without long pauses, by counting: a resize and the hole it fills touch at most three segments of 2**15."""
+    index, n, moved_max = new_index(1, 0, chunks=12), 60_000, 0
+    pairs = [(0, i) for i in range(n)]
+    add(index, pairs[: n - 2_000])
+    for low in range(n - 2_000, n, 100):
+        before = index.entries.copy()
+        add(index, pairs[low : low + 100])
+        moved_max = max(moved_max, int((before != index.entries).any(axis=1).sum()))
+    assert moved_max <= 3 * ix.CHUNK_ENTRIES + 100
+
+
+def test_compaction_moves_rows_below_the_target_and_none_is_shared() -> None:
+    index = new_index(4, 2)
+    pairs = [(i % 2, i) for i in range(6_000)]
+    add(index, pairs)
+    remove(index, pairs[::3] + pairs[1::3])
+    left = pairs[2::3]
+    contents = dict(zip(find(index, left), left, strict=True))
+    heap = index.heap
+    heap[ix.TARGET], heap[ix.PEAK] = heap[ix.LIVE], -1
+    free = index.free_rows[: heap[ix.FREE]]
+    free[:] = np.sort(free)[::-1]
+    slot, late = 0, [(0, 10**9 + k) for k in range(100)]
+    while slot < 4:
+        old, new = np.empty(97, np.int32), np.empty(97, np.int32)
+        slot, moves = scan.compact(slot, 4, 500, index, old, new)
+        for a, b in zip(old[:moves].tolist(), new[:moves].tolist(), strict=True):
+            assert b < heap[ix.TARGET] <= a
+            contents[b] = contents.pop(a)
+        if late:  # requests come in between
+            add(index, [late.pop()])
+            contents[find(index, [(0, 10**9 + len(late))])[0]] = (0, 10**9 + len(late))
+    rows = find(index, list(contents.values()))
+    assert rows == list(contents)
+    assert max(rows) <= max(heap[ix.TARGET] - 1, heap[ix.PEAK])
+    check_invariants(index, 4)
