@@ -45,7 +45,9 @@ def _print(record: Mapping[str, Any], as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(render(record))
+    console = Console()
+    # A pipe has no width of its own: give the columns room there.
+    Console(width=None if console.is_terminal else 160).print(render(record))
 
 
 def render(record: Mapping[str, Any]) -> Any:
