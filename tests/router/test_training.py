@@ -25,6 +25,8 @@ from router.training_data import PreparedRows
 from router.training_ledger import REST_MAX_S, Ledger, lock
 from router.training_worker import LEDGER_FILE
 
+pytestmark = pytest.mark.timeout(300)  # each worker process imports torch anew: seconds, or a minute under load
+
 LR = 0.25
 SIZE = 16  # rows of a batch
 
