@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli_cluster import JsonOption, running
+from deploy.cli_common import JsonOption, running
 
 app = typer.Typer(help="Save, restore and list checkpoints.", no_args_is_help=True, add_completion=False)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds checkpoints.")]

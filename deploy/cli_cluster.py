@@ -3,29 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="A cluster.toml (see `embring config`).")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-
-
-def say(line: str) -> None:
-    """A step of long work, on standard error so that results stay clean."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def running() -> Any:
-    """The runtime of this user's cluster. Raises ConfigError where none is running."""
-    from ps.cluster import find
-    from ps.errors import ConfigError
-
-    runtime = find()
-    if runtime is None:
-        raise ConfigError("no cluster is running: start one with `embring up`")
-    return runtime
+from deploy.cli_common import ConfigOption, JsonOption, YesOption, running, say
 
 
 def up(

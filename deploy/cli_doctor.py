@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from deploy.cli_cluster import ConfigOption, JsonOption
+from deploy.cli_common import ConfigOption, JsonOption
 
 FILES_MIN = 4096
 SOCKET_PATH_MAX = 107

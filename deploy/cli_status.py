@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_cluster import JsonOption, running
+from deploy.cli_common import JsonOption, running
 
 PERCENTILES = ("p50", "p99")
 

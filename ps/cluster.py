@@ -124,7 +124,7 @@ def _warm_up(folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": _python_path()}
     with open(folder / "kernels.log", "wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "ps.warm"],
+            [sys.executable, "-m", "ps.kernels.warm"],
             cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

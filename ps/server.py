@@ -105,9 +105,9 @@ class Server:
 
     async def _open(self) -> list[str]:
         """On the data thread: load the kernels, make the store and listen."""
+        from ps.kernels.warm import warm
         from ps.service import Service, serve
         from ps.store import Store, StoreLimits
-        from ps.warm import warm
 
         warm()  # from the cache: a first request must not wait for it
         server = self.config.server

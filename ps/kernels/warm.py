@@ -1,4 +1,4 @@
-"""Compile every kernel into the on-disk cache, or load it from there: `python -m ps.warm`.
+"""Compile every kernel into the on-disk cache, or load it from there: `python -m ps.kernels.warm`.
 
 The cache has one writer: `ps.cluster.start` runs this in a process of its own before servers begin. A server then
 calls `warm()` itself, which only loads, so that no request waits for a compiler.
