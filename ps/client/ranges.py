@@ -1,8 +1,8 @@
 """A range pull: every row of a token interval once, also while slots move between servers.
 
 Each slot remembers up to which token its rows were taken. A call asks one server for a run of neighbouring slots
-that it owns. An answer counts only if the server judged by the view that the call was planned with, or by one in which the
-owner and the term of those slots are the same: then the rows are the slots' own, and will not be asked for again.
+that it owns. An answer counts only if the server judged by the view that the call was planned with, or by one in which
+the owner and the term of those slots are the same: then the rows are the slots' own, and will not be asked for again.
 """
 
 import time

@@ -4,7 +4,7 @@ A request is split, its calls are sent by whoever drives it, replies are absorbe
 split again: the ids that were answered are left out, so that every id is pooled, or pushed, exactly once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from ps.client.batch import NO_WEIGHTS, Batch
 from ps.client.routing import Features, Routing
 from ps.errors import EmbringError, RequestError, SlotsLost
 from ps.kernels.merge import MAX, SUM, finish, first_not_finite, gather, merge
-from ps.kernels.split import CHOOSE, ROWS, Split, split
+from ps.kernels.split import ROWS, Split, split
 from ps.share import PullShare, PushKind, PushShare
 from ps.wire import Message, pull_message, push_message
 
 NONE_DONE = np.empty(0, np.uint8)
+_FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,18 @@ class Places:
 
     places: NDArray[np.int64]
     total: int
+    bags: int
 
     @classmethod
-    def of(cls, starts: NDArray[np.int64], dims: NDArray[np.int64]) -> "Places":
+    def of(cls, starts: NDArray[np.int64], dims: Sequence[int]) -> "Places":
         """Feature behind feature, bag behind bag."""
-        ends = np.cumsum((starts[1:] - starts[:-1]) * dims)
-        places = np.zeros(len(dims), np.int64)
-        places[1:] = ends[:-1]
-        return cls(places, int(ends[-1]) if len(ends) else 0)
+        at = last = 0
+        places = []
+        for start, dim in zip(starts.tolist()[1:], dims, strict=True):
+            places.append(at)
+            at += (start - last) * dim
+            last = start
+        return cls(np.array(places, np.int64), at, last)
 
 
 class _Request:
@@ -54,12 +59,19 @@ class _Request:
 
     began = False
 
-    def __init__(self, batch: Batch, features: Features, modes: NDArray[np.uint8], policy: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        features: Features,
+        modes: NDArray[np.uint8],
+        policy: NDArray[np.uint8],
+        where: Places | None,
+    ) -> None:
         self.batch = batch
         self.features = features
         self.modes = modes
         self.policy = policy
-        self.where = Places.of(batch.starts, features.dims)
+        self.where = where or Places.of(batch.starts, features.dim_list)
         self.done = NONE_DONE
         self.asked: list[int] = []
         self._split: Split | None = None
@@ -86,9 +98,8 @@ class _Request:
                 f"slot {plan.lost} has no living owner: its rows are gone until a restore or an explicit acceptance",
                 [plan.lost],
             )
-        counts = np.diff(plan.id_start)
-        load += counts
-        self.asked = np.flatnonzero(counts).tolist()
+        starts = plan.id_start.tolist()
+        self.asked = [s for s in range(len(starts) - 1) if starts[s + 1] > starts[s]]
         return plan
 
     def _same_tables(self, routing: Routing) -> Features:
@@ -122,16 +133,19 @@ class PullRequest(_Request):
         features: Features,
         modes: NDArray[np.uint8],
         absent: int | None,
+        where: Places | None = None,
         out: NDArray[np.float32] | None = None,
     ) -> None:
         # A share cannot weigh one feature and take the maximum of another: then all pooling is done here.
-        mixed = bool(batch.weights.size and (modes == MAX).any())
-        super().__init__(batch, features, modes, np.full(len(modes), ROWS if mixed else CHOOSE, np.uint8))
-        self._weights_travel = bool(batch.weights.size) and not mixed
+        any_max = modes is not features.zeros and bool((modes == MAX).any())
+        mixed = any_max and batch.weights.size > 0
+        policy = np.full(len(modes), ROWS, np.uint8) if mixed else features.zeros
+        super().__init__(batch, features, modes, policy, where)
+        self._weights_travel = batch.weights.size > 0 and not mixed
         self._absent = features.absent if absent is None else np.full(len(modes), absent, np.uint8)
-        self._share_modes = np.where(modes == MAX, np.uint8(MAX), np.uint8(SUM))
+        self._share_modes = np.where(modes == MAX, np.uint8(MAX), np.uint8(SUM)) if any_max else features.zeros
         self.out = np.empty(self.where.total, np.float32) if out is None else out
-        self._touched = np.zeros(batch.bags, np.uint8)
+        self._touched = np.zeros(self.where.bags, np.uint8)
         self.absent = 0
 
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
@@ -159,11 +173,10 @@ class PullRequest(_Request):
         plan = self._split
         assert plan is not None
         rows = reply.arrays.get("rows")
-        expected = int(plan.bags[server] @ self.features.dims)
-        if rows is None or rows.dtype != np.float32 or rows.shape != (expected,):
-            raise EmbringError(f"a server sent {'no' if rows is None else rows.shape} rows; expected {expected} floats")
+        if rows is None or rows.dtype != _FLOAT32 or rows.ndim != 1:
+            raise EmbringError(f"a server sent {'no' if rows is None else rows.dtype} rows; they must be flat float32")
         edges = slice(plan.edge_start[server], plan.edge_start[server + 1])
-        merge(
+        merged = merge(
             rows,
             plan.bags[server],
             plan.edges[server],
@@ -177,6 +190,8 @@ class PullRequest(_Request):
             self._touched,
             self.out,
         )
+        if not merged:
+            raise EmbringError(f"a server sent {rows.size} floats for {plan.bags[server].sum()} bags")
         self.absent += int(reply.fields.get("absent", 0))
 
     def finish(self) -> NDArray[np.float32]:
@@ -209,8 +224,8 @@ class PushRequest(_Request):
         lr_scale: float,
         done: NDArray[np.uint8] = NONE_DONE,
     ) -> None:
-        policy = np.full(len(modes), ROWS if kind == "delete" else CHOOSE, np.uint8)
-        super().__init__(batch, features, modes, policy)
+        policy = np.full(len(modes), ROWS, np.uint8) if kind == "delete" else features.zeros
+        super().__init__(batch, features, modes, policy, None)
         self._kind: PushKind = kind
         self._rows = rows
         self._lr_scale = lr_scale
@@ -275,7 +290,7 @@ def check_finite(values: NDArray[np.float32], batch: Batch, features: Features, 
     at = first_not_finite(values)
     if at < 0:
         return
-    where = Places.of(batch.starts, features.dims)
+    where = Places.of(batch.starts, features.dim_list)
     f = int(np.searchsorted(where.places, at, side="right")) - 1
     row, column = divmod(at - int(where.places[f]), features.dim_list[f])
     raise RequestError(

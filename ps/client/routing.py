@@ -30,7 +30,10 @@ class TableInfo:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The tables of a request, one a feature, as arrays[F]; `seeds`, `firsts` and `shifts` as in kernels/split.py."""
+    """The tables of a request, one a feature, as arrays[F]; `seeds`, `firsts` and `shifts` as in kernels/split.py.
+
+    zeros: uint8[F], which stands for CHOOSE as a policy and for SUM as a mode. Nobody writes into these arrays.
+    """
 
     names: tuple[str, ...]
     numbers: NDArray[np.int32]
@@ -40,6 +43,7 @@ class Features:
     shifts: NDArray[np.uint64]
     absent: NDArray[np.uint8]
     dim_list: tuple[int, ...]
+    zeros: NDArray[np.uint8]
 
 
 class Routing:
@@ -112,4 +116,5 @@ def _features(names: tuple[str, ...], tables: Sequence[TableInfo]) -> Features:
         np.array([64 - t.bits for t in tables], np.uint64),
         np.array([ABSENT_CODES[t.spec.absent] for t in tables], np.uint8),
         dims,
+        np.zeros(len(tables), np.uint8),
     )

@@ -72,7 +72,7 @@ class Verbs(Core):
         until = deadline(timeout, self.default_timeout)
         batch = rows_batch(name, ids)
         features = yield from self.features(batch.names, until)
-        flat = yield from self._pull(batch, features, np.zeros(1, np.uint8), absent, until)
+        flat = yield from self._pull(batch, features, features.zeros, absent, until)
         return flat.reshape(-1, features.dim_list[0])
 
     def pull_bags(
@@ -91,8 +91,8 @@ class Verbs(Core):
 
     def _pull_pooled(self, batch: Batch, mode: Modes, absent: Absent | None, timeout: float | None) -> Steps:
         until = deadline(timeout, self.default_timeout)
-        modes = modes_of(batch, mode)
         features = yield from self.features(batch.names, until)
+        modes = features.zeros if mode == "sum" else modes_of(batch, mode)
         flat = yield from self._pull(batch, features, modes, absent, until)
         return _by_feature(flat, batch, features)
 
@@ -101,10 +101,10 @@ class Verbs(Core):
     ) -> Steps:
         """Rows of all features, flat. A big batch is cut by bags, whose rows stand one behind another in the answer."""
         code = absent_code(absent)
-        where = Places.of(batch.starts, features.dims)
+        where = Places.of(batch.starts, features.dim_list)
         without = 0
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
-            request = PullRequest(batch, features, modes, code)
+            request = PullRequest(batch, features, modes, code, where)
             yield from self.exchange(request, until)
             flat, without = request.finish(), request.absent
         else:
@@ -112,11 +112,11 @@ class Verbs(Core):
             at = 0
             for low, high in _chunks(batch, features):
                 part = batch.part(low, high)
-                size = Places.of(part.starts, features.dims).total
-                request = PullRequest(part, features, modes, code, flat[at : at + size])
+                there = Places.of(part.starts, features.dim_list)
+                request = PullRequest(part, features, modes, code, there, flat[at : at + there.total])
                 yield from self.exchange(request, until)
                 request.finish()
-                at += size
+                at += there.total
                 without += request.absent
         self.absent = without
         self.counters.pulls += 1
@@ -148,7 +148,7 @@ class Verbs(Core):
             checked = as_rows(rows, len(batch.ids), features.dim_list[0], f"{what} of table {name!r}")
             flat = writable(checked).reshape(-1)
             check_finite(flat, batch, features, what)
-        yield from self._push(batch, features, np.zeros(1, np.uint8), kind, flat, lr_scale, until)
+        yield from self._push(batch, features, features.zeros, kind, flat, lr_scale, until)
 
     def push_bags(
         self,

@@ -18,13 +18,18 @@ SUM, MAX, MEAN = 0, 1, 2
 def merge(
     reply: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, starts: I64, places: I64,
     dims: I64, modes: U8, touched: U8, out: F32,
-) -> None:  # fmt: skip
-    """Pool the rows of one server's reply into `out`, flat float32.
+) -> bool:  # fmt: skip
+    """Pool the rows of one server's reply into `out`, flat float32; False, and nothing done, where it has other rows.
 
     bags, edges int32[F]; edge_* of this server alone; modes uint8[F].
     touched uint8[G]: whether a bag has been written; its first row is copied, so that `out` need not be cleared.
     """
     e = 0
+    base = 0
+    for f in range(bags.size):
+        base += bags[f] * dims[f]
+    if base != reply.size:
+        return False
     base = 0
     weighted = edge_weight.size > 0
     for f in range(bags.size):
@@ -55,6 +60,7 @@ def merge(
             touched[g] = 1
             e += 1
         base += np.int64(bags[f]) * dim
+    return True
 
 
 @njit(nogil=True, cache=True)

@@ -42,14 +42,13 @@ class Split(NamedTuple):
     """Who is asked what. Ids, bags and edges stand server behind server: server s has x[x_start[s]:x_start[s+1]].
 
     lost: a slot without a living owner that was asked for, or -1 (then all else is valid).
-    slots int32[n], servers int16[n]: of each id (-1 where it was done before).
+    servers int16[n]: of each id (-1 where it was done before).
     bags int32[S, F], edges int32[S, F]: share bags and edges of each feature.
     ids int64, weights float32 (empty if none were given); offsets int64: each server's begin at bag_start[s] + s.
     edge_bag int32, edge_row int32 (share bag within its feature), edge_weight float32 (empty if none were given).
     """
 
     lost: int
-    slots: I32
     servers: I16
     id_start: I64
     bag_start: I64
@@ -65,12 +64,12 @@ class Split(NamedTuple):
 
 
 class _Cursors(NamedTuple):
-    """Where the next id, share bag and edge of each server go; its last bag; its piece or row of this feature."""
+    """Where each server's next id, share bag and edge go; where its piece begins; its share bag of this feature."""
 
     ids: I64
     bags: I64
     edges: I64
-    mark: I64
+    begin: I64
     seen: I64
 
 
@@ -106,18 +105,23 @@ def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]
 
 
 @njit(nogil=True, cache=True)
-def _place(ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, slots: I32) -> None:
-    """Slot of each id, -1 where done. The double shift makes 64 (a table of one slot) a shift like any other."""
+def _slot(i: int, first: int, shift: np.uint64, seed: np.uint64) -> int:
+    """Slot of an id. The double shift makes 64 (a table of one slot) a shift like any other."""
+    return first + int((mix64(np.uint64(i) ^ seed) >> np.uint64(32)) >> (shift - np.uint64(32)))
+
+
+@njit(nogil=True, cache=True)
+def _place(
+    ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, slots: I32
+) -> None:  # fmt: skip
+    """Slot of each id, -1 where done."""
     for f in range(starts.size - 1):
         low, high = starts[f], starts[f + 1]
         if offsets.size:
             low, high = offsets[low], offsets[high]
         for i in range(low, high):
-            if done.size and done[i]:
-                slots[i] = -1
-            else:
-                token = mix64(np.uint64(ids[i]) ^ seeds[f])
-                slots[i] = firsts[f] + np.int64((token >> np.uint64(32)) >> (shifts[f] - np.uint64(32)))
+            skipped = done.size and done[i]
+            slots[i] = -1 if skipped else _slot(ids[i], firsts[f], shifts[f], seeds[f])
 
 
 @njit(nogil=True, cache=True)
@@ -182,33 +186,34 @@ def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
 
 
 @njit(nogil=True, cache=True)
-def _assign_servers(slots: I32, chosen: I16, servers: I16) -> int:
-    """Server of each id; returns the first slot that nobody can answer for, or -1."""
-    for i in range(slots.size):
-        slot = slots[i]
-        servers[i] = -1
-        if slot >= 0:
-            servers[i] = chosen[slot]
-            if chosen[slot] < 0:
-                return slot
-    return -1
+def _assign_servers(
+    ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, chosen: I16, servers: I16,
+    asked: I64, pieces: I64,
+) -> int:  # fmt: skip
+    """Server of each id (-1 where done), and the ids and pieces of each server and feature: asked, pieces int64[S, F].
 
-
-@njit(nogil=True, cache=True)
-def _count(servers: I16, starts: I64, offsets: I64, asked: I64, pieces: I64) -> None:
-    """asked int64[S, F] ids and pieces int64[S, F] of each server and feature."""
+    Returns the first slot that nobody can answer for, or -1.
+    """
     mark = np.full(asked.shape[0], -1, np.int64)
     for f in range(starts.size - 1):
+        first, shift, seed = firsts[f], shifts[f], seeds[f]
         for g in range(starts[f], starts[f + 1]):
             low, high = g, g + 1
             if offsets.size:
                 low, high = offsets[g], offsets[g + 1]
             for i in range(low, high):
-                s = servers[i]
-                if s >= 0:
-                    asked[s, f] += 1
-                    pieces[s, f] += np.int64(mark[s] != g)
-                    mark[s] = g
+                servers[i] = -1
+                if done.size and done[i]:
+                    continue
+                slot = _slot(ids[i], first, shift, seed)
+                s = chosen[slot]
+                if s < 0:
+                    return slot
+                servers[i] = s
+                asked[s, f] += 1
+                pieces[s, f] += np.int64(mark[s] != g)
+                mark[s] = g
+    return -1
 
 
 @njit(nogil=True, cache=True)
@@ -257,8 +262,10 @@ def _choose_rows(
     servers_n, features = asked.shape
     limit = np.zeros(features, np.int64)
     for f in range(features):
-        for s in range(servers_n):
-            limit[f] += asked[s, f] if policy[f] == ROWS else pieces[s, f]
+        # More distinct ids than these could not be the cheaper way (`_cheaper`, over all servers).
+        n, p = asked[:, f].sum(), pieces[:, f].sum()
+        most = (p * (ROW_COST + EDGE_COST) - n * EDGE_COST - 1) // ROW_COST
+        limit[f] = n if policy[f] == ROWS else max(0, most)
     capacity = 2
     for f in range(features):
         while policy[f] != PIECES and capacity < 2 * limit[f] + 2:
@@ -267,7 +274,7 @@ def _choose_rows(
     rows = np.empty(capacity, np.int32)
     stamps = np.zeros(capacity, np.int32)
     for f in range(features):
-        if policy[f] == PIECES or limit[f] == 0 or (policy[f] == CHOOSE and limit[f] == 1):
+        if policy[f] == PIECES or limit[f] == 0:
             continue
         low, high = starts[f], starts[f + 1]
         if offsets.size:
@@ -310,13 +317,10 @@ def _fill_pieces(
     f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, as_rows: U8, at: _Cursors,
     out: Split,
 ) -> None:  # fmt: skip
-    """Write the pieces of feature f, for the servers that pool it.
-
-    Without a branch: which server an id belongs to cannot be predicted, and every store that is not of a new piece
-    repeats the last one.
-    """
-    mark, piece = at.mark, at.seen
-    piece[:] = -1
+    """Write the pieces of feature f, for the servers that pool it: the ids of a bag first, then what they add up to."""
+    begin, piece = at.begin, at.seen
+    begin[:] = at.ids[: begin.size]
+    piece[:] = 0
     weighted = given_weights.size > 0
     for g in range(starts[f], starts[f + 1]):
         low, high = g, g + 1
@@ -326,21 +330,26 @@ def _fill_pieces(
             s = servers[i]
             if s < 0 or as_rows[s, f]:
                 continue
-            fresh = np.int64(mark[s] != g)
-            mark[s] = g
-            piece[s] += fresh
-            at.bags[s] += fresh
-            at.edges[s] += fresh
-            e = at.edges[s] - 1
-            out.edge_bag[e] = g
-            out.edge_row[e] = piece[s]
             k = at.ids[s]
             at.ids[s] = k + 1
             out.ids[k] = given[i]
-            out.offsets[at.bags[s] + s] = k + 1 - out.id_start[s]
             if weighted:
                 out.weights[k] = given_weights[i]
+        # Short bags know their servers by their ids; of long ones, every server has some.
+        for j in range(min(high - low, begin.size)):
+            s = servers[low + j] if high - low < begin.size else j
+            if s < 0 or at.ids[s] == begin[s]:
+                continue
+            begin[s] = at.ids[s]
+            e = at.edges[s]
+            at.edges[s] = e + 1
+            out.edge_bag[e] = g
+            out.edge_row[e] = piece[s]
+            if weighted:
                 out.edge_weight[e] = np.float32(1.0)
+            piece[s] += 1
+            at.bags[s] += 1
+            out.offsets[at.bags[s] + s] = at.ids[s] - out.id_start[s]
 
 
 @njit(nogil=True, cache=True)
@@ -389,7 +398,7 @@ def _fill(
         out.id_start.copy(),
         out.bag_start.copy(),
         out.edge_start.copy(),
-        np.full(servers_n, -1, np.int64),
+        np.empty(servers_n, np.int64),
         np.empty(servers_n, np.int64),
     )
     for f in range(features):
@@ -415,27 +424,29 @@ def split(
 
     ids int64[n]; weights float32[n] or empty; done uint8[n] (ids to leave out) or empty.
     seeds uint64[F], firsts int64[F], shifts uint64[F]: slot = firsts[f] + (mix64(id ^ seeds[f]) >> shifts[f]).
-    readers int16[slots, C]: servers that can answer for each slot, -1 behind the last; load float64[S].
+    readers int16[slots, C]: servers that can answer for each slot, -1 behind the last. load float64[S] is added to.
     policy uint8[F]: CHOOSE, ROWS or PIECES.
     """
     n = ids.size
     features = starts.size - 1
-    slots = np.empty(n, np.int32)
-    servers = np.empty(n, np.int16)
-    _place(ids, starts, offsets, done, seeds, firsts, shifts, slots)
-    chosen = readers[:, 0].copy() if readers.shape[1] == 1 else choose_readers(slots, readers, load)
-    lost = _assign_servers(slots, chosen, servers)
-    if lost >= 0:
-        n = 0
     s_n = load.size
+    servers = np.empty(n, np.int16)
     asked = np.zeros((s_n, features), np.int64)
     pieces = np.zeros((s_n, features), np.int64)
     unique = np.zeros((features, s_n), np.int32)
     as_rows = np.zeros((s_n, features), np.uint8)
+    if readers.shape[1] == 1:
+        chosen = readers.reshape(readers.size)
+    else:
+        slots = np.empty(n, np.int32)
+        _place(ids, starts, offsets, done, seeds, firsts, shifts, slots)
+        chosen = choose_readers(slots, readers, load)
+    lost = _assign_servers(ids, starts, offsets, done, seeds, firsts, shifts, chosen, servers, asked, pieces)
     number = np.empty(n, np.int32)
-    if n:
-        _count(servers, starts, offsets, asked, pieces)
+    if lost < 0:
         _choose_rows(ids, servers, starts, offsets, policy, asked, pieces, unique, number, as_rows)
+        for s in range(s_n):
+            load[s] += asked[s].sum()
     id_start = np.zeros(s_n + 1, np.int64)
     bag_start = np.zeros(s_n + 1, np.int64)
     edge_start = np.zeros(s_n + 1, np.int64)
@@ -445,7 +456,6 @@ def split(
     weighted = 1 if weights.size else 0
     out = Split(
         lost,
-        slots,
         servers,
         id_start,
         bag_start,

@@ -1,4 +1,4 @@
-"""A cluster inside the test's process: real stores behind real sockets, a thread each, and a controller in a few lines."""
+"""A cluster inside the test's process: real stores behind real sockets, a thread each, and a small controller."""
 
 import secrets
 from collections.abc import Iterator
