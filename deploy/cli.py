@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:attribute, one line of help)
+    "demo": ("deploy.cli_demo:demo", "The whole path on this machine: train on real data, serve, compare."),
     "up": ("deploy.cli_cluster:up", "Start a cluster on this machine, or on a running Ray."),
     "down": ("deploy.cli_cluster:down", "End the cluster, and nothing else."),
     "status": ("deploy.cli_status:status", "Servers, tables, rows, rates, latency, lost slots."),
@@ -20,6 +21,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("deploy.cli_doctor:doctor", "Look for what slows or breaks a cluster on this machine."),
     "recover": ("deploy.cli_cluster:recover", "Give lost slots to live servers, accepting that their rows are gone."),
     "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
+    "train": ("deploy.cli_train:train", "Train a model whose tables live in the cluster."),
+    "predict": ("deploy.cli_predict:predict", "Score the rows of a file with a served model."),
+    "bench": ("deploy.cli_bench:app", "Measure embring beside its peers."),
     "config": ("deploy.cli_cluster:config", "Print a cluster.toml with every setting explained."),
 }
 

@@ -45,6 +45,13 @@ def test_help_lists_every_command_and_imports_none(tmp_path):
     assert "LOADED []" in done.stdout
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_table_can_be_asked_for_help(command, tmp_path):
+    done = run(command, "--help", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"embring {command}" in done.stdout
+
+
 @pytest.mark.parametrize("command", ["up", "down", "status", "logs", "doctor", "recover", "config"])
 def test_every_command_has_help_with_an_example(command, tmp_path):
     done = run(command, "--help", home=tmp_path)
