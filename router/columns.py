@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.errors import RequestError
-from ps.ragged import as_ids, check_offsets
+from ps.ragged import RaggedIds
 
 BYTES, INT64, FP32 = "BYTES", "INT64", "FP32"
 DTYPES = (BYTES, INT64, FP32)
@@ -69,9 +69,7 @@ class Column:
         checked = _values(values, what)
         if offsets is None:
             return cls(checked)
-        ends = as_ids(offsets, f"offsets of {what}")
-        check_offsets(ends, len(checked), f"offsets of {what}")
-        return cls(checked, ends)
+        return cls(checked, _ends(offsets, len(checked), what))
 
     @classmethod
     def of_lists(cls, rows: Sequence[Sequence[object]], dtype: str) -> "Column":
@@ -110,9 +108,17 @@ def _take(values: Values, at: NDArray[np.int64]) -> Values:
     return values[at]
 
 
+def _ends(offsets: ArrayLike, n: int, what: str) -> NDArray[np.int64]:
+    """Offsets of n values, checked as those of ids are: the values themselves are nothing to that check."""
+    try:
+        return RaggedIds.of(np.empty(n, np.int64), offsets).offsets
+    except RequestError as error:
+        raise RequestError(f"{what}: {error}") from None
+
+
 def _values(values: object, what: str) -> Values:
     if isinstance(values, BytesColumn):
-        check_offsets(values.offsets, len(values.buffer), f"string offsets of {what}")
+        _ends(values.offsets, len(values.buffer), f"strings of {what}")
         return values
     array = np.asarray(values)
     if array.dtype.kind in "SUO":
@@ -123,7 +129,7 @@ def _values(values: object, what: str) -> Values:
     if array.dtype.kind == "f" and array.ndim in (1, 2):
         return np.ascontiguousarray(array, np.float32)
     if array.dtype.kind in "iu" and array.ndim == 1:
-        return as_ids(array, what)
+        return array.view(np.int64) if array.dtype == np.uint64 else np.ascontiguousarray(array, np.int64)
     raise RequestError(
         f"{what} has shape {array.shape} and dtype {array.dtype}; it must be a flat array of strings or numbers"
     )

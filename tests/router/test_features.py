@@ -242,7 +242,7 @@ def test_bad_requests_meet_one_sentence(case: str) -> None:
 @pytest.mark.parametrize(
     ("values", "offsets", "message"),
     [
-        ([1, 2, 3], [0, 2, 1, 3], "offsets of x falls from 2 to 1"),
+        ([1, 2, 3], [0, 2, 1, 3], "x: offsets falls from 2 to 1"),
         ([1, 2, 3], [1, 3], "begins with 1"),
         ([1, 2, 3], [0, 2], "ends with 2"),
         ([1, 2, 3], [], "shape"),
