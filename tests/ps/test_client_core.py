@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -444,6 +445,51 @@ def test_the_union_of_seven_ranges_is_every_row_once_while_slots_move(cuts, data
     for start, stop in itertools.pairwise(edges):
         ids += scan(world, verbs, start, stop)
     assert sorted(ids) == list(range(200))
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_rows_by_another_view_count_only_where_owner_and_term_are_the_same(renewed):
+    world = World()
+    verbs = world.verbs()
+    push(world, verbs, "a", np.arange(100))
+    old = world.view
+    if renewed:
+        groups = tuple(replace(g, terms=np.full(g.slots, old.epoch + 1)) for g in old.groups)
+        world.view = replace(old, epoch=old.epoch + 1, groups=groups)
+    else:
+        world.change(Join((world.server(3),)))
+    by_new_view = world.answer
+    strays = iter(range(4))
+
+    def answer(server, call):
+        # The first answers are of a server that already judges by the next view, and holds nothing of a renewed slot.
+        reply = by_new_view(server, call)
+        if call.op == "range" and renewed and next(strays, None) is not None:
+            arrays = {"ids": np.array([999]), "rows": np.zeros((1, DIM), np.float32)}
+            return Message("ok", 1, {**reply.fields, "cursor": None}, arrays)
+        return reply
+
+    world.answer = answer
+    assert sorted(scan(world, verbs, 0, None)) == list(range(100))
+    assert verbs.routing.epoch == world.view.epoch
+
+
+def test_rows_of_a_server_that_lags_behind_do_not_count():
+    world = World()
+    verbs = world.verbs()
+    push(world, verbs, "a", np.arange(100))
+    lagging = iter(range(3))
+    by_view = world.answer
+
+    def answer(server, call):
+        reply = by_view(server, call)
+        if call.op == "range" and next(lagging, None) is not None:
+            arrays = {"ids": np.empty(0, np.int64), "rows": np.empty((0, DIM), np.float32)}
+            return Message("ok", 1, {"cursor": None, "epoch": world.view.epoch - 1}, arrays)
+        return reply
+
+    world.answer = answer
+    assert sorted(scan(world, verbs, 0, None)) == list(range(100))
 
 
 def test_ranges_are_aligned_to_slots_and_cover_the_ring():
