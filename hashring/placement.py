@@ -1,228 +1,284 @@
-"""Placing the slots of one group: bounded loads, distinct hosts, as few moved rows as the arithmetic allows.
+"""Placing the slots of a sharded group: even loads, distinct hosts, and no more moved rows than a change asks for.
 
-Everything here works on one `Board`, a mutable copy of a group's owner lists, and is sequential and free of sets and
-hashes whose order could differ: the same input gives the same owners in any process.
+Owners are int16[slots, copies], each slot's list first and -1 behind it. Two loads are kept apart: *copies* (all
+owners) and *primaries* (first in the list). Changing who is first moves no rows.
 
-Two loads are kept apart: *copies* (all owners) and *primaries* (first in the list). Changing who is first moves no
-rows, so `balance_primaries` may go far, while `hand_over` and `fill` move just what a change asks for.
+What every server should hold (`Sites.fair`) is the same for all, unless distinct hosts forbid it: a host holds at most
+one copy of each slot while there are enough hosts, so the servers of a big host may hold less than others. A server
+that joins takes its fair share from those above theirs; the slots of a leaver go to those below. Both come out within
+one slot of the fair share: sharing each slot's copies out in fractions would, and a flow rounds that to whole numbers
+(`flow.settle`). The exception is a host with a copy of nearly every slot: few slots can go to or from it, and loads
+may stay uneven until `spread`. Which slots go is the ring's choice, by `distances`.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.flow import offers, rooms, settle
 
-class Board:
-    """Owner lists (`owners[slot]`, the primary first) over servers 0..n-1, and the loads that follow from them.
-
-    places: (zone, host) of each server. usable: may be given slots. order: each slot's preference of servers.
-    """
-
-    def __init__(
-        self,
-        owners: list[list[int]],
-        places: Sequence[tuple[str, str]],
-        usable: Sequence[bool],
-        order: NDArray[np.int16],
-    ) -> None:
-        self.owners = owners
-        self.places = places
-        self.usable = [i for i, up in enumerate(usable) if up]
-        self.order = order
-        self.copies = [0] * len(places)
-        self.primaries = [0] * len(places)
-        for listed in owners:
-            for server in listed:
-                self.copies[server] += 1
-            if listed:
-                self.primaries[listed[0]] += 1
-
-    def clash(self, server: int, others: Sequence[int]) -> int:
-        """How badly `server` sits beside `others`: 2 on the host of one, 1 in the zone of one, 0 apart from all."""
-        zone, host = self.places[server]
-        worst = 0
-        for other in others:
-            other_zone, other_host = self.places[other]
-            if other_host == host:
-                return 2
-            if zone and other_zone == zone:
-                worst = 1
-        return worst
-
-    def append(self, slot: int, server: int) -> None:
-        """Make `server` the slot's last owner."""
-        if not self.owners[slot]:
-            self.primaries[server] += 1
-        self.owners[slot].append(server)
-        self.copies[server] += 1
-
-    def remove(self, slot: int, server: int) -> None:
-        """Take `server` off the slot's list; the next in line becomes primary."""
-        listed = self.owners[slot]
-        if listed[0] == server:
-            self.primaries[server] -= 1
-            if len(listed) > 1:
-                self.primaries[listed[1]] += 1
-        listed.remove(server)
-        self.copies[server] -= 1
-
-    def replace(self, slot: int, old: int, new: int) -> None:
-        """Put `new` into `old`'s place on the slot's list."""
-        listed = self.owners[slot]
-        at = listed.index(old)
-        listed[at] = new
-        self.copies[old] -= 1
-        self.copies[new] += 1
-        if at == 0:
-            self.primaries[old] -= 1
-            self.primaries[new] += 1
+Owners = NDArray[np.int16]
+_ROUNDING = 1e-6
 
 
-def fill(board: Board, copies: int) -> None:
-    """Give every slot with fewer than `copies` owners more of them, up to the servers there are.
+@dataclass(frozen=True)
+class Sites:
+    """Where servers 0..k-1 stand: hosts and zones by name ("" = no zone given), and which may be given slots."""
 
-    Walks the slot's order of preference with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018): the first server
-    that is below the mean wins; distinct hosts come before zones, and both before the bound.
-    """
-    copies = min(copies, len(board.usable))
-    if not copies:
-        return
-    usable = [False] * len(board.places)
-    for server in board.usable:
-        usable[server] = True
-    kept = sum(board.copies[s] for s in board.usable)
-    missing = sum(max(0, copies - len(listed)) for listed in board.owners)
-    quota = -(-(kept + missing) // len(board.usable))
-    given = []
-    for slot, listed in enumerate(board.owners):
-        while len(listed) < copies:
-            candidates = [s for s in board.order[slot].tolist() if usable[s] and s not in listed]
-            if not candidates:
+    hosts: tuple[str, ...]
+    zones: tuple[str, ...]
+    usable: NDArray[np.bool_]
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """int64[2, k]: number of each server's host, and of its zone. A host without a zone is a zone of its own."""
+        zone_of = {host: (zone, "" if zone else host) for host, zone in zip(self.hosts, self.zones, strict=True)}
+        hosts = {host: i for i, host in enumerate(zone_of)}
+        zones = {zone: i for i, zone in enumerate(dict.fromkeys(zone_of.values()))}
+        return np.array([[hosts[h] for h in self.hosts], [zones[zone_of[h]] for h in self.hosts]], np.int64)
+
+    @cached_property
+    def servers(self) -> list[int]:
+        """The usable ones."""
+        return np.flatnonzero(self.usable).tolist()
+
+    def only(self, servers: Sequence[int]) -> "Sites":
+        """The same places, with only these servers usable."""
+        usable = np.zeros_like(self.usable)
+        usable[list(servers)] = True
+        sites = Sites(self.hosts, self.zones, usable)
+        sites.__dict__["places"] = self.places
+        return sites
+
+    def _sizes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Usable servers of each host, and the zone of each such host."""
+        size: dict[int, int] = {}
+        zone: dict[int, int] = {}
+        for s in self.servers:
+            host = int(self.places[0, s])
+            size[host] = size.get(host, 0) + 1
+            zone[host] = int(self.places[1, s])
+        return size, zone
+
+    def limits(self, copies: int) -> NDArray[np.int64]:
+        """int64[2]: how many owners of one slot may share a host, and a zone: 1 each where there are enough of them."""
+        size, zone = self._sizes()
+        host_max = 1
+        while sum(min(n, host_max) for n in size.values()) < copies:
+            host_max += 1
+        inside: dict[int, int] = {}
+        for host, n in size.items():
+            inside[zone[host]] = inside.get(zone[host], 0) + min(n, host_max)
+        zone_max = 1
+        while sum(min(n, zone_max) for n in inside.values()) < copies:
+            zone_max += 1
+        return np.array([host_max, zone_max])
+
+    def fair(self, slots: int, copies: int) -> NDArray[np.float64]:
+        """float64[k]: the copies each usable server should hold, as even as `limits` allows (water-filling)."""
+        size, zone = self._sizes()
+        host_max, zone_max = self.limits(copies).tolist()
+        share: dict[int, float] = {}  # of whole hosts, for those at a limit
+        left, open_hosts = float(slots * copies), dict(size)
+        while open_hosts:
+            level = left / sum(open_hosts.values())
+            full = [h for h, n in open_hosts.items() if n * level > slots * min(n, host_max) + _ROUNDING]
+            for host in full:
+                share[host] = float(slots * min(open_hosts.pop(host), host_max))
+                left -= share[host]
+            if full:
+                continue
+            zones: dict[int, float] = {}
+            for host in open_hosts:
+                zones[zone[host]] = zones.get(zone[host], 0.0) + open_hosts[host] * level
+            for host in share:
+                if zone[host] in zones:
+                    zones[zone[host]] += share[host]
+            crowded = [z for z, load in zones.items() if load > slots * zone_max + _ROUNDING]
+            if not crowded:
                 break
-            # min() keeps the first of equals: the ring decides among servers below the quota.
-            server = min(candidates, key=lambda s: (board.clash(s, listed), max(0, board.copies[s] - quota + 1)))
-            board.append(slot, server)
-            given.append((slot, server))
-    _settle(board, given, quota)
+            for z in crowded:
+                hosts = [h for h in size if zone[h] == z]
+                left += sum(share.pop(h, 0.0) for h in hosts) - slots * zone_max
+                share |= _pour(slots, slots * zone_max, {h: size[h] for h in hosts}, host_max)
+                for h in hosts:
+                    open_hosts.pop(h, None)
+        level = left / sum(open_hosts.values()) if open_hosts else 0.0
+        out = np.zeros(len(self.hosts))
+        for s in self.servers:
+            host = int(self.places[0, s])
+            out[s] = share[host] / size[host] if host in share else level
+        return out
 
 
-def _settle(board: Board, given: list[tuple[int, int]], quota: int) -> None:
-    """Pass on what `fill` gave to servers above the quota. Distinct hosts can leave the last slots no other choice,
-    while slots given before them still have one; nothing that a server already held is touched."""
-    for slot, server in given:
-        if board.copies[server] <= quota:
-            continue
-        others = [s for s in board.owners[slot] if s != server]
-        held = board.clash(server, others)
-        for taker in board.order[slot].tolist():
-            if (
-                taker in board.usable
-                and taker not in others
-                and board.copies[taker] < quota
-                and board.clash(taker, others) <= held
-            ):
-                board.replace(slot, server, taker)
-                break
+def _pour(slots: int, total: float, size: dict[int, int], host_max: int) -> dict[int, float]:
+    """Share `total` copies among the hosts of one zone, evenly by server, none above its limit."""
+    share: dict[int, float] = {}
+    rest = dict(size)
+    while rest:
+        level = (total - sum(share.values())) / sum(rest.values())
+        full = [h for h, n in rest.items() if n * level > slots * min(n, host_max) + _ROUNDING]
+        for host in full or list(rest):
+            n = rest.pop(host)
+            share[host] = float(slots * min(n, host_max)) if full else n * level
+    return share
 
 
-def hand_over(board: Board, newcomer: int) -> int:
-    """Give the newcomer its share of the copies, taken from the most loaded owners; returns the pairs moved.
+def _loads(owners: Owners, live: NDArray[np.bool_], k: int) -> NDArray[np.int64]:
+    listed = owners[live]
+    return np.bincount(listed[listed >= 0], minlength=k)
 
-    Slots are offered in the order in which the ring prefers the newcomer, so that where slots lie depends on the ring
-    and not on the history.
+
+def _bounds(wanted: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Whole numbers around what is wanted, at least 0."""
+    low = np.maximum(np.floor(wanted + _ROUNDING), 0).astype(np.int64)
+    return low, np.maximum(np.ceil(wanted - _ROUNDING), low).astype(np.int64)
+
+
+def _wide(owners: Owners, copies: int) -> Owners:
+    """A copy with at least this many columns."""
+    out = np.full((len(owners), max(copies, owners.shape[1])), -1, np.int16)
+    out[:, : owners.shape[1]] = owners
+    return out
+
+
+def without(owners: Owners, gone: NDArray[np.bool_], where: NDArray[np.bool_]) -> Owners:
+    """The lists `where` it is True without the servers `gone`; the next in line moves up."""
+    vacant = (owners < 0) | (gone[owners] & where[:, None])
+    order = np.argsort(vacant, axis=1, kind="stable")
+    return np.take_along_axis(np.where(vacant, np.int16(-1), owners), order, axis=1)
+
+
+def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -> Owners:
+    """Owners of slots that have none: as if the servers had joined one by one, so that one mechanism places all."""
+    live = np.ones(slots, np.bool_)
+    order = _apart_first(sites)
+    owners = np.tile(np.array(order[:copies], np.int16), (slots, 1))
+    for count in range(copies, len(order)):
+        owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)
+    if (np.abs(_loads(owners, live, len(sites.hosts)) - sites.fair(slots, copies)) > 1).any():
+        owners = spread(owners, sites, distances, copies, live)  # nothing lies there yet: all may move
+    return even_primaries(owners, sites, distances, live)
+
+
+def _apart_first(sites: Sites) -> list[int]:
+    """The servers in an order whose every beginning spans as many zones and hosts as it can."""
+    seen = np.zeros((2, len(sites.hosts)), np.int64)
+    rest, order = list(sites.servers), []
+    while rest:
+        nearest = min(rest, key=lambda s: (seen[1, sites.places[1, s]], seen[0, sites.places[0, s]], s))
+        rest.remove(nearest)
+        order.append(nearest)
+        seen[0, sites.places[0, nearest]] += 1
+        seen[1, sites.places[1, nearest]] += 1
+    return order
+
+
+def join(
+    owners: Owners, newcomer: int, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]
+) -> Owners:
+    """The newcomer's fair share: first of places that nobody holds, then from the servers that are above theirs.
+
+    Nothing moves between the others. Slots go that the ring puts nearest to the newcomer, from the owners that it puts
+    farthest; those first that have two owners on one host, and would not then.
     """
-    total = sum(board.copies[s] for s in board.usable)
-    goal, ceiling = total // len(board.usable), -(-total // len(board.usable))
-    by_rank = np.argsort(np.argmax(board.order == newcomer, axis=1), kind="stable").tolist()
-    moved = 0
-    for bound in (ceiling, goal):  # first from those above the mean, so that no surplus is left with one of them
-        for slot in by_rank:
-            if board.copies[newcomer] >= goal:
-                return moved
-            victim = _victim(board, slot, newcomer, bound)
-            if victim >= 0:
-                board.replace(slot, victim, newcomer)
-                moved += 1
-    return moved
+    owners = _wide(owners, copies)
+    slots, k = len(owners), len(sites.hosts)
+    fair = sites.fair(int(live.sum()), copies)
+    limits = sites.limits(copies)
+    goal = int(fair[newcomer] + _ROUNDING) - int(_loads(owners, live, k)[newcomer])
+    nearness = distances[:, newcomer]
+
+    vacant = np.flatnonzero(live & (owners[:, copies - 1] < 0) & ~(owners == newcomer).any(axis=1))
+    if len(vacant):
+        free = np.full((len(vacant), k), -1, np.int16)
+        rooms(owners[vacant], sites.usable, sites.places, limits, free)
+        vacant = vacant[free[:, newcomer] >= 0]
+        filled = vacant[np.argsort(nearness[vacant], kind="stable")[: max(0, goal)]]
+        owners[filled, (owners[filled] >= 0).sum(axis=1)] = newcomer
+        goal -= len(filled)
+
+    options = np.full((slots, owners.shape[1] + 1), -1, np.int16)
+    must = np.zeros(slots, np.bool_)
+    offers(owners, live, newcomer, sites.places, limits, options[:, :-1], must)
+    options[~must, -1] = k  # "nobody gives" is the server k
+    willing = np.flatnonzero((options[:, :-1] >= 0).any(axis=1))
+    goal = min(len(willing), max(goal, int(must.sum())))
+    if goal <= 0:
+        return owners
+    near_first = willing[np.lexsort((nearness[willing], ~must[willing]))]
+    far = np.where(options[:, :-1] >= 0, np.take_along_axis(distances, np.maximum(options[:, :-1], 0), axis=1), -1)
+    choice = np.full(slots, k, np.int64)
+    givers = near_first[:goal]
+    choice[givers] = options[givers, far[givers].argmax(axis=1)]
+    costs = np.empty(options.shape, np.int32)
+    costs[:, :-1] = nearness[:, None] - far  # to give: near to the newcomer, far from the giver
+    costs[:, -1] = -nearness  # to keep after all: far from the newcomer
+    surplus = _loads(owners, live, k) - fair
+    low, high = _bounds(surplus)
+    settle(choice, options, costs, np.append(low, slots - goal), np.append(high, slots - goal))
+    moved = choice < k
+    owners[moved[:, None] & (owners == choice[:, None])] = newcomer
+    return owners
 
 
-def _victim(board: Board, slot: int, newcomer: int, bound: int) -> int:
-    """The most loaded owner of the slot above `bound` that may give it to the newcomer, or -1."""
-    listed = board.owners[slot]
-    if newcomer in listed:
-        return -1
-    best = -1
-    for server in listed:
-        if board.copies[server] <= bound or (best >= 0 and board.copies[server] <= board.copies[best]):
-            continue
-        others = [s for s in listed if s != server]
-        if board.clash(newcomer, others) <= board.clash(server, others):
-            best = server
-    return best
+def fill(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:
+    """Give live slots with fewer than `copies` owners more of them, from the servers below their fair share."""
+    owners = _wide(owners, copies)
+    k = len(sites.hosts)
+    fair, limits = sites.fair(int(live.sum()), copies), sites.limits(copies)
+    while True:
+        short = np.flatnonzero(live & (owners[:, copies - 1] < 0))
+        if not len(short):
+            return owners
+        options = np.full((len(short), k), -1, np.int16)
+        rooms(owners[short], sites.usable, sites.places, limits, options)
+        wanted = np.maximum(fair - _loads(owners, live, k), 0)
+        wanted *= min(1.0, len(short) / max(1.0, wanted.sum()))
+        costs = distances[short]
+        choice = np.where(options >= 0, costs, np.iinfo(np.int32).max).argmin(axis=1)
+        settle(choice, options, costs, *_bounds(wanted))
+        owners[short, (owners[short] >= 0).sum(axis=1)] = choice
 
 
-def balance_primaries(board: Board) -> None:
-    """Even out who is first in the owner lists, by shortest chains of swaps; moves no rows.
+def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:
+    """Every copy in place and every load fair, whatever it was; slots may go from any server to any other.
 
-    A swap makes another owner of a slot its primary. From a server above the mean a breadth-first search over
-    "primary of a slot that the other one owns too" finds the nearest server below it (augmenting paths, as in
-    bipartite matching).
+    One column after another (that of primaries last), each with the others as they are, so that a copy that cannot go
+    where it is missing goes by way of a third server.
     """
-    bound = -(-sum(board.primaries[s] for s in board.usable) // max(1, len(board.usable)))
-    shared = _shared(board)
-    above = [s for s in board.usable if board.primaries[s] > bound]
-    while above:
-        start = max(above, key=lambda s: board.primaries[s])
-        path = _path(board, shared, start, bound)
-        for giver, taker in pairwise(path):
-            _swap(board, shared, giver, taker)
-        if not path or board.primaries[start] <= bound:  # without a path, nobody who shares its slots can take one
-            above.remove(start)
+    owners = fill(owners, sites, distances, copies, live)
+    k, rows = len(sites.hosts), np.flatnonzero(live)
+    fair, limits = sites.fair(len(rows), copies), sites.limits(copies)
+    costs = distances[rows]
+    for column in reversed(range(copies)):
+        others = owners[rows]
+        others[:, column] = -1
+        options = np.full((len(rows), k), -1, np.int16)
+        rooms(others, sites.usable, sites.places, limits, options)
+        choice = owners[rows, column].astype(np.int64)
+        stays = options[np.arange(len(rows)), choice] >= 0
+        nearest = np.where(options >= 0, costs, np.iinfo(np.int32).max).argmin(axis=1)
+        choice = np.where(stays, choice, nearest)
+        settle(choice, options, costs, *_bounds(fair - np.bincount(others[others >= 0], minlength=k)))
+        owners[rows, column] = choice
+    return owners
 
 
-def _shared(board: Board) -> dict[tuple[int, int], list[int]]:
-    """(primary, other owner) -> slots; entries go stale as primaries change, and are looked through when used."""
-    shared: dict[tuple[int, int], list[int]] = {}
-    for slot, listed in enumerate(board.owners):
-        for other in listed[1:]:
-            shared.setdefault((listed[0], other), []).append(slot)
-    return shared
-
-
-def _fresh(board: Board, shared: dict[tuple[int, int], list[int]], giver: int, taker: int) -> list[int]:
-    slots = shared.get((giver, taker), [])
-    while slots and board.owners[slots[-1]][0] != giver:
-        slots.pop()
-    return slots
-
-
-def _path(board: Board, shared: dict[tuple[int, int], list[int]], start: int, bound: int) -> list[int]:
-    """Servers from `start` to the nearest one with fewer primaries than `bound`, or [] where there is none."""
-    before = {start: start}
-    queue = deque([start])
-    while queue:
-        at = queue.popleft()
-        if at != start and board.primaries[at] < bound:
-            path = [at]
-            while path[-1] != start:
-                path.append(before[path[-1]])
-            return path[::-1]
-        for taker in board.usable:
-            if taker not in before and _fresh(board, shared, at, taker):
-                before[taker] = at
-                queue.append(taker)
-    return []
-
-
-def _swap(board: Board, shared: dict[tuple[int, int], list[int]], giver: int, taker: int) -> None:
-    slot = _fresh(board, shared, giver, taker).pop()
-    listed = board.owners[slot]
-    at = listed.index(taker)
-    listed[0], listed[at] = taker, giver
-    board.primaries[giver] -= 1
-    board.primaries[taker] += 1
-    for other in listed[1:]:
-        shared.setdefault((taker, other), []).append(slot)
+def even_primaries(owners: Owners, sites: Sites, distances: NDArray[np.int32], live: NDArray[np.bool_]) -> Owners:
+    """The same owners with the first places shared out evenly: between the whole numbers around slots / servers."""
+    rows = np.flatnonzero(live & (owners[:, 0] >= 0))
+    if owners.shape[1] == 1 or not len(rows):
+        return owners
+    options = owners[rows]
+    choice = options[:, 0].astype(np.int64)
+    costs = np.take_along_axis(distances[rows], np.maximum(options, 0), axis=1)
+    settle(choice, options, costs, *_bounds(np.where(sites.usable, len(rows) / len(sites.servers), 0.0)))
+    owners = owners.copy()
+    place = (options == choice[:, None]).argmax(axis=1)
+    owners[rows, place] = owners[rows, 0]
+    owners[rows, 0] = choice
+    return owners

@@ -5,25 +5,29 @@
     Fail(name)           a dead server leaves every owner list but those where it is last: such slots are lost
     Return(server)       a name comes back as a new process: it owns nothing of what its predecessor held
     Recover()            lost slots get living owners, in a new term, without their rows
+    Rebalance()          missing copies and uneven loads are mended, after failures and returns
     CreateTable, AlterTable, TruncateTable, DropTable
 
 Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change that cannot be
 made is refused with `PlanError`, in one sentence.
 
-Bounds, held by property tests for 1 to 64 servers: with equal weights and hosts of equal size, max/mean of slots per
-server is at most 1.02 for primaries and for copies; a join moves at most 1.005 / (N + 1) of the (slot, copy) pairs, all
-of them to the newcomer.
+Bounds, held by property tests for 1 to 64 servers: max/mean of slots per server is at most 1.02 for primaries, and for
+copies too unless distinct hosts forbid it (a host of many servers can hold no more than one copy of each slot); a join
+moves at most 1.005 / (N + 1) of the (slot, copy) pairs, more only where it parts owners that shared a host, and all of
+them to the newcomer; a leave moves only what the leaver held. Lost slots are never given away but by Recover.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hashring.placement import Board, balance_primaries, fill, hand_over
-from hashring.ring import preferences
+from hashring.placement import Owners, Sites, even_primaries, fill, fresh, join, spread, without
+from hashring.ring import distances
 from hashring.view import Group, Placement, Server, Table, View
+from hashring.whole import WholeTables
 
 SERVERS_MAX = 1024
 """Servers in one view; owners are int16."""
@@ -67,6 +71,11 @@ class Recover:
 
 
 @dataclass(frozen=True)
+class Rebalance:
+    """Missing copies and uneven loads are to be mended. Moves rows between any servers."""
+
+
+@dataclass(frozen=True)
 class CreateTable:
     """weight: of a whole table, what balancing counts (its size, in any one unit)."""
 
@@ -99,16 +108,16 @@ class DropTable:
     name: str
 
 
-Change = Join | Leave | Fail | Return | Recover | CreateTable | AlterTable | TruncateTable | DropTable
+Change = Join | Leave | Fail | Return | Recover | Rebalance | CreateTable | AlterTable | TruncateTable | DropTable
 
 
 def plan(view: View, change: Change) -> View:
     """The view after the change. Raises PlanError where the change cannot be made."""
     match change:
         case Join(servers):
-            for server in servers:
-                view = replace(_join(view, server), epoch=view.epoch)
             after = view
+            for server in servers:
+                after = _join(after, server)
         case Leave(names):
             after = _leave(view, names)
         case Fail(name):
@@ -117,6 +126,8 @@ def plan(view: View, change: Change) -> View:
             after = _return(view, server)
         case Recover():
             after = _recover(view)
+        case Rebalance():
+            after = _rebalance(view)
         case CreateTable():
             after = _create(view, change)
         case AlterTable(name, spec):
@@ -126,7 +137,7 @@ def plan(view: View, change: Change) -> View:
             after = replace(view, tables=_swap_table(view, fresh), next_table=view.next_table + 1)
         case DropTable(name):
             after = _drop(view, name)
-    return replace(after, epoch=view.epoch + 1).check()
+    return replace(_with_terms(view, after), epoch=view.epoch + 1).check()
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------
@@ -135,41 +146,19 @@ def plan(view: View, change: Change) -> View:
 def _join(view: View, server: Server) -> View:
     if view.server_index(server.name) is not None:
         raise PlanError(f"server {server.name!r} is in the view already")
+    if any(s.incarnation == server.incarnation for s in view.servers):
+        raise PlanError(f"server {server.name!r} has incarnation {server.incarnation}, which is in the view already")
     if len(view.servers) >= SERVERS_MAX:
         raise PlanError(f"the view has {len(view.servers)} servers; the limit is {SERVERS_MAX}")
-    wider = replace(view, servers=(*view.servers, server))
     newcomer = len(view.servers)
-    groups = []
-    for group in wider.groups:
-        board = _board(wider, group)
-        fill(board, _copies(group.replicas, len(board.usable)))
-        hand_over(board, newcomer)
-        balance_primaries(board)
-        groups.append(_group_of(board, group, view.epoch + 1))
-    return _spread_whole(replace(wider, groups=tuple(groups)), newcomer, view.epoch + 1)
-
-
-def _spread_whole(view: View, newcomer: int, term: int) -> View:
-    """Move whole tables to the newcomer, biggest first from the most loaded, while it stays at or below the mean."""
-    groups = list(view.groups)
-    loads = _whole_loads(view)
-    alive = [i for i, s in enumerate(view.servers) if s.alive]
-    mean = sum(loads[i] for i in alive) / len(alive)
-    whole = [k for k, g in enumerate(groups) if g.placement == "whole" and newcomer not in g.owners[0]]
-    for k in sorted(whole, key=lambda k: (-float(groups[k].weights[0]), groups[k].number)):
-        weight = float(groups[k].weights[0])
-        board = _board(view, groups[k])
-        listed = [s for s in board.owners[0] if view.servers[s].alive]
-        if not listed or loads[newcomer] + weight > mean:
-            continue
-        victim = max(listed, key=lambda s: loads[s])
-        others = [s for s in board.owners[0] if s != victim]
-        if loads[victim] > mean and board.clash(newcomer, others) <= board.clash(victim, others):
-            board.replace(0, victim, newcomer)
-            loads[victim] -= weight
-            loads[newcomer] += weight
-            groups[k] = _group_of(board, groups[k], term)
-    return replace(view, groups=tuple(groups))
+    desk = _Desk(replace(view, servers=(*view.servers, server)))
+    for group in desk.sharded():
+        desk.owners[group.number] = join(newcomer=newcomer, **desk.of(group))
+    whole = desk.whole()
+    for i, group in enumerate(desk.whole_groups):
+        whole.fill(i, desk.copies(group), [newcomer])
+    whole.spread(newcomer)
+    return desk.done(whole)
 
 
 def _leave(view: View, names: Sequence[str]) -> View:
@@ -178,24 +167,27 @@ def _leave(view: View, names: Sequence[str]) -> View:
             known = ", ".join(s.name for s in view.servers)
             raise PlanError(f"no server is named {name!r}; the servers are {known}")
     left = [s for s in view.servers if s.name not in names]
-    if not any(s.alive for s in left):
+    alive, before = sum(s.alive for s in left), sum(s.alive for s in view.servers)
+    if not alive:
         raise PlanError(f"removing {', '.join(names)} would leave no living server")
+    leavers = np.array([s.name in names for s in view.servers] + [False])
     for group in view.groups:
-        if group.replicas != "all" and group.replicas > len(left) and group.owners.shape[1] > len(left):
+        if group.replicas != "all" and alive < min(group.replicas, before):
             raise PlanError(
-                f"removing {', '.join(names)} would leave {len(left)} servers, fewer than replicas = {group.replicas}"
+                f"removing {', '.join(names)} would leave {alive} servers, fewer than replicas = {group.replicas}"
             )
-    leavers = [i for i, s in enumerate(view.servers) if s.name in names]
-    groups = []
-    for group in view.groups:
-        board = _board(view, group, without=leavers)
-        for slot, listed in enumerate(board.owners):
-            for server in [s for s in listed if s in leavers]:
-                board.remove(slot, server)
-        fill(board, _copies(group.replicas, len(board.usable)))
-        balance_primaries(board)
-        groups.append(_group_of(board, group, view.epoch + 1))
-    return _renumber(replace(view, groups=tuple(groups)), left)
+    kept_for = int(leavers[view.owners()[view.lost()]].any(axis=1).sum()) if view.groups else 0
+    if kept_for:
+        raise PlanError(
+            f"{', '.join(names)} held the last copy of {kept_for} lost slots; restore or recover them first"
+        )
+    desk = _Desk(view, leavers)
+    for group in desk.sharded():
+        desk.owners[group.number] = fill(**desk.of(group))
+    whole = desk.whole()
+    for i, group in enumerate(desk.whole_groups):
+        whole.fill(i, desk.copies(group), desk.sites.servers)
+    return _renumber(desk.done(whole), left)
 
 
 def _fail(view: View, name: str) -> View:
@@ -205,14 +197,9 @@ def _fail(view: View, name: str) -> View:
     if not view.servers[at].alive:
         raise PlanError(f"server {name!r} is already known dead")
     servers = tuple(replace(s, alive=False) if i == at else s for i, s in enumerate(view.servers))
-    groups = []
-    for group in view.groups:
-        board = _board(view, group)
-        for slot, listed in enumerate(board.owners):
-            if at in listed and len(listed) > 1:
-                board.remove(slot, at)
-        groups.append(_group_of(board, group, view.epoch + 1))
-    return replace(view, servers=servers, groups=tuple(groups))
+    gone = np.arange(len(servers) + 1) == at
+    groups = tuple(replace(g, owners=without(g.owners, gone, (g.owners >= 0).sum(axis=1) > 1)) for g in view.groups)
+    return replace(view, servers=servers, groups=groups)
 
 
 def _return(view: View, server: Server) -> View:
@@ -223,26 +210,44 @@ def _return(view: View, server: Server) -> View:
     dead = view.servers[at]
     if dead.alive:
         raise PlanError(f"server {server.name!r} is alive in the view (incarnation {dead.incarnation})")
+    if any(s.incarnation == server.incarnation for s in view.servers):
+        raise PlanError(f"server {server.name!r} returned with incarnation {server.incarnation}, which is known dead")
     grave = replace(dead, name=f"{dead.name}~{dead.incarnation:016x}")
     servers = [grave if i == at else s for i, s in enumerate(view.servers)]
     return _bury(replace(view, servers=(*servers, server)))
 
 
 def _recover(view: View) -> View:
-    lost = view.lost()
-    groups = []
-    for group in view.groups:
-        board = _board(view, group)
-        gone = np.flatnonzero(lost[group.first : group.first + group.slots]).tolist()
-        if gone and not board.usable:
-            raise PlanError("no living server can take the lost slots")
-        for slot in gone:
-            for server in list(board.owners[slot]):
-                board.remove(slot, server)
-        fill(board, _copies(group.replicas, len(board.usable)))
-        balance_primaries(board)
-        groups.append(_group_of(board, group, view.epoch + 1))
-    return _bury(replace(view, groups=tuple(groups)))
+    if view.lost().any() and not any(s.alive for s in view.servers):
+        raise PlanError("no living server can take the lost slots")
+    dead = np.array([not s.alive for s in view.servers] + [False])
+    desk = _Desk(view, dead)
+    for group in desk.sharded():
+        lost = view.lost()[group.first : group.first + group.slots]
+        if lost.any():
+            before, filled = desk.owners[group.number], fill(**desk.of(group))
+            filled[~lost, : before.shape[1]] = before[~lost]  # slots that lack a copy keep lacking it: only the lost
+            filled[~lost, before.shape[1] :] = -1  # may be owned by somebody who has no rows of them
+            desk.owners[group.number] = filled
+    whole = desk.whole()
+    for i, group in enumerate(desk.whole_groups):
+        if view.lost()[group.first]:
+            whole.fill(i, desk.copies(group), desk.sites.servers)
+    return _bury(desk.done(whole))
+
+
+def _rebalance(view: View) -> View:
+    desk = _Desk(view)
+    if not desk.sites.servers:
+        raise PlanError("no living server can be given slots")
+    for group in desk.sharded():
+        desk.owners[group.number] = spread(**desk.of(group))
+    whole = desk.whole()
+    for i, group in enumerate(desk.whole_groups):
+        whole.fill(i, desk.copies(group), desk.sites.servers)
+    for server in sorted(desk.sites.servers, key=lambda s: (whole.loads[s], s)):
+        whole.spread(server)
+    return _bury(desk.done(whole))
 
 
 def _bury(view: View) -> View:
@@ -278,47 +283,23 @@ def _create(view: View, change: CreateTable) -> View:
 
 def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:
     slots = 1 if change.placement == "whole" else 2**view.slot_bits
-    weight = change.weight if change.placement == "whole" else 1.0
-    bare = Group(
+    group = Group(
         number=view.next_group,
         placement=change.placement,
         replicas=change.replicas,
         first=view.next_slot,
-        owners=np.empty((slots, 0), np.int16),
+        owners=np.full((slots, 1), -1, np.int16),
         terms=np.full(slots, view.epoch + 1, np.int64),
-        weights=np.full(slots, weight),
+        weights=np.full(slots, change.weight if change.placement == "whole" else 1.0),
     )
-    board = _board(view, bare)
-    copies = _copies(change.replicas, len(board.usable))
+    wider = replace(view, groups=(*view.groups, group), next_group=group.number + 1, next_slot=group.first + slots)
+    desk = _Desk(wider)
+    whole = desk.whole()
     if change.placement == "whole":
-        _place_whole(view, board, copies)
+        whole.fill(len(whole.rows) - 1, desk.copies(group), desk.sites.servers)
     else:
-        fill(board, copies)
-        balance_primaries(board)
-    group = _group_of(board, bare, view.epoch + 1)
-    wider = replace(
-        view, groups=(*view.groups, group), next_group=view.next_group + 1, next_slot=view.next_slot + slots
-    )
-    return wider, group
-
-
-def _place_whole(view: View, board: Board, copies: int) -> None:
-    """Give a whole table's slot to the servers that carry the least weight of whole tables, apart from each other."""
-    loads = _whole_loads(view)
-    listed = board.owners[0]
-    while len(listed) < min(copies, len(board.usable)):
-        candidates = [s for s in board.order[0].tolist() if s in board.usable and s not in listed]
-        board.append(0, min(candidates, key=lambda s: (board.clash(s, listed), loads[s])))
-
-
-def _whole_loads(view: View) -> list[float]:
-    loads = [0.0] * len(view.servers)
-    for group in view.groups:
-        if group.placement == "whole":
-            for server in group.owners[0]:
-                if server >= 0:
-                    loads[server] += float(group.weights[0])
-    return loads
+        desk.owners[group.number] = fresh(slots, desk.sites, desk.distances, desk.copies(group))
+    return desk.done(whole), group
 
 
 def _drop(view: View, name: str) -> View:
@@ -342,40 +323,97 @@ def _swap_table(view: View, table: Table) -> tuple[Table, ...]:
     return tuple(table if t.name == table.name else t for t in view.tables)
 
 
-# -- groups and boards ------------------------------------------------------------------------------------------------
+# -- what a change works on -------------------------------------------------------------------------------------------
 
 
-def _copies(replicas: int | Literal["all"], servers: int) -> int:
-    return servers if replicas == "all" else min(replicas, servers)
+class _Desk:
+    """A view laid out for placement: sites, distances, and the owners of every sharded group, to be replaced.
+
+    gone bool[k + 1] (the last is for "no owner"): servers that are off every list and are given nothing.
+    """
+
+    def __init__(self, view: View, gone: NDArray[np.bool_] | None = None) -> None:
+        self.view = view
+        servers = view.servers
+        self.gone = np.zeros(len(servers) + 1, np.bool_) if gone is None else gone
+        usable = np.array([s.alive for s in servers], np.bool_) & ~self.gone[:-1]
+        self.sites = Sites(tuple(s.host for s in servers), tuple(s.zone for s in servers), usable)
+        self.distances = distances([s.name for s in servers], 2**view.slot_bits)
+        self.whole_groups = [g for g in view.groups if g.placement == "whole"]
+        everywhere = np.ones(2**view.slot_bits, np.bool_)
+        self.owners = {g.number: without(g.owners, self.gone, everywhere[: g.slots]) for g in view.groups}
+
+    def sharded(self) -> list[Group]:
+        """The sharded groups, as the view has them."""
+        return [g for g in self.view.groups if g.placement == "sharded"]
+
+    def copies(self, group: Group) -> int:
+        """Owners that each slot of the group should have, with the servers there are."""
+        there = len(self.sites.servers)
+        return there if group.replicas == "all" else min(group.replicas, there)
+
+    def of(self, group: Group) -> dict[str, Any]:
+        """What the functions of placement.py take: a slot whose only owner is dead, and not gone, is not live."""
+        owners = self.owners[group.number]
+        first = owners[:, 0]
+        live = (first < 0) | self.sites.usable[first]
+        return {
+            "owners": owners,
+            "sites": self.sites,
+            "distances": self.distances,
+            "copies": self.copies(group),
+            "live": live,
+        }
+
+    def whole(self) -> WholeTables:
+        """The whole tables; each stands on the ring where its group's number hashes to, so that equals are spread."""
+        rows = [[s for s in self.owners[g.number][0].tolist() if s >= 0] for g in self.whole_groups]
+        slots = [(g.number * 0x9E3779B1 % 2**32) * len(self.distances) >> 32 for g in self.whole_groups]
+        return WholeTables(rows, [float(g.weights[0]) for g in self.whole_groups], self.sites, self.distances[slots])
+
+    def done(self, whole: WholeTables) -> View:
+        """The view with the owners as they are now, first places shared out evenly."""
+        whole.even_primaries()
+        for group, row in zip(self.whole_groups, whole.rows, strict=True):
+            self.owners[group.number] = np.array([row or [-1]], np.int16)
+        for group in self.sharded():
+            rows = self.of(group)
+            del rows["copies"]
+            self.owners[group.number] = even_primaries(**rows)
+        groups = tuple(replace(g, owners=_trimmed(self.owners[g.number])) for g in self.view.groups)
+        return replace(self.view, groups=groups)
 
 
-def _board(view: View, group: Group, without: Sequence[int] = ()) -> Board:
-    listed = [[s for s in row if s >= 0] for row in group.owners.tolist()]
-    order = preferences([s.name for s in view.servers], 2**view.slot_bits)
-    if group.placement == "whole":
-        # A whole table stands where its number hashes to, so that equal loads do not all fall to one server.
-        order = order[(group.number * 0x9E3779B1 % 2**32) * len(order) >> 32][None, :]
-    usable = [s.alive and i not in without for i, s in enumerate(view.servers)]
-    return Board(listed, [(s.zone, s.host) for s in view.servers], usable, order)
+def _trimmed(owners: Owners) -> Owners:
+    """Without the columns at the end in which no slot has an owner; one is kept."""
+    used = int((owners >= 0).any(axis=0).sum())
+    return owners[:, : max(1, used)]
 
 
-def _group_of(board: Board, before: Group, term: int) -> Group:
-    width = max((len(listed) for listed in board.owners), default=0)
-    owners = np.full((len(board.owners), max(1, width)), -1, np.int16)
-    for slot, listed in enumerate(board.owners):
-        owners[slot, : len(listed)] = listed
-    old = np.full_like(owners, -1)
-    shared = min(owners.shape[1], before.owners.shape[1])
-    old[:, :shared] = before.owners[:, :shared]
-    changed = (owners != old).any(axis=1)
-    if before.owners.shape[1] > shared:
-        changed |= (before.owners[:, shared:] >= 0).any(axis=1)
-    return replace(before, owners=owners, terms=np.where(changed, term, before.terms))
+def _with_terms(before: View, after: View) -> View:
+    """The new epoch as the term of every slot whose owners are not what they were, in their order."""
+    groups = []
+    known = {group.number: group for group in before.groups}
+    for group in after.groups:
+        old = known.get(group.number)
+        if old is None:
+            groups.append(group)
+            continue
+        changed = _padded_incarnations(before, old, group) != _padded_incarnations(after, group, old)
+        groups.append(replace(group, terms=np.where(changed.any(axis=1), before.epoch + 1, old.terms)))
+    return replace(after, groups=tuple(groups))
+
+
+def _padded_incarnations(view: View, group: Group, other: Group) -> NDArray[np.object_]:
+    width = max(group.owners.shape[1], other.owners.shape[1])
+    wide = np.full((group.slots, width), -1, np.int16)
+    wide[:, : group.owners.shape[1]] = group.owners
+    return np.array([s.incarnation for s in view.servers] + [-1], object)[wide]
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Slots per living server: max / mean of primaries and of copies (weighted), and the mean of each."""
+    """Weight per living server: max / mean of primaries and of copies, and the mean of each."""
 
     primaries: float
     copies: float
