@@ -105,11 +105,11 @@ class Server:
 
     async def _open(self) -> list[str]:
         """On the data thread: load the kernels, make the store and listen."""
-        from ps.kernels.warm import warm
+        from ps.kernels import warmup
         from ps.service import Service, serve
         from ps.store import Store, StoreLimits
 
-        warm()  # from the cache: a first request must not wait for it
+        warmup()  # from the cache: a first request must not wait for it
         server = self.config.server
         limits = StoreLimits(
             memory_max=memory_max(server), clients_max=server.clients_max, deletions_max=server.deletions_max

@@ -15,8 +15,11 @@ Conventions, all of them here:
   * The on-disk cache has one writer: `warmup()` compiles every kernel, before servers start.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -27,11 +30,41 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import DTypeLike, NDArray
 
-kernel: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
-"""Decorates a kernel that Python calls."""
+from hashring import tokens
 
-inline: Callable[..., Any] = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", inline="never")
-"""Decorates a function that only kernels call. LLVM inlines it; numba's own inlining slows compilation for nothing."""
+
+def _cache_folder() -> str:
+    """Where compiled kernels are kept: a folder for each state of all kernels' sources.
+
+    numba's own cache looks at a function's file alone; a kernel would go on with what it calls in another file as that
+    was before a change, and write rows by two layouts.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in [*sorted(here.glob("*.py")), Path(tokens.__file__)]:
+        digest.update(source.read_bytes())
+    base = Path(os.environ.get("NUMBA_CACHE_DIR") or here / "__pycache__")
+    if not os.access(base if base.exists() else base.parent, os.W_OK):
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embring"
+    return str(base / f"kernels-{digest.hexdigest()[:16]}")
+
+
+_CACHE_FOLDER = _cache_folder()
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorates a kernel that Python calls."""
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = _CACHE_FOLDER  # read while the function is decorated
+    try:
+        return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+inline = kernel
+"""Decorates a function that only kernels call: LLVM inlines it (numba's own inlining slows compilation for nothing)."""
 
 BATCH = 64
 """Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""
@@ -80,6 +113,4 @@ def as_input(array: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
 def warmup() -> None:
     """Compile every kernel once, into the on-disk cache: call it in one process, before servers start."""
     for name in KERNEL_MODULES:
-        module = import_module(f"ps.kernels.{name}")
-        if hasattr(module, "warmup"):  # kernels of explicit signatures compile as they are imported
-            module.warmup()
+        import_module(f"ps.kernels.{name}").warmup()

@@ -133,3 +133,15 @@ def first_not_finite(values: F32) -> int:
                 if not np.isfinite(values[i]):
                     return i
     return -1
+
+
+def warmup() -> None:
+    """Compile this module's kernels, for arguments of the types that a client passes."""
+    ones, zeros = np.ones(1, np.int32), np.zeros(1, np.int32)
+    bounds, places, dims = np.array([0, 1], np.int64), np.array([0, 1], np.int64), np.ones(1, np.int64)
+    modes, touched = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
+    row, out, none = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(0, np.float32)
+    merge(row, ones, ones, zeros, zeros, none, bounds, places, dims, modes, touched, out)
+    finish(bounds, bounds, places, dims, modes, touched, out)
+    gather(row, ones, ones, zeros, zeros, none, bounds, bounds, places, dims, modes, False, out)
+    first_not_finite(out)

@@ -472,3 +472,14 @@ def split(
     if lost < 0:
         _fill(ids, servers, starts, offsets, weights, number, as_rows, out)
     return out
+
+
+def warmup() -> None:
+    """Compile this module's kernels, for arguments of the types that a client passes."""
+    ids, bounds = np.zeros(1, np.int64), np.array([0, 1], np.int64)
+    seeds, firsts, shifts = np.zeros(1, np.uint64), np.zeros(1, np.int64), np.full(1, 63, np.uint64)
+    none, done = np.empty(0, np.float32), np.empty(0, np.uint8)
+    readers, load, policy = np.zeros((2, 1), np.int16), np.zeros(1), np.zeros(1, np.uint8)
+    split(ids, bounds, bounds, none, done, seeds, firsts, shifts, readers, load, policy)
+    cut(ids, bounds, bounds, seeds, 1)
+    first_bad_offset(np.ones((1, 2), np.int64), bounds, np.empty(2, np.int64))

@@ -1,0 +1,41 @@
+"""Warming up compiles what a client calls: the first request of a process must not wait for a compiler."""
+
+from pathlib import Path
+
+import numpy as np
+from cluster_fixture import local_cluster
+
+from ps.kernels import merge, split, warmup
+
+CLIENT_KERNELS = [
+    split.split,
+    split.cut,
+    split.first_bad_offset,
+    merge.merge,
+    merge.finish,
+    merge.gather,
+    merge.first_not_finite,
+]
+
+
+def signatures() -> list[set[object]]:
+    return [set(kernel.signatures) for kernel in CLIENT_KERNELS]
+
+
+def test_a_client_calls_no_kernel_with_types_that_warming_up_left_out(tmp_path: Path) -> None:
+    warmup()
+    warm = signatures()
+    ids, offsets = np.arange(20), np.array([0, 5, 20])
+    weights = np.ones(20, np.float32)
+    with local_cluster(tmp_path) as cluster, cluster.client() as client:
+        for name in ("a", "b"):
+            client.create_table(name, dim=4)
+        client.push("a", ids, np.ones((20, 4), np.float32))
+        client.assign("b", ids, np.ones((20, 4), np.float32))
+        client.push_bags({"a": (ids, offsets), "b": (ids, offsets)}, {n: np.ones((2, 4), np.float32) for n in "ab"})
+        client.pull("a", ids)
+        for mode in ("sum", "mean", "max"):
+            client.pull_bags({"a": (ids, offsets), "b": (ids, offsets)}, mode=mode)
+        client.pull_bags({"a": (ids, offsets, weights)}, mode="sum")
+        client.delete("a", ids)
+    assert signatures() == warm
