@@ -145,6 +145,12 @@ class Arena:
         fresh = max(0, rows_new - int(self.index.heap[ix.FREE]))
         return fresh * self.key.row_bytes + rows_new * 2 * ENTRY_BYTES
 
+    def insert(
+        self, slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], rows: NDArray[np.int32]
+    ) -> None:
+        """Make a row for each distinct (code, id) whose rows[i] is -1; fills rows. The caller writes all of them."""
+        scan.insert_many(slots, codes, ids, self.index, rows)
+
     def create(
         self, slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], rows: NDArray[np.int32]
     ) -> None:
@@ -152,7 +158,7 @@ class Arena:
         absent = np.flatnonzero(rows < 0)
         if not len(absent):
             return
-        scan.insert_many(slots, codes, ids, self.index, rows)
+        self.insert(slots, codes, ids, rows)
         seeds = np.ascontiguousarray(self.index.codes[:, ix.SEED])
         new, new_codes = rows[absent], codes[absent]
         pool.initial_rows(ids[absent], seeds, new_codes, new, self.initial, self.values)

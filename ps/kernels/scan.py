@@ -15,16 +15,10 @@ from ps.kernels.index import (
     SEED,
     TARGET,
     Index,
-    _set_word,
-    erase,
-    insert,
-    node_free,
-    row_free,
-    row_new,
-    segment_free,
     token_of,
     warm_index,
 )
+from ps.kernels.segments import erase, insert, node_free, row_free, row_new, segment_free, set_word
 
 _STACK = 16 * 18
 """Words that a walk may have to remember: 16 children on each level that 64 bits allow."""
@@ -123,7 +117,7 @@ def drop_slots(slots: NDArray[np.int64], index: Index) -> None:
                     break
                 where = ~(node * 16 + child)
                 word = index.nodes[node, child]
-            _set_word(index, where, 0)
+            set_word(index, where, 0)
             if word < 0:
                 node_free(index, -word - 1)
                 continue

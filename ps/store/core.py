@@ -222,17 +222,19 @@ class Store:
             tables = arena.numbers[change.codes[gone]]
             self.held.tombstones.add(where, tables, change.ids[gone], positions[where], self.held.slots.horizon)
             return 0
-        made = int(np.count_nonzero(change.rows < 0))
-        arena.create(change.slots, change.codes, change.ids, change.rows)
+        absent = np.flatnonzero(change.rows < 0)
         if share.kind == "assign":
+            arena.insert(change.slots, change.codes, change.ids, change.rows)
+            arena.meta[change.rows[absent]] = 0
             update.overwrite(change.plan, change.inverse, change.rows, values, arena.values)
             arena.begin_state(change.rows, change.codes)
         else:
+            arena.create(change.slots, change.codes, change.ids, change.rows)
             sums = np.zeros((len(change.ids), arena.key.dim), np.float32)
             update.sum_gradients(change.plan, work.offsets, work.weights, change.inverse, values, sums)
             arena.rule.step(change.rows, change.codes, sums, arena.settings, share.lr_scale, arena.values, arena.state)
         arena.stamp(change.rows, change.slots, positions, now, int(share.kind == "push"))
-        return made
+        return len(absent)
 
     # -- slots
 

@@ -346,7 +346,7 @@ class _Incoming:
             where = slots.astype(np.int64)
             held.tombstones.add(where, tables, ids, s.gone_versions[gone], held.slots.horizon)
             self.rows = arena.find(self.slots, self.codes, self.ids)
-        arena.create(self.slots, self.codes, self.ids, self.rows)
+        arena.insert(self.slots, self.codes, self.ids, self.rows)
         arena.values[self.rows] = s.values[self.picked]
         arena.state[self.rows] = s.state[self.picked]
         arena.meta[self.rows] = s.meta[self.picked]

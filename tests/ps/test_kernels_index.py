@@ -224,3 +224,17 @@ def test_compaction_moves_rows_below_the_target_and_none_is_shared() -> None:
     assert rows == list(contents)
     assert max(rows) <= max(heap[ix.TARGET] - 1, heap[ix.PEAK])
     check_invariants(index, 4)
+
+
+def test_leaves_that_fill_alike_are_split_one_by_one() -> None:
+    """No push of 4,096 rows into a big slot splits more than 4 of its 16 (then 256) leaves."""
+    index, n = new_index(1, 0, rows=500_000), 500_000
+    ids, nodes = np.arange(n), []
+    for low in range(0, n, 4096):
+        part = ids[low : low + 4096]
+        zeros, rows = np.zeros(len(part), np.int32), np.full(len(part), -1, np.int32)
+        scan.insert_many(zeros, zeros, part, index, rows)
+        nodes.append(int(index.heap[ix.NODES]))
+    assert nodes[-1] == 17  # the slot's own node, and one for each of its leaves
+    assert max(np.diff(nodes)) <= 4
+    check_invariants(index, 1)
