@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hashring.view import View
 from ps.arena import Arena
 from ps.errors import RequestError
-from ps.kernels import as_input, index, pool, update
+from ps.kernels import as_input, index, optimize, pool, update
 from ps.kernels import window as win
 from ps.memory import physical_memory
 from ps.rowblock import RowBlock, Watermark
@@ -230,8 +230,7 @@ class Store:
             arena.begin_state(change.rows, change.codes)
         else:
             arena.create(change.slots, change.codes, change.ids, change.rows)
-            sums = np.zeros((len(change.ids), arena.key.dim), np.float32)
-            update.sum_gradients(change.plan, work.offsets, work.weights, change.inverse, values, sums)
+            sums = _summed(change, work, values)
             arena.rule.step(change.rows, change.codes, sums, arena.settings, share.lr_scale, arena.values, arena.state)
         arena.stamp(change.rows, change.slots, positions, now, int(share.kind == "push"))
         return len(absent)
@@ -315,6 +314,17 @@ class _Change:
     ids: NDArray[np.int64]
     slots: NDArray[np.int32]
     rows: NDArray[np.int32]
+
+
+def _summed(change: _Change, work: Planned, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The gradient of each distinct id, float32[u, dim], which the optimizer may change in place."""
+    u, dim = len(change.ids), change.arena.key.dim
+    modified = change.arena.settings[change.plan[:, index.P_CODE], optimize.DECAY : optimize.CLIP + 1].any()
+    if u == len(work.ids) and len(values) == u * dim and not len(work.offsets) and not modified:
+        return values.reshape(u, dim)  # every id once, as clients send them: no sum and no copy
+    sums = np.zeros((u, dim), np.float32)
+    update.sum_gradients(change.plan, work.offsets, work.weights, change.inverse, values, sums)
+    return sums
 
 
 def _check_push(share: PushShare, work: Planned) -> NDArray[np.float32]:

@@ -303,3 +303,11 @@ def test_statistics_count() -> None:
     assert s.slots_primary == s.slots_owned == 17
     assert s.rows_by_table["a"] == 2
     assert s.clients == 1
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.optimizer.kind)
+def test_a_push_leaves_the_gradients_of_the_caller_alone(spec: TableSpec) -> None:
+    store = store_of(view_of([spec]))
+    rows = np.full((2, spec.dim), 3.0, np.float32)
+    store.push(push_share(1, [1], [[1, 2]], rows))
+    assert (rows == 3.0).all()
