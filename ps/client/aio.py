@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.connect import pick, where
+from ps.client.connect import pick, prepare, where
 from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
 from ps.client.ranges import PullRange
 from ps.client.request import Call
@@ -89,6 +89,7 @@ class AsyncClient:
     ) -> "AsyncClient":
         """A client of a running cluster; addresses and token are found as `ps.connect` finds them."""
         client = cls(*where(addresses, token), timeout)
+        prepare()
         try:
             await client._run(client._verbs.begin(deadline(None, timeout)))
         except BaseException:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import where
+from ps.client.connect import prepare, where
 from ps.client.core import TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
@@ -66,6 +66,7 @@ class Client:
         self._flights: list[Flight] = []
         self._connections = Connections(token, self._verbs.window.client)
         _open.add(self)
+        prepare()
         try:
             self._run(self._verbs.begin(deadline(None, timeout)))
         except BaseException:

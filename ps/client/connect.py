@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ps.errors import ConfigError
 from ps.fabric.address import parse_address
+from ps.kernels import merge, split
 from ps.runtime import read_runtime, read_token
 
 ADDRESS = "EMBRING_ADDRESS"
@@ -30,6 +31,12 @@ def where(addresses: str | Sequence[str] | None, token: str | None) -> tuple[tup
     for address in given:
         parse_address(address)
     return tuple(given), secret or ""
+
+
+def prepare() -> None:
+    """Have the client's kernels ready before any deadline runs: the first use on a machine compiles them for seconds."""
+    split.warmup()
+    merge.warmup()
 
 
 def pick(addresses: Sequence[str]) -> list[str]:

@@ -6,15 +6,15 @@ One call handles all features of one server's reply, so that early replies are m
 """
 
 import numpy as np
-from numba import njit
 
+from ps.kernels import kernel
 from ps.kernels.split import F32, I32, I64, U8
 
 SUM, MAX, MEAN = 0, 1, 2
 """How a bag is pooled. A server knows the first two (ps/share.py); a mean is a sum that the client divides."""
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge(
     reply: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, starts: I64, places: I64,
     dims: I64, modes: U8, touched: U8, out: F32,
@@ -63,7 +63,7 @@ def merge(
     return True
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched: U8, out: F32) -> None:
     """Zeros for bags without ids, and means divided by the count of the whole bag (offsets empty: one id each)."""
     for f in range(dims.size):
@@ -80,7 +80,7 @@ def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched
                         bag[k] /= count
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather(
     grads: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, offsets: I64, starts: I64,
     places: I64, dims: I64, modes: U8, overwrite: bool, rows: F32,
@@ -118,7 +118,7 @@ def gather(
         base += np.int64(bags[f]) * dim
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_not_finite(values: F32) -> int:
     """Index of the first NaN or infinity of a flat float32 array, or -1. Whole blocks are summed first: it is rare."""
     block = 4096

@@ -17,10 +17,10 @@ bags are long, rows where few distinct ids are asked for by many bags.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from hashring.tokens import mix64
+from ps.kernels import inline, kernel
 
 I16 = NDArray[np.int16]
 I32 = NDArray[np.int32]
@@ -73,7 +73,7 @@ class _Cursors(NamedTuple):
     seen: I64
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]:
     """Join the offsets of F features, which lie one behind another, into `rebased` int64[G+1].
 
@@ -104,13 +104,13 @@ def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]
     return -1, 0
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _slot(i: int, first: int, shift: np.uint64, seed: np.uint64) -> int:
     """Slot of an id. The double shift makes 64 (a table of one slot) a shift like any other."""
     return first + int((mix64(np.uint64(i) ^ seed) >> np.uint64(32)) >> (shift - np.uint64(32)))
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _place(
     ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, slots: I32
 ) -> None:  # fmt: skip
@@ -124,7 +124,7 @@ def _place(
             slots[i] = -1 if skipped else _slot(ids[i], firsts[f], shifts[f], seeds[f])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def cut(ids: I64, starts: I64, offsets: I64, seeds: U64, parts: int) -> U8:
     """Part of each id, uint8[n], of up to 256 about equal ones. All occurrences of an id in a table are in one part."""
     part = np.empty(ids.size, np.uint8)
@@ -139,7 +139,7 @@ def cut(ids: I64, starts: I64, offsets: I64, seeds: U64, parts: int) -> U8:
     return part
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
     """The server asked for each slot, int16[slots of the view]: as few servers as cover the ids, then the least loaded.
 
@@ -185,7 +185,7 @@ def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
     return chosen
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _assign_servers(
     ids: I64, starts: I64, offsets: I64, done: U8, seeds: U64, firsts: I64, shifts: U64, chosen: I16, servers: I16,
     asked: I64, pieces: I64,
@@ -216,7 +216,7 @@ def _assign_servers(
     return -1
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _number_unique(
     ids: I64, servers: I16, low: int, high: int, stop_at: int, keys: I64, rows: I32, stamps: I32, stamp: int,
     number: I32, unique: I32,
@@ -247,13 +247,13 @@ def _number_unique(
     return True
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _cheaper(asked: int, pieces: int, unique: int) -> bool:
     """Whether distinct rows cost less than partial sums."""
     return unique * ROW_COST + asked * EDGE_COST < pieces * (ROW_COST + EDGE_COST)
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _choose_rows(
     ids: I64, servers: I16, starts: I64, offsets: I64, policy: U8, asked: I64, pieces: I64, unique: I32, number: I32,
     as_rows: U8,
@@ -290,7 +290,7 @@ def _choose_rows(
                 as_rows[s, f] = policy[f] == ROWS or _cheaper(asked[s, f], pieces[s, f], unique[f, s])
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _layout(
     asked: I64, pieces: I64, unique: I32, as_rows: U8, id_start: I64, bag_start: I64, edge_start: I64, bags: I32,
     edges: I32,
@@ -312,7 +312,7 @@ def _layout(
         edge_start[s + 1] = edge_start[s] + edges[s].sum()
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _fill_pieces(
     f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, as_rows: U8, at: _Cursors,
     out: Split,
@@ -352,7 +352,7 @@ def _fill_pieces(
             out.offsets[at.bags[s] + s] = at.ids[s] - out.id_start[s]
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _fill_rows(
     f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8,
     at: _Cursors, out: Split,
@@ -386,7 +386,7 @@ def _fill_rows(
                     out.weights[k] = np.float32(1.0)
 
 
-@njit(nogil=True, cache=True)
+@inline
 def _fill(
     given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8, out: Split,
 ) -> None:  # fmt: skip
@@ -415,7 +415,7 @@ def _fill(
             _fill_rows(f, given, servers, starts, offsets, given_weights, number, as_rows, at, out)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def split(
     ids: I64, starts: I64, offsets: I64, weights: F32, done: U8, seeds: U64, firsts: I64, shifts: U64, readers: I16,
     load: F64, policy: U8,
