@@ -34,7 +34,7 @@ def where(addresses: str | Sequence[str] | None, token: str | None) -> tuple[tup
 
 
 def prepare() -> None:
-    """Have the client's kernels ready before any deadline runs: the first use on a machine compiles them for seconds."""
+    """Have the client's kernels ready before any deadline runs: their first use on a machine takes seconds."""
     split.warmup()
     merge.warmup()
 
