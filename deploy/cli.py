@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recover": ("deploy.cli_cluster:recover", "Give lost slots to live servers, accepting that their rows are gone."),
     "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
     "train": ("deploy.cli_train:train", "Train a model whose tables live in the cluster."),
+    "serve": ("deploy.cli_serve:serve", "Start a router that serves the models of a folder."),
     "predict": ("deploy.cli_predict:predict", "Score the rows of a file with a served model."),
     "bench": ("deploy.cli_bench:app", "Measure embring beside its peers."),
     "config": ("deploy.cli_cluster:config", "Print a cluster.toml with every setting explained."),

@@ -1,0 +1,32 @@
+"""`embring serve`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.cli_common import JsonOption, running
+
+
+def serve(
+    models: Annotated[Path, typer.Argument(help="Model repository: NAME/VERSION/ with model.toml in each.")],
+    host: Annotated[str, typer.Option(help="Where the router listens. It has no token: keep others out.")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for gRPC; 0 lets the system choose.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0 lets the system choose.")] = 8000,
+    name: Annotated[str, typer.Option(help="Name of the router process.")] = "router-0",
+    as_json: JsonOption = False,
+) -> None:
+    """Start a router that serves the models of a folder from the running cluster's tables; it ends with the cluster.
+
+    Example:  embring serve models/
+    """
+    from deploy.routers import start_router
+    from router.config import find_models
+
+    find_models(models)  # a wrong folder is refused before a process is started
+    told = start_router(running(), models.resolve(), name, host, grpc_port, http_port)
+    if as_json:
+        print(json.dumps(told))
+        return
+    print(f"the router {name} serves {models}\ngRPC: {told['grpc']}\nHTTP: {told['http']}")
