@@ -45,7 +45,7 @@ def predict(
     try:
         with _target(output) as out:
             for score in scores:
-                out.write(json.dumps({"score": score}) + "\n" if as_json else f"{score:.6g}\n")
+                out.write(json.dumps({"score": score}) + "\n" if as_json else f"{score:.9g}\n")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from None
 

@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -116,10 +118,12 @@ def run(source: str, predictions: Path | None, report: Report, watch: Callable[[
         outcome.heldout_rows = len(labels)
     folder = Path(tempfile.mkdtemp(prefix="embring-demo-"))
     runtime: Runtime | None = None
+    _end_on_sigterm()
     try:
         with _timed(outcome, "start"):
             config = Config().with_settings("server", servers=SERVERS)
             runtime = start(config, state=folder / "state", runtime_file=folder / "cluster.json", report=report)
+            _end_on_sigterm()
         with _timed(outcome, "train"):
             report(f"training a DeepFM with {WORKERS} asynchronous workers")
             head = _train(dataset, runtime, folder, outcome, watch)
@@ -127,6 +131,7 @@ def run(source: str, predictions: Path | None, report: Report, watch: Callable[[
             report("starting a router")
             _publish(dataset, head, folder / "models")
             places = start_router(runtime, folder / "models")
+            _end_on_sigterm()
         with _timed(outcome, "score"):
             report(f"scoring {len(labels):,} held-out rows over gRPC and REST")
             scores = asyncio.run(_score_all(places, columns, outcome))
@@ -149,6 +154,14 @@ def run(source: str, predictions: Path | None, report: Report, watch: Callable[[
         outcome.failures.append(f"processes_left is {outcome.processes_left}; it must be 0")
     outcome.ok = not outcome.failures
     return outcome
+
+
+def _end_on_sigterm() -> None:
+    """Ended from outside, the demo takes its cluster down all the same.
+
+    To be said again whenever this process has been a driver of Ray, which puts its own handling in this one's place.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextmanager
@@ -198,7 +211,8 @@ def _train(
     done = train(config, folder / "run", ",".join(runtime.addresses), token, watch=tell)
     outcome.train_rows = len(labels)
     outcome.train_seconds, outcome.train_rows_per_s = round(done.seconds, 2), round(done.rows_per_s, 1)
-    outcome.staleness = list(done.staleness)
+    counts = np.array(done.staleness)
+    outcome.staleness = counts[: np.flatnonzero(counts)[-1] + 1].tolist() if counts.any() else []
     return Path(done.head)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-class PeerMissing(Exception):  # noqa: N818 - it is no error of the program
+class PeerMissing(Exception):
     """A peer that cannot be measured here: the message says which, and how to get it."""
 
 

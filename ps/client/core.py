@@ -322,4 +322,3 @@ class Core:
         if time.monotonic() + pause >= until:
             raise error
         yield Wait(pause)
-

@@ -15,6 +15,7 @@ from ps.fabric.protocol import Hello
 GRACE_S = 0.05
 """A reply that is already here is read even where its deadline passed while nobody asked for it."""
 
+
 class Connections:
     """One connection for each server, made when it is first needed."""
 

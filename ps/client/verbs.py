@@ -75,9 +75,7 @@ class Verbs(Core):
         flat = yield from self._pull(batch, features, features.zeros, absent, until)
         return flat.reshape(-1, features.dim_list[0])
 
-    def pull_bags(
-        self, bags: Mapping[str, Bag], mode: Modes, absent: Absent | None, timeout: float | None
-    ) -> Steps:
+    def pull_bags(self, bags: Mapping[str, Bag], mode: Modes, absent: Absent | None, timeout: float | None) -> Steps:
         """{name: float32[bags, dim]}."""
         batch = bags_batch(bags)
         pooled = yield from self._pull_pooled(batch, mode, absent, timeout)

@@ -80,7 +80,7 @@ def test_modes_and_what_goes_with_weights():
     assert modes_of(batch, "sum").tolist() == [SUM, SUM]
     assert modes_of(batch, {"a": "max", "b": "sum", "other": "mean"}).tolist() == [MAX, SUM]
     assert modes_of(bags_batch({"a": ([1], [0, 1])}), "mean").tolist() == [MEAN]
-    with pytest.raises(RequestError, match="weights go with \"sum\" only"):
+    with pytest.raises(RequestError, match='weights go with "sum" only'):
         modes_of(batch, "mean")
     with pytest.raises(RequestError, match="mode of table 'a' is 'avg'"):
         modes_of(batch, "avg")

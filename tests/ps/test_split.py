@@ -214,8 +214,13 @@ def test_a_fully_replicated_table_costs_one_server_the_least_loaded():
 
 @pytest.mark.parametrize(
     ("offsets", "bad"),
-    [([0, 2, 1, 3], (0, 2)), ([1, 2, 2, 3], (0, 0)), ([0, 1, 2, 9], (0, 3)), ([0, 0, 1, 2], (0, 3)),
-     ([0, 1, 3, 3], (-1, 0))],
+    [
+        ([0, 2, 1, 3], (0, 2)),
+        ([1, 2, 2, 3], (0, 0)),
+        ([0, 1, 2, 9], (0, 3)),
+        ([0, 0, 1, 2], (0, 3)),
+        ([0, 1, 3, 3], (-1, 0)),
+    ],
 )
 def test_offsets_that_torch_accepts_in_silence_are_found(offsets, bad):
     rebased = np.empty(4, np.int64)
