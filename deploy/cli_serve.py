@@ -11,9 +11,7 @@ from deploy.cli_common import JsonOption, running
 
 def serve(
     models: Annotated[Path, typer.Argument(help="Model repository: NAME/VERSION/ with model.toml in each.")],
-    host: Annotated[
-        str, typer.Option(help="Where the router listens. It has no token: keep others out.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where it listens. It asks for no token: keep others out.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for gRPC; 0 lets the system choose.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0 lets the system choose.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the router process.")] = "router-0",
