@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,18 +21,22 @@ ROOT = Path(__file__).parents[2]
 KERNELS = os.environ.get("NUMBA_CACHE_DIR") or str(Path.home() / ".cache" / "embring" / "kernels")
 
 
-def run(home: Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """`embring demo` as a user with a home folder of his own."""
+def environment(home: Path) -> dict[str, str]:
+    """A user with a home folder of his own."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("EMBRING_", "RAY_", "XDG_"))}
     scratch = home / "tmp"
     scratch.mkdir(exist_ok=True)
+    return {
+        **inherited, "HOME": str(home), "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": KERNELS, "COLUMNS": "200",
+        "TMPDIR": str(scratch),
+    }  # fmt: skip
+
+
+def run(home: Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """`embring demo` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", "demo", *arguments], capture_output=True, text=True, timeout=timeout,
-        cwd=home, stdin=subprocess.DEVNULL,
-        env={
-            **inherited, "HOME": str(home), "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": KERNELS, "COLUMNS": "200",
-            "TMPDIR": str(scratch),
-        },
+        cwd=home, stdin=subprocess.DEVNULL, env=environment(home),
     )  # fmt: skip
 
 
@@ -74,6 +79,26 @@ def test_the_whole_path_on_synthetic_clicks(tmp_path: Path) -> None:
     assert len(rows) == 12_000
     assert len({row["row"] for row in rows}) == 12_000
     np.testing.assert_allclose([row["grpc"] for row in rows], [row["rest"] for row in rows], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ended_from_outside_it_takes_its_cluster_down(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "demo", "--data", "synthetic"], cwd=tmp_path, env=environment(tmp_path),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert program.stderr is not None
+        assert any("training" in line for line in program.stderr)
+        program.send_signal(signal.SIGTERM)
+        _, said = program.communicate(timeout=120)
+    finally:
+        program.kill()
+        program.wait()
+    assert program.returncode == 128 + signal.SIGTERM, said
+    assert processes_of(tmp_path) == []
+    assert not list((tmp_path / "tmp").glob("embring-*"))
 
 
 def test_data_that_cannot_be_had_is_one_line_and_starts_nothing(tmp_path: Path) -> None:

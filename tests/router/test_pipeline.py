@@ -205,6 +205,20 @@ def test_versions_the_latest_by_number_and_unknown_ones_by_name(tmp_path: Path) 
     run(tmp_path, test)
 
 
+def test_a_ragged_input_is_described_with_its_offsets(tmp_path: Path) -> None:
+    publish(tmp_path, features=FEATURES.replace('split = " "', "ragged = true"))
+
+    async def test(router: Router, client: FakeClient) -> None:
+        assert [(t.name, t.datatype) for t in router.metadata("ctr").inputs] == [
+            ("user", "INT64"),
+            ("words", "BYTES"),
+            ("words.offsets", "INT64"),
+            ("price", "FP32"),
+        ]
+
+    run(tmp_path, test)
+
+
 def test_bad_batches_are_refused_alone(tmp_path: Path) -> None:
     publish(tmp_path, model_toml="request_rows_max = 5\n")
 
