@@ -58,6 +58,9 @@ EXPORTS_MAX = 16
 NEWER_S = 1.0
 """How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
 
+TIDY_S = 0.01
+"""Seconds between two steps of giving freed memory back: requests come first."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpStatistics:
@@ -134,6 +137,7 @@ class Service:
         self._exports: dict[int, _Export] = {}
         self._export_number = 0
         self._newer = asyncio.Event()
+        self._tidying: asyncio.TimerHandle | None = None
         self._handlers: dict[str, Callable[[Message], Result | Coroutine[Any, Any, Result]]] = {
             "ping": lambda request: ({}, {}),
             "view": lambda request: view_message(self.view),
@@ -171,7 +175,18 @@ class Service:
             self.view = view
             self._newer.set()
             self._newer = asyncio.Event()
+            self._tidy_soon()
         return self.view.epoch
+
+    def _tidy_soon(self) -> None:
+        """Give freed memory back, in bounded steps between requests: called where rows may have been freed."""
+        if self._tidying is None:
+            self._tidying = asyncio.get_running_loop().call_later(TIDY_S, self._tidy)
+
+    def _tidy(self) -> None:
+        self._tidying = None
+        if self.store.compact():
+            self._tidy_soon()
 
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
@@ -264,7 +279,10 @@ class Service:
 
     def _push(self, request: Message) -> Result:
         self._serving()
-        reply = self.store.push(push_share(request.fields, request.arrays))
+        share = push_share(request.fields, request.arrays)
+        reply = self.store.push(share)
+        if share.kind == "delete":
+            self._tidy_soon()
         return {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}, {}
 
     def _range(self, request: Message) -> Result:
@@ -340,6 +358,7 @@ class Service:
 
     def _drop(self, request: Message) -> Result:
         self.store.drop(self._slots(request))
+        self._tidy_soon()
         return {}, {}
 
     def _digest(self, request: Message) -> Result:

@@ -5,6 +5,8 @@ numbers (pages are taken as they are touched), and a push finds the window of a 
 slot's own table is a column across the clients, read only when the slot travels.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,10 @@ from numpy.typing import NDArray
 
 from ps.errors import Overloaded
 from ps.memory import reserve
+
+CLIENT_IDLE_S = 3600.0
+"""Seconds without a push after which a client may be forgotten. Clients give a push up after ten minutes at the most,
+so that none of its retries can still come and be taken for new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +49,12 @@ class ClientEntries:
 
 
 class ClientTable:
-    """The windows of every client that pushed here."""
+    """The windows of every client that pushed here. `clock` gives seconds that never go back."""
 
-    def __init__(self, slots_max: int, clients_max: int) -> None:
-        self._slots_max, self._clients_max = slots_max, clients_max
+    def __init__(self, slots_max: int, clients_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slots_max, self._clients_max, self._clock = slots_max, clients_max, clock
         self._windows: dict[int, ClientWindow] = {}
+        self._used: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -56,6 +63,7 @@ class ClientTable:
         """The windows of a client; Overloaded where `clients_max` others are remembered (idle ones are forgotten)."""
         window = self._windows.get(client)
         if window is None:
+            self._forget_idle()
             if len(self._windows) >= self._clients_max:
                 raise Overloaded(
                     f"client {client} is one too many: a server remembers {self._clients_max} (clients_max)"
@@ -64,7 +72,14 @@ class ClientTable:
                 reserve((self._slots_max,), np.int64, huge=False), reserve((self._slots_max,), np.uint64, huge=False)
             )
             self._windows[client] = window
+        self._used[client] = self._clock()
         return window
+
+    def _forget_idle(self) -> None:
+        """Forget who has not pushed for CLIENT_IDLE_S; restarted trainers come as new clients, and would add up."""
+        oldest = self._clock() - CLIENT_IDLE_S
+        for client in [c for c, used in self._used.items() if used <= oldest]:
+            del self._windows[client], self._used[client]
 
     def entries(self, slots: NDArray[np.int64]) -> ClientEntries:
         """The windows of some slots."""
@@ -88,6 +103,7 @@ class ClientTable:
 
     def room_for(self, clients: NDArray[np.uint64]) -> bool:
         """Whether the windows of these clients can be taken."""
+        self._forget_idle()
         return len(self._windows.keys() | {int(c) for c in clients}) <= self._clients_max
 
     def put(self, slots: NDArray[np.int64], entries: ClientEntries) -> None:
@@ -102,8 +118,3 @@ class ClientTable:
         """Forget what slots have seen."""
         for window in self._windows.values():
             window.last[slots], window.mask[slots] = 0, 0
-
-    def forget(self, client: int) -> NDArray[np.int64]:
-        """Forget a client; the slots that remembered it."""
-        window = self._windows.pop(client, None)
-        return np.flatnonzero(window.last) if window is not None else np.empty(0, np.int64)

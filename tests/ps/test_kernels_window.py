@@ -1,11 +1,13 @@
 """The client window against a set of everything ever seen."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ps.errors import Overloaded
 from ps.kernels import window as win
-from ps.window import ClientEntries, ClientTable
+from ps.window import CLIENT_IDLE_S, ClientEntries, ClientTable
 
 
 @given(st.lists(st.integers(1, 200), max_size=80))
@@ -46,9 +48,25 @@ def test_entries_travel_by_slot() -> None:
     assert set(entries.clients[1:].tolist()) == {7, 2**64 - 1}
     other.put(slots, entries)
     assert other.entries(np.arange(100)).clients.tolist() == [7, 2**64 - 1, 2**64 - 1]
-    assert table.forget(7).tolist() == [1, 2]
     other.clear(np.array([2]))
     assert other.entries(np.arange(100)).offsets[-1] == 1
     assert len(ClientTable(10, 1).entries(np.array([1])).clients) == 0
     assert not ClientTable(10, 1).room_for(np.array([1, 2], np.uint64))
     assert isinstance(entries, ClientEntries)
+
+
+def test_only_an_idle_client_makes_room_for_a_new_one() -> None:
+    now = [0.0]
+    table = ClientTable(10, 2, clock=lambda: now[0])
+    table.of(1).last[3] = 5
+    now[0] = 100.0
+    table.of(2)
+    now[0] = CLIENT_IDLE_S - 1
+    with pytest.raises(Overloaded, match="client 3 is one too many"):
+        table.of(3)
+    assert table.of(1).last[3] == 5  # used again: it is the other one that falls idle
+    now[0] = CLIENT_IDLE_S + 100
+    table.of(3)
+    assert len(table) == 2
+    assert table.of(1).last[3] == 5
+    assert not table.room_for(np.array([2], np.uint64))

@@ -350,3 +350,18 @@ def test_another_machines_address_needs_a_token():
 
     with pytest.raises(ConfigError, match="needs a token"):
         asyncio.run(main())
+
+
+def test_freed_memory_goes_back_in_steps_until_there_is_no_more(server):
+    left, done = [True, True, False], threading.Event()
+
+    def compact() -> bool:
+        more = left.pop(0)
+        if not left:
+            done.set()
+        return more
+
+    server.push([1, 2], np.ones((2, DIM), np.float32), 1)
+    server.on_thread(lambda: setattr(server.service.store, "compact", compact))
+    server.push([1], np.empty(0, np.float32), 2, kind="delete")
+    assert done.wait(WAIT_S)
