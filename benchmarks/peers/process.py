@@ -1,5 +1,6 @@
 """A peer in a process of its own: started, waited for, ended."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -59,7 +60,8 @@ class PeerProcess:
     def close(self) -> None:
         """End the child: its standard input is closed, then SIGTERM, then SIGKILL."""
         if self.child.stdin:
-            self.child.stdin.close()
+            with contextlib.suppress(OSError):  # the child is gone, and a line that it never read is still buffered
+                self.child.stdin.close()
         self.child.terminate()
         try:
             self.child.wait(10)
