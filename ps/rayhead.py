@@ -8,8 +8,6 @@ What Ray does by itself, and what is done about it here:
   marked ones are ended.
 * After SIGTERM it waits up to 30 s for detached actors to go: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0.
 * Every process ends 60 s after the head died: RAY_gcs_rpc_server_reconnect_timeout_s is raised.
-* Actors run at nice 15, behind everything else on a busy host, and a server's data thread is one of them:
-  RAY_worker_niceness=0.
 """
 
 import contextlib
@@ -64,7 +62,6 @@ def ray_environment(config: RayConfig, token_path: str | Path) -> dict[str, str]
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_enable_worker_prestart": "0",
-        "RAY_worker_niceness": "0",
     }
 
 

@@ -125,7 +125,6 @@ def test_the_file_for_ray_up_is_valid_by_rays_own_check():
         text = " ".join(commands)
         assert "RAY_AUTH_MODE=token" in text
         assert "RAY_gcs_rpc_server_reconnect_timeout_s=315360000" in text
-        assert "RAY_worker_niceness=0" in text
         assert "ray stop" not in text
 
 
