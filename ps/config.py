@@ -42,7 +42,8 @@ class ClusterConfig:
         "integer",
         0,
         2**63 - 1,
-        "Seed of tables that are created without one. Tables with equal seeds place equal ids in equal slots.",
+        "Tables that are created without a seed draw theirs from this and their name. Tables with equal seeds place "
+        "equal ids in equal slots, and give them equal initial rows.",
     )
 
     @property
@@ -241,6 +242,40 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class TlsConfig:
+    """TLS between hosts: of the fabric over TCP. Unix sockets stay plain, since they never leave their host."""
+
+    certificate: str = _setting(
+        "",
+        "PEM file",
+        None,
+        None,
+        "What servers show, with the names and addresses of all their hosts in it; at the same path on every host. "
+        "Empty: no TLS. TLS hides rows and token from the network, and costs a server time for every byte.",
+    )
+    key: str = _setting(
+        "",
+        "PEM file",
+        None,
+        None,
+        "The certificate's private key, without a password. Whoever can read it can pose as a server.",
+    )
+    ca: str = _setting(
+        "",
+        "PEM file",
+        None,
+        None,
+        "The authority that clients trust; the runtime file names it. Empty: the certificate itself, which is "
+        "then self-signed: simpler, but every client needs the new one when it changes.",
+    )
+
+    @property
+    def trusted(self) -> str:
+        """Path of what clients trust, or "" where TLS is off."""
+        return self.ca or self.certificate
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole cluster.toml."""
 
@@ -248,6 +283,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
     @property
     def fingerprint(self) -> str:
@@ -285,6 +321,9 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
         # An integer is a good value for a setting in fractions.
         typed = {k: float(v) if isinstance(known[k].default, float) else v for k, v in settings.items()}
         config = replace(config, **{name: replace(getattr(config, name), **typed)})
+    tls = config.tls
+    if bool(tls.certificate) != bool(tls.key) or (tls.ca and not tls.certificate):
+        raise ConfigError("tls.certificate and tls.key go together, and tls.ca needs both")
     return config
 
 
@@ -300,23 +339,37 @@ def _check(key: str, setting: Field, value: Any) -> None:
     low, high = setting.metadata["low"], setting.metadata["high"]
     if low is not None and not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{key} is {value!r}; it must be {low} to {high} ({setting.metadata['unit']})")
-    if kind is str and not value:
+    if kind is str and not value and setting.default:
         raise ConfigError(f"{key} is empty; it must be {setting.metadata['unit']}")
 
 
 def load_config(path: str | Path | None) -> Config:
-    """Read a cluster.toml; None gives the defaults. Raises ConfigError, one sentence, naming the file."""
+    """Read a cluster.toml; None gives the defaults. Raises ConfigError, one sentence, naming the file.
+
+    Files and folders in it are relative to the folder that it lies in.
+    """
     if path is None:
         return Config()
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return config_from_plain(tomllib.loads(text))
+        return _placed(config_from_plain(tomllib.loads(text)), Path(path).resolve().parent)
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path} is not TOML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _placed(config: Config, folder: Path) -> Config:
+    """The configuration with every file and folder as an absolute path."""
+    plain = config.to_plain()
+    for section in fields(config):
+        for setting in fields(getattr(config, section.name)):
+            value = plain[section.name][setting.name]
+            if value and setting.metadata["unit"].endswith(("file", "folder")):
+                plain[section.name][setting.name] = str(folder / Path(value).expanduser())
+    return config_from_plain(plain)
 
 
 def annotated(config: Config | None = None) -> str:

@@ -10,7 +10,10 @@ drop_table     name                         removes a table
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from hashring.planner import AlterTable, CreateTable, DropTable, TruncateTable
+from hashring.tokens import hash_strings
 from hashring.view import View
 from ps.errors import RequestError
 from ps.spec import TableSpec
@@ -24,7 +27,7 @@ Change = CreateTable | AlterTable | TruncateTable | DropTable
 def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -> Change | None:
     """The change that a verb asks for, or None where the view is already so.
 
-    seed: of tables that come without one. Raises RequestError in one sentence.
+    seed: the cluster's, of which tables that come without one draw theirs. Raises RequestError in one sentence.
     """
     if verb == "create_table":
         return _create(view, fields.get("spec"), seed)
@@ -53,10 +56,19 @@ def _existing(view: View, name: str) -> Mapping[str, Any]:
     raise RequestError(f"unknown table {name!r}; the tables are: {known}")
 
 
+def seed_of(name: str, seed: int) -> int:
+    """The seed of a table that was given none: another one for each name, so that a hot id of several tables is hot in
+    several places."""
+    raw = np.frombuffer(name.encode(), np.uint8)
+    return int(hash_strings(raw, np.array([0, len(raw)]))[0] ^ seed) & (2**63 - 1)
+
+
 def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
     if not isinstance(plain, Mapping):
         raise RequestError("create_table needs a field spec with the table's specification")
-    spec = TableSpec.from_plain({**plain, "seed": seed if plain.get("seed") is None else plain["seed"]})
+    if plain.get("seed") is None:
+        plain = {**plain, "seed": seed_of(str(plain.get("name")), seed)}
+    spec = TableSpec.from_plain(dict(plain))
     if spec.replicas != 1:
         # A second owner would answer pulls from rows that nothing copies to it.
         raise RequestError(f"replicas of table {spec.name!r} is {spec.replicas!r}; this version keeps 1 copy of a row")

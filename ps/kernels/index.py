@@ -61,6 +61,7 @@ assert CLASSES <= 64 and CAPACITY[-1] == CHUNK_ENTRIES  # noqa: PT018 - the pack
 LAST_CLASS = CLASSES - 1
 
 _LOW32 = np.uint64(0xFFFFFFFF)
+_GOLDEN32 = np.uint64(0x9E3779B1)
 
 
 class Index(NamedTuple):
@@ -96,9 +97,14 @@ def child_of(token: int, used: int) -> Any:
 
 
 @inline
-def place_of(token: int, capacity: int) -> Any:
-    """Home place in a segment: the low 32 bits scaled, since capacities are no powers of two."""
-    return np.int64(((token & _LOW32) * np.uint64(capacity)) >> np.uint64(32))
+def place_of(token: int, code: int, capacity: int) -> Any:
+    """Home place in a segment: the token's low 32 bits scaled, since capacities are no powers of two.
+
+    The code is mixed in (Knuth's multiplicative hash): tables with equal seeds give equal ids equal tokens, and their
+    entries would all want one place.
+    """
+    spread = (token ^ (np.uint64(code) * _GOLDEN32)) & _LOW32
+    return np.int64((spread * np.uint64(capacity)) >> np.uint64(32))
 
 
 @inline
@@ -165,7 +171,7 @@ def find(
                     return i
                 word = leaf_word(index, slot, tokens[i - low], bits)
                 size = CAPACITY[word & 63]
-                place = place_of(tokens[i - low], size)
+                place = place_of(tokens[i - low], code, size)
                 base = (word >> 22) * GRANULE
                 sizes[i - low], bases[i - low], places[i - low] = size, base, place
                 prefetch(entries, 2 * (base + place))
@@ -186,7 +192,7 @@ def find_pairs(
         token = token_of(ids[i], index.codes[code, SEED])
         word = leaf_word(index, np.int64(slots[i]), token, index.codes[code, BITS])
         size = CAPACITY[word & 63]
-        at = probe(index.entries, (word >> 22) * GRANULE, size, place_of(token, size), ids[i], code)
+        at = probe(index.entries, (word >> 22) * GRANULE, size, place_of(token, code, size), ids[i], code)
         rows[i] = np.int32(-1) if at < 0 else np.int32(index.entries[at, 1] & 0x7FFFFFFF)
 
 

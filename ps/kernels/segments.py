@@ -125,7 +125,7 @@ def segment_free(index: Index, base: int, class_: int) -> None:
 
 @inline
 def _put(index: Index, base: int, capacity: int, token: int, id_: int, meta: int) -> None:
-    place = place_of(token, capacity)
+    place = place_of(token, (meta >> 32) - 1, capacity)
     while index.entries[base + place, 1] != 0:
         place += 1
         if place == capacity:
@@ -254,7 +254,7 @@ def erase(index: Index, slot: int, code: int, id_: int) -> int:
     word = _get_word(index, where)
     base, class_ = (word >> 22) * GRANULE, word & 63
     capacity = CAPACITY[class_]
-    at = probe(index.entries, base, capacity, place_of(token, capacity), id_, code)
+    at = probe(index.entries, base, capacity, place_of(token, code, capacity), id_, code)
     if at < 0:
         return -1
     row = index.entries[at, 1] & 0x7FFFFFFF
@@ -265,7 +265,8 @@ def erase(index: Index, slot: int, code: int, id_: int) -> int:
         meta = index.entries[base + here, 1]
         if meta == 0 or here == at - base:
             break
-        home = place_of(token_of(index.entries[base + here, 0], index.codes[(meta >> 32) - 1, SEED]), capacity)
+        other = (meta >> 32) - 1
+        home = place_of(token_of(index.entries[base + here, 0], index.codes[other, SEED]), other, capacity)
         if (here - home) % capacity >= (here - hole) % capacity:
             _move(index.entries, base + here, base + hole)
             hole = here

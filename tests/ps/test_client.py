@@ -344,7 +344,7 @@ def test_a_dead_servers_slots_are_lost_and_the_others_go_on(tmp_path):
         ids = np.arange(300)
         client.push("item", ids, -np.ones((300, 4)))
         owner = client._verbs.routing.primaries[:, 0]
-        slots = tokens(ids, 0) >> np.uint64(50)
+        slots = tokens(ids, client.describe("item").seed) >> np.uint64(50)
         alive = ids[owner[slots] != 1]
         cluster.kill("s1", known=False)
         with pytest.raises((ps.NotApplied, ps.PerhapsApplied)):

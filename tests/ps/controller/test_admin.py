@@ -32,9 +32,12 @@ def test_the_same_again_changes_nothing_and_another_is_refused(view):
         change_of(view, "create_table", {"spec": {**ITEM.to_plain(), "dim": 9}})
 
 
-def test_a_table_without_a_seed_takes_the_clusters(view):
-    change = change_of(view, "create_table", {"spec": {"name": "user", "dim": 4}}, seed=77)
-    assert change.spec["seed"] == 77
+def test_tables_without_a_seed_draw_different_ones_from_the_clusters(view):
+    def drawn(name, seed):
+        return change_of(view, "create_table", {"spec": {"name": name, "dim": 4}}, seed=seed).spec["seed"]
+
+    assert drawn("user", 77) == drawn("user", 77)
+    assert len({drawn("user", 77), drawn("user", 78), drawn("genre", 77)}) == 3
     change = change_of(view, "create_table", {"spec": {"name": "user", "dim": 4, "seed": 0}}, seed=77)
     assert change.spec["seed"] == 0
 
