@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,13 +25,12 @@ def save(folder: Folder, name: NameOption = None, as_json: JsonOption = False) -
     from hashring.view import Server
     from ps.checkpoint.move import newest_view
     from ps.checkpoint.move import save as save_rows
-    from ps.runtime import read_token
 
     runtime = running()
-    token = read_token(runtime.token_path)
-    view = newest_view([Server("", 0, "", "", (address,)) for address in runtime.addresses], token)
+    access = access_to(runtime)
+    view = newest_view([Server("", 0, "", "", (address,)) for address in runtime.addresses], access)
     with progress("saved") as report:
-        moved = save_rows(folder, view, token, runtime.fingerprint, name=name, report=report)
+        moved = save_rows(folder, view, access, runtime.fingerprint, name=name, report=report)
     if as_json:
         print(json.dumps({**vars(moved), "path": str(moved.path)}))
     else:
@@ -54,13 +53,12 @@ def restore(
     """
     from ps.checkpoint.move import restore as restore_rows
     from ps.cluster import controller
-    from ps.runtime import read_token
 
     runtime = running()
-    token = read_token(runtime.token_path)
+    access = access_to(runtime)
     with controller(runtime) as ask, progress("restored") as report:
         moved = restore_rows(
-            folder, ask, token, name=name, replace_tables=replace, accept_loss=accept_loss, report=report
+            folder, ask, access, name=name, replace_tables=replace, accept_loss=accept_loss, report=report
         )
     if as_json:
         print(json.dumps({**vars(moved), "path": str(moved.path)}))
@@ -86,6 +84,15 @@ def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
         print(f"{m.name}  {m.created}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  epoch {m.epoch}")
     if not known:
         print(f"there is no checkpoint in {folder}")
+
+
+def access_to(runtime: Any) -> Any:
+    """How this user reaches the servers of a running cluster: ps.checkpoint.move.Access."""
+    from ps.checkpoint.move import Access
+    from ps.fabric.tls import trusting
+    from ps.runtime import read_token
+
+    return Access(read_token(runtime.token_path), trusting(runtime.tls_ca))
 
 
 @contextmanager

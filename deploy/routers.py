@@ -36,6 +36,7 @@ def start_router(
             models_dir=str(models_dir),
             addresses=runtime.addresses,
             token=read_token(runtime.token_path),
+            tls_ca=runtime.tls_ca,
             host=host,
             grpc_port=grpc_port,
             http_port=http_port,

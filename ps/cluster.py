@@ -23,6 +23,7 @@ from typing import Any
 
 from ps.config import Config, annotated, load_config
 from ps.errors import ConfigError, NotApplied
+from ps.fabric.tls import serving, trusting
 from ps.rayhead import Head, StartError, end_head, ensure_token, marked, ray_environment, start_head, start_time
 from ps.runtime import Runtime, read_runtime, read_token, runtime_path, write_private, write_runtime
 from ps.viewlog import ViewLog
@@ -66,6 +67,9 @@ def start(
     running = find(target)
     if running is not None:
         raise ConfigError(f"a cluster is already running (state folder {running.state}): end it with `embring down`")
+    # Refused here, in one sentence, rather than in each server's log.
+    serving(config.tls)
+    trusting(config.tls.trusted)
     folder = (state or state_folder()).resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
@@ -93,6 +97,7 @@ def start(
             head_pid=head.pid,
             head_started=head.started,
             scratch=str(scratch),
+            tls_ca=config.tls.trusted,
         )
         report(f"starting {config.server.servers} servers")
         runtime = _start_actors(runtime, config)

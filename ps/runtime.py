@@ -21,7 +21,7 @@ class Runtime:
     ray_address and ray_token_path: how to join its Ray. head_pid and head_started: our Ray head process and its
     start time in clock ticks since boot, so that a reused pid is never taken for it; 0 where Ray was joined.
     scratch: short folder of sockets, removed by `down`. metrics: URL of the servers' Prometheus metrics, or "".
-    namespace: of its actors in Ray.
+    namespace: of its actors in Ray. tls_ca: path of the authority that clients trust, or "" without TLS.
     """
 
     addresses: tuple[str, ...]
@@ -36,6 +36,7 @@ class Runtime:
     scratch: str = ""
     metrics: str = ""
     namespace: str = "embring"
+    tls_ca: str = ""
 
 
 def runtime_path() -> Path:

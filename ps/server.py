@@ -105,6 +105,7 @@ class Server:
 
     async def _open(self) -> list[str]:
         """On the data thread: load the kernels, make the store and listen."""
+        from ps.fabric.tls import serving
         from ps.kernels import warmup
         from ps.service import Service, serve
         from ps.store import Store, StoreLimits
@@ -116,7 +117,7 @@ class Server:
         )
         store = Store(self.incarnation, limits)
         self._service = Service(store, self.config, self._setup.token, self._control, self.name)
-        return await serve(self._service, self._wanted())
+        return await serve(self._service, self._wanted(), serving(self.config.tls))
 
     def _wanted(self) -> list[str]:
         """Addresses to listen on: a Unix socket for this host, and TCP."""

@@ -33,13 +33,15 @@ log = logging.getLogger("embring.router")
 class RouterSetup:
     """What a router is told when it starts.
 
-    models_dir: the model repository. addresses, token: of the servers that hold the tables. host: where both doors
-    listen; a port of 0 is chosen by the system. root: where the starter's modules came from. log: its log file.
+    models_dir: the model repository. addresses, token, tls_ca: of the servers that hold the tables; tls_ca is "" where
+    they speak plain TCP. host: where both doors listen; a port of 0 is chosen by the system. root: where the starter's
+    modules came from. log: its log file.
     """
 
     models_dir: str
     addresses: tuple[str, ...]
     token: str = field(repr=False)
+    tls_ca: str
     host: str
     grpc_port: int
     http_port: int
@@ -66,7 +68,7 @@ class RouterServer:
         """Load the models and open both doors: {"grpc", "http": "HOST:PORT", "pid"}, or {"error": one sentence}."""
         setup = self._setup
         try:
-            self._client = await ps.AsyncClient.connect(setup.addresses, setup.token)
+            self._client = await ps.AsyncClient.connect(setup.addresses, setup.token, tls=setup.tls_ca)
             self._router = Router(setup.models_dir, self._client, setup.settings, RouterMetrics(REGISTRY))
             await self._router.start()
             grpc_door = await serve_grpc(self._router, setup.host, setup.grpc_port)

@@ -4,11 +4,12 @@ The number of servers on either side does not matter: blocks name slots, and eac
 """
 
 import os
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,20 @@ class Moved:
     tables: int
 
 
+@dataclass(frozen=True)
+class Access:
+    """How to reach the servers: the cluster's token, and what to trust over TCP where they speak TLS."""
+
+    token: str = field(repr=False)
+    tls: ssl.SSLContext | None = None
+
+
 @contextmanager
-def connected(server: Server, token: str) -> Iterator[BlockingConnection]:
+def connected(server: Server, access: Access) -> Iterator[BlockingConnection]:
     """A connection to one server, by its Unix socket where that is on this host."""
     local = [a for a in server.addresses if a.startswith("unix:") and os.path.exists(a.removeprefix("unix:"))]
-    connection = BlockingConnection.connect((local or server.addresses)[0], Hello(token, server.incarnation), TIMEOUT_S)
+    hello = Hello(access.token, server.incarnation)
+    connection = BlockingConnection.connect((local or server.addresses)[0], hello, TIMEOUT_S, access.tls)
     try:
         yield connection
     finally:
@@ -76,11 +86,11 @@ def call(connection: BlockingConnection, op: str, fields: dict[str, Any], arrays
     return connection.receive(connection.send(op, fields, arrays, TIMEOUT_S), TIMEOUT_S)
 
 
-def newest_view(servers: list[Server], token: str) -> View:
+def newest_view(servers: list[Server], access: Access) -> View:
     """The view of the first of these servers that answers. Raises NotApplied where none does."""
     for server in servers:
         try:
-            with connected(server, token) as connection:
+            with connected(server, access) as connection:
                 reply = call(connection, "view", {}, {})
                 return view_of(reply.fields, reply.arrays)
         except NotApplied:
@@ -91,7 +101,9 @@ def newest_view(servers: list[Server], token: str) -> View:
 # -- save
 
 
-def save(folder: Path, view: View, token: str, fingerprint: str, *, name: str | None = None, report: Report) -> Moved:
+def save(
+    folder: Path, view: View, access: Access, fingerprint: str, *, name: str | None = None, report: Report
+) -> Moved:
     """Save every row of the view's slots into a new checkpoint of `folder`.
 
     Each slot is saved as it stood at one moment, its position; the moments of different slots differ. Pushes go on.
@@ -105,10 +117,10 @@ def save(folder: Path, view: View, token: str, fingerprint: str, *, name: str | 
         shares = [(s, np.flatnonzero(primaries == i).astype(np.int64)) for i, s in enumerate(view.servers)]
         with ThreadPoolExecutor(WORKERS) as pool:
             tasks = [
-                pool.submit(_save_server, saving.path, s, slots, token, report) for s, slots in shares if len(slots)
+                pool.submit(_save_server, saving.path, s, slots, access, report) for s, slots in shares if len(slots)
             ]
             parts = [task.result() for task in tasks]
-        after = newest_view([s for s in view.servers if s.alive], token)
+        after = newest_view([s for s in view.servers if s.alive], access)
         if _places(after) != _places(view):
             raise CheckpointError("tables or owners changed during the save: nothing was kept, save again")
         slots = np.concatenate([p[1] for p in parts] or [np.empty(0, np.int64)])
@@ -137,12 +149,12 @@ def _places(view: View) -> list[Any]:
 Saved = tuple[list[Block], NDArray[np.int64], NDArray[np.int64]]
 
 
-def _save_server(folder: Path, server: Server, slots: NDArray[np.int64], token: str, report: Report) -> Saved:
+def _save_server(folder: Path, server: Server, slots: NDArray[np.int64], access: Access, report: Report) -> Saved:
     """Write one server's share: its blocks, and slots with the positions they were saved at."""
     file = BlockFile(folder, f"{server.name}.blocks")
     stood: dict[int, int] = {}
     try:
-        with connected(server, token) as connection:
+        with connected(server, access) as connection:
             reply = call(connection, "export", {}, {"slots": slots})
             while reply.fields["more"]:
                 block = RowBlock.from_arrays(reply.fields["block"], reply.arrays)
@@ -165,7 +177,7 @@ def _save_server(folder: Path, server: Server, slots: NDArray[np.int64], token: 
 def restore(
     folder: Path,
     ask: Ask,
-    token: str,
+    access: Access,
     *,
     name: str | None = None,
     replace_tables: bool = False,
@@ -194,7 +206,7 @@ def restore(
     files = sorted({b.file for b in manifest.blocks})
     with ThreadPoolExecutor(WORKERS) as pool:
         groups = ([b for b in manifest.blocks if b.file == file] for file in files)
-        tasks = [pool.submit(_restore_file, path, blocks, plan, token, report) for blocks in groups]
+        tasks = [pool.submit(_restore_file, path, blocks, plan, access, report) for blocks in groups]
         done = [task.result() for task in tasks]
     restored = set().union(*(d[0] for d in done)) if done else set()
     if missing := set(answer["wanted"]) - restored:
@@ -243,7 +255,7 @@ class Translation:
 
 
 def _restore_file(
-    path: Path, blocks: list[Block], plan: Translation, token: str, report: Report
+    path: Path, blocks: list[Block], plan: Translation, access: Access, report: Report
 ) -> tuple[set[int], int, int]:
     """Send one file's blocks, in order, to their owners: (slots whose last part was taken, rows, bytes)."""
     done: set[int] = set()
@@ -253,7 +265,7 @@ def _restore_file(
         for entry, data in read_blocks(path, blocks):
             for server, part in plan.split(decode_block(data)):
                 if server not in connections:
-                    connections[server] = stack.enter_context(connected(plan.servers[server], token))
+                    connections[server] = stack.enter_context(connected(plan.servers[server], access))
                 fields, arrays = part.to_arrays()
                 taken = call(connections[server], "absorb", {"block": fields}, arrays).arrays["taken"].astype(bool)
                 if not taken.all():

@@ -1,6 +1,7 @@
 """`AsyncClient`: for coroutines of one event loop. The router uses it."""
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.connect import pick, prepare, where
+from ps.client.connect import Tls, pick, prepare, where
 from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
 from ps.client.ranges import PullRange
 from ps.client.request import Call
@@ -26,8 +27,9 @@ from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 class _Connections:
     """One connection for each server, made when it is first needed, once for all tasks that wait for it."""
 
-    def __init__(self, token: str, client: int) -> None:
+    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None) -> None:
         self._token = token
+        self._tls = tls
         self._client = client
         self._open: dict[tuple[str, int], AsyncConnection] = {}
         self._making: dict[tuple[str, int], asyncio.Lock] = {}
@@ -52,7 +54,7 @@ class _Connections:
             if left <= 0:
                 break
             try:
-                return await AsyncConnection.connect(address, hello, left)
+                return await AsyncConnection.connect(address, hello, left, self._tls)
             except NotApplied as error:
                 failed = error
         raise failed
@@ -74,21 +76,28 @@ class AsyncClient:
     left alone until the call returns. Not for use after a fork.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str = "", timeout: float = 10.0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+    ) -> None:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
         self._verbs.default_timeout = timeout
-        self._connections = _Connections(token, self._verbs.window.client)
+        self._connections = _Connections(token, self._verbs.window.client, tls)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
         self._verbs.window.on_close = self._decided.set
 
     @classmethod
     async def connect(
-        cls, addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0
+        cls,
+        addresses: str | Sequence[str] | None = None,
+        token: str | None = None,
+        timeout: float = 10.0,
+        tls: Tls = None,
     ) -> "AsyncClient":
-        """A client of a running cluster; addresses and token are found as `ps.connect` finds them."""
-        client = cls(*where(addresses, token), timeout)
+        """A client of a running cluster; addresses, token and tls are found as `ps.connect` finds them."""
+        found, secret, trust = where(addresses, token, tls)
+        client = cls(found, secret, timeout, trust)
         prepare()
         try:
             await client._run(client._verbs.begin(deadline(None, timeout)))

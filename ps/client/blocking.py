@@ -1,6 +1,7 @@
 """`Client`: for threads that wait. Training loops, tools, notebooks."""
 
 import os
+import ssl
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import prepare, where
+from ps.client.connect import Tls, prepare, where
 from ps.client.core import TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
@@ -58,13 +59,16 @@ class Client:
     WrongView is handled here.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str = "", timeout: float = 10.0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._verbs = Verbs(addresses)
         self._verbs.default_timeout = timeout
         self._token = token
+        self._tls = tls
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
-        self._connections = Connections(token, self._verbs.window.client)
+        self._connections = Connections(token, self._verbs.window.client, tls)
         _open.add(self)
         prepare()
         try:
@@ -112,7 +116,7 @@ class Client:
         """In a forked child: another identity, no connections, nothing under way."""
         self._turn = threading.RLock()
         self._verbs.window = Window()
-        self._connections = Connections(self._token, self._verbs.window.client)
+        self._connections = Connections(self._token, self._verbs.window.client, self._tls)
         for flight in self._flights:
             flight.done, flight.error = True, EmbringError("this push belongs to the parent process")
         self._flights = []
@@ -412,18 +416,23 @@ class Client:
             self._connections.close()
 
 
-def connect(addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0) -> Client:
+def connect(
+    addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0, tls: Tls = None
+) -> Client:
     """A `Client` of a running cluster.
 
     addresses: "host:port,host:port", or a list of addresses ("tcp:HOST:PORT", "unix:/path"); any server knows the
     others. None: $EMBRING_ADDRESS, else this user's cluster on this machine (what `embring up` wrote). token: None
-    is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none.
-    Raises ConfigError where no cluster is known, AuthError for a wrong token, NotApplied where nobody answers.
+    is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none. tls: for servers
+    that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
+    is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
+    Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
+    token or a certificate that is not trusted; NotApplied where nobody answers.
 
         >>> client = ps.connect("localhost:7400", token="...")
     """
-    found, secret = where(addresses, token)
-    return Client(found, secret, timeout)
+    found, secret, trust = where(addresses, token, tls)
+    return Client(found, secret, timeout, trust)
 
 
 def _after_fork() -> None:

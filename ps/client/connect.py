@@ -1,36 +1,46 @@
 """Where a cluster is: given, in the environment, or in the runtime file that `embring up` wrote."""
 
 import os
+import ssl
 from collections.abc import Sequence
 
 from ps.errors import ConfigError
 from ps.fabric.address import parse_address
+from ps.fabric.tls import CA, trusting
 from ps.kernels import merge, split
 from ps.runtime import read_runtime, read_token
 
 ADDRESS = "EMBRING_ADDRESS"
 TOKEN = "EMBRING_TOKEN"
 
+Tls = ssl.SSLContext | str | os.PathLike[str] | None
+"""What to trust over TCP: a context, or the path of an authority's PEM file."""
 
-def where(addresses: str | Sequence[str] | None, token: str | None) -> tuple[tuple[str, ...], str]:
-    """(addresses, token): what is given, else $EMBRING_ADDRESS and $EMBRING_TOKEN, else this machine's cluster.
 
-    Raises ConfigError where no cluster is known or an address is malformed.
+def where(
+    addresses: str | Sequence[str] | None, token: str | None, tls: Tls
+) -> tuple[tuple[str, ...], str, ssl.SSLContext | None]:
+    """(addresses, token, context): what is given, else EMBRING_ADDRESS, EMBRING_TOKEN and EMBRING_TLS_CA, else this
+    machine's cluster.
+
+    Raises ConfigError where no cluster is known, an address is malformed or a file cannot be used.
     """
     given = os.environ.get(ADDRESS) if addresses is None else addresses
     if isinstance(given, str):
         given = [part.strip() for part in given.split(",") if part.strip()]
     secret = os.environ.get(TOKEN) if token is None else token
+    trusted = os.environ.get(CA) if tls is None else tls
     if given is None:
         runtime = read_runtime()
         given = runtime.addresses
         if secret is None:
             secret = read_token(runtime.token_path)
+        trusted = runtime.tls_ca if trusted is None else trusted
     if not given:
         raise ConfigError(f"no address was given; write HOST:PORT or unix:/path (or set {ADDRESS})")
     for address in given:
         parse_address(address)
-    return tuple(given), secret or ""
+    return tuple(given), secret or "", trusting(trusted)
 
 
 def prepare() -> None:

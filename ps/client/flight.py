@@ -1,5 +1,6 @@
 """The blocking shell: connections, and a verb that is driven over them."""
 
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,9 @@ GRACE_S = 0.05
 class Connections:
     """One connection for each server, made when it is first needed."""
 
-    def __init__(self, token: str, client: int) -> None:
+    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None = None) -> None:
         self._token = token
+        self._tls = tls
         self._client = client
         self._open: dict[tuple[str, int], BlockingConnection] = {}
 
@@ -40,7 +42,7 @@ class Connections:
             if left <= 0:
                 break
             try:
-                return BlockingConnection.connect(address, hello, left)
+                return BlockingConnection.connect(address, hello, left, self._tls)
             except NotApplied as error:
                 failed = error
         raise failed

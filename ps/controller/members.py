@@ -17,6 +17,7 @@ from ps.controller.health import Silence
 from ps.errors import EmbringError
 from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello
+from ps.fabric.tls import trusting
 from ps.server import ServerActor, Setup
 
 log = logging.getLogger("embring.members")
@@ -60,6 +61,7 @@ class Members:
         self._setup = setup
         self._config = config
         self._died = died
+        self._tls = trusting(config.tls.trusted)
 
     def alive(self) -> list[Member]:
         """The members that live."""
@@ -122,7 +124,7 @@ class Members:
             try:
                 if connection is None:
                     hello = Hello(self._setup.token, member.incarnation, self._config.fingerprint)
-                    connection = await AsyncConnection.connect(self._address(member), hello, interval)
+                    connection = await AsyncConnection.connect(self._address(member), hello, interval, self._tls)
                 await connection.request("ping", {}, {}, interval)
                 self.silence.answered(member.name)
                 if turn % every == 0:
@@ -139,8 +141,9 @@ class Members:
 
     def _address(self, member: Member) -> str:
         here = ray.util.get_node_ip_address()
-        local = [a for a in member.addresses if a.startswith("unix:")]
-        return local[0] if local and member.host == here else member.addresses[-1]
+        # A Unix socket of another host is none here.
+        usable = [a for a in member.addresses if a.startswith("unix:") == (member.host == here)]
+        return (usable or list(member.addresses))[0]
 
     def _end(self, member: Member, state: str) -> None:
         member.state = state

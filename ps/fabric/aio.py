@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
 from ps.fabric.address import parse_address
 from ps.fabric.protocol import ClientSession, Hello, Welcome, result_of
+from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
 PING_S = 10.0
@@ -49,7 +50,8 @@ class AsyncConnection(asyncio.BufferedProtocol):
     ) -> "AsyncConnection":
         """Connect and shake hands within `timeout` seconds.
 
-        Raises NotApplied where nobody answers in time, AuthError, WrongView or RequestError where the server refuses.
+        tls: for TCP; a Unix socket stays plain. Raises NotApplied where nobody answers in time, AuthError, WrongView
+        or RequestError where the server refuses, ConfigError where one of both speaks TLS and the other does not.
         """
         where = parse_address(address)
         connection = cls(address, ClientSession(hello, limits))
@@ -57,7 +59,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         try:
             async with asyncio.timeout(timeout):
                 if where.path:
-                    await loop.create_unix_connection(lambda: connection, where.path, ssl=tls)
+                    await loop.create_unix_connection(lambda: connection, where.path)
                 else:
                     await loop.create_connection(lambda: connection, where.host, where.port, ssl=tls)
                 await connection._welcomed
@@ -65,9 +67,11 @@ class AsyncConnection(asyncio.BufferedProtocol):
             connection.close()
             raise NotApplied(f"{address} did not answer the handshake within {timeout:g} s") from None
         except PerhapsApplied as error:
-            raise NotApplied(str(error)) from None
+            if tls is not None:
+                raise NotApplied(str(error)) from None
+            raise await asyncio.to_thread(unwelcome, address, where, timeout, error) from None
         except OSError as error:
-            raise NotApplied(f"cannot connect to {address}: {error}") from None
+            raise refusal(address, error) from None
         return connection
 
     @property

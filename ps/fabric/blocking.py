@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.fabric.address import parse_address
 from ps.fabric.protocol import ClientSession, Hello, Welcome, result_of
+from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
 BUFFERS_MAX = 512
@@ -60,7 +61,8 @@ class BlockingConnection:
     ) -> "BlockingConnection":
         """Connect and shake hands within `timeout` seconds.
 
-        Raises NotApplied where nobody answers in time, AuthError, WrongView or RequestError where the server refuses.
+        tls: for TCP; a Unix socket stays plain. Raises NotApplied where nobody answers in time, AuthError, WrongView
+        or RequestError where the server refuses, ConfigError where one of both speaks TLS and the other does not.
         """
         until = time.monotonic() + timeout
         connection = cls(address, _dial(address, timeout, tls), ClientSession(hello, limits))
@@ -70,7 +72,9 @@ class BlockingConnection:
                 if not connection._read(until):
                     raise NotApplied(f"{address} did not answer the handshake within {timeout:g} s")
         except PerhapsApplied as error:
-            raise NotApplied(str(error)) from None
+            if tls is not None:
+                raise NotApplied(str(error)) from None
+            raise unwelcome(address, parse_address(address), timeout, error) from None
         except EmbringError:
             connection.close()
             raise
@@ -223,7 +227,7 @@ def _ms_until(moment: float) -> float:
 
 
 def _dial(address: str, timeout: float, tls: ssl.SSLContext | None) -> socket.socket:
-    """A connected socket, its TLS handshake done; NotApplied where that fails."""
+    """A connected socket, its TLS handshake done; raises what `refusal` says where that fails."""
     where = parse_address(address)
     connected: socket.socket | None = None
     try:
@@ -234,13 +238,13 @@ def _dial(address: str, timeout: float, tls: ssl.SSLContext | None) -> socket.so
         else:
             connected = socket.create_connection((where.host, where.port), timeout)
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls is not None:
-            connected = tls.wrap_socket(connected, server_hostname=where.host or None)
+        if tls is not None and not where.path:
+            connected = tls.wrap_socket(connected, server_hostname=where.host)
         return connected
     except (OSError, ValueError) as error:
         if connected is not None:
             connected.close()
-        raise NotApplied(f"cannot connect to {address}: {error}") from None
+        raise refusal(address, error) from None
 
 
 def _after_fork() -> None:

@@ -102,7 +102,7 @@ class Listener:
     # -- begin and end
 
     async def start(self, addresses: Sequence[str], tls: ssl.SSLContext | None = None) -> tuple[str, ...]:
-        """Listen; the addresses with the ports that were taken.
+        """Listen, on TCP with TLS where it is given; the addresses with the ports that were taken.
 
         Raises ConfigError for an address that is none, is taken, or can be reached from other machines while there
         is no token.
@@ -123,7 +123,7 @@ class Listener:
     async def _listen(self, where: Address, tls: ssl.SSLContext | None) -> str:
         make = lambda: _Connection(self)  # noqa: E731 - a factory of one expression
         if where.path:
-            self._servers.append(await self._loop.create_unix_server(make, sock=_unix_socket(where.path), ssl=tls))
+            self._servers.append(await self._loop.create_unix_server(make, sock=_unix_socket(where.path)))
             self._paths.append(where.path)
             return str(where)
         server = await self._loop.create_server(make, where.host, where.port, ssl=tls, backlog=1024)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from certificates import certificate
 
 import ps
 from ps.rayhead import marked
@@ -64,7 +65,8 @@ class Machine:
     def connect(self) -> Any:
         """A client over TCP, with nothing but addresses and a token."""
         addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
-        return ps.connect(",".join(addresses), token=Path(self.runtime.token_path).read_text(), timeout=120.0)
+        token, ca = Path(self.runtime.token_path).read_text(), self.runtime.tls_ca
+        return ps.connect(",".join(addresses), token=token, timeout=120.0, tls=ca or None)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     (here.home / "ps").mkdir()
     (here.home / "router").mkdir()
     (here.home / "router" / "__init__.py").write_text("raise SystemError('shadowed')")
-    here.embring("up", "--servers", "3")
+    # Over TLS, but for the Unix sockets; the last test has a cluster without it.
+    tls = certificate(here.home / "tls", "127.0.0.1")
+    (here.home / "cluster.toml").write_text(f"[tls]\ncertificate = {tls.certificate!r}\nkey = 'tls/key.pem'\n")
+    here.embring("up", "--servers", "3", "--config", "cluster.toml")
     yield here
     here.embring("down", "--yes")
 
@@ -114,7 +119,9 @@ def test_a_stranger_without_the_token_is_turned_away(machine, tmp_path):
     assert "JOINED" in known.stdout, known.stderr[-2000:]
     addresses = [a for a in machine.runtime.addresses if a.startswith("tcp:")]
     with pytest.raises(ps.AuthError):
-        ps.connect(addresses[0], token="wrong", timeout=5.0)
+        ps.connect(addresses[0], token="wrong", timeout=5.0, tls=machine.runtime.tls_ca)
+    with pytest.raises(ps.ConfigError, match="speaks TLS"):
+        ps.connect(addresses[0], token="wrong", timeout=60.0)
 
 
 def test_tables_rows_and_status(machine):

@@ -10,8 +10,9 @@ from typing import Any
 from hashring.planner import Fail, Join, plan
 from hashring.view import Server, View
 from ps.client import AsyncClient, Client
-from ps.config import Config, ServerConfig
+from ps.config import Config, ServerConfig, TlsConfig
 from ps.controller.admin import change_of
+from ps.fabric.tls import serving
 from ps.loop import LoopThread
 from ps.service import Service, serve
 from ps.store import Store, StoreLimits
@@ -34,8 +35,9 @@ class LocalCluster:
     """Servers s0, s1, ... and the newest view. `change` plans, and installs on every living server."""
 
     def __init__(self, folder: Path, servers: int = 3, limits: StoreLimits | None = None, **settings: Any) -> None:
+        tls = settings.pop("tls", TlsConfig())
         self.folder = folder
-        self.config = Config(server=ServerConfig(**settings))
+        self.config = Config(server=ServerConfig(**settings), tls=tls)
         self.limits = limits or StoreLimits(memory_max=2**30)
         self.view = View.empty(secrets.randbits(63), self.config.cluster.slot_bits)
         self.members: dict[str, Member] = {}
@@ -55,7 +57,10 @@ class LocalCluster:
 
         async def begin() -> tuple[Service, list[str]]:
             service = Service(Store(incarnation, self.limits), self.config, TOKEN, self._control, name)
-            return service, await serve(service, ["tcp:127.0.0.1:0", f"unix:{self.folder}/{name}-{incarnation % 9999}"])
+            addresses = ["tcp:127.0.0.1:0"]
+            if not self.config.tls.certificate:  # with TLS, TCP alone: clients prefer a Unix socket, which is plain
+                addresses.append(f"unix:{self.folder}/{name}-{incarnation % 9999}")
+            return service, await serve(service, addresses, serving(self.config.tls))
 
         service, addresses = thread.call(begin(), PATIENCE_S)
         server = Server(name, incarnation, "127.0.0.1", addresses=tuple(addresses))

@@ -5,7 +5,6 @@ import os
 import select
 import signal
 import socket
-import ssl
 import time
 
 import numpy as np
@@ -583,52 +582,3 @@ def test_raw_bytes_end_in_an_error_or_a_closed_connection():
         assert ask(connection, "echo", {"alive": 1}).fields["alive"] == 1
         connection.close()
         server.until(lambda s: s.connections == 0 and s.waiting == 0)
-
-
-# -- TLS
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory):
-    """(server context, client context) around a certificate made for this run."""
-    pytest.importorskip("cryptography")
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
-    builder = builder.not_valid_after(now + datetime.timedelta(days=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-    folder = tmp_path_factory.mktemp("tls")
-    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    (folder / "cert").write_bytes(pem)
-    plain = serialization.NoEncryption()
-    form = serialization.PrivateFormat.PKCS8
-    (folder / "key").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
-    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    serving.load_cert_chain(folder / "cert", folder / "key")
-    return serving, ssl.create_default_context(cafile=str(folder / "cert"))
-
-
-@shells
-def test_tls(tls, shell):
-    serving, trusting = tls
-    with echo_server(tls=serving) as server:
-        address = server.tcp.replace("127.0.0.1", "localhost")
-        connection = shell(address, tls=trusting)
-        for n in (10, 3_000_000):
-            reply = ask(connection, "echo", {}, {"ids": np.arange(n)})
-            np.testing.assert_array_equal(reply.arrays["ids"], np.arange(n))
-        numbers = [connection.send("echo", {"i": i}, {"ids": np.arange(300_000)}, WAIT_S) for i in range(5)]
-        assert [connection.receive(n, WAIT_S).fields["i"] for n in numbers] == list(range(5))
-        connection.close()
-        with pytest.raises((NotApplied, EmbringError)):
-            shell(address, timeout=2.0)
-        with pytest.raises(NotApplied):
-            shell(address, tls=ssl.create_default_context())

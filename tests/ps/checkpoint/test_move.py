@@ -12,7 +12,7 @@ import pytest
 from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
 from hashring.view import Server, View
 from ps.checkpoint.files import CheckpointError, checkpoints
-from ps.checkpoint.move import Moved, newest_view, restore, save
+from ps.checkpoint.move import Access, Moved, newest_view, restore, save
 from ps.client import Client, connect
 from ps.config import Config
 from ps.controller.restore import Restore, prepare
@@ -98,11 +98,11 @@ class Cluster:
         return connect(",".join(living), token=TOKEN, timeout=60.0)
 
     def save(self, folder: Path, name: str | None = None) -> Moved:
-        view = newest_view(list(self.view.servers), TOKEN)
-        return save(folder, view, TOKEN, CONFIG.fingerprint, name=name, report=lambda rows, size: None)
+        view = newest_view(list(self.view.servers), Access(TOKEN))
+        return save(folder, view, Access(TOKEN), CONFIG.fingerprint, name=name, report=lambda rows, size: None)
 
     def restore(self, folder: Path, **options: Any) -> Moved:
-        return restore(folder, self.ask, TOKEN, report=lambda rows, size: None, **options)
+        return restore(folder, self.ask, Access(TOKEN), report=lambda rows, size: None, **options)
 
     def close(self) -> None:
         async def end(service: Service) -> None:
@@ -265,8 +265,8 @@ def test_a_damaged_block_leaves_the_slots_lost(clusters, tmp_path):
 
 def test_another_fingerprint_is_refused(clusters, tmp_path):
     cluster = clusters(1, cluster=8)
-    view = newest_view(list(cluster.view.servers), TOKEN)
-    save(tmp_path, view, TOKEN, "0123456789abcdef", report=lambda rows, size: None)
+    view = newest_view(list(cluster.view.servers), Access(TOKEN))
+    save(tmp_path, view, Access(TOKEN), "0123456789abcdef", report=lambda rows, size: None)
     with pytest.raises(CheckpointError, match="it needs the same settings"):
         cluster.restore(tmp_path)
 
