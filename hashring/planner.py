@@ -77,7 +77,7 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class CreateTable:
-    """weight: of a whole table, what balancing counts (its size, in any one unit)."""
+    """replicas: at most the living servers. weight: of a whole table, what balancing counts (its size, in any one unit)."""
 
     name: str
     spec: Mapping[str, object]
@@ -270,8 +270,14 @@ def _renumber(view: View, servers: Sequence[Server]) -> View:
 def _create(view: View, change: CreateTable) -> View:
     if view.table(change.name) is not None:
         raise PlanError(f"table {change.name!r} exists already")
-    if not any(s.alive for s in view.servers):
+    alive = sum(s.alive for s in view.servers)
+    if not alive:
         raise PlanError(f"table {change.name!r} cannot be made: the cluster has no living server")
+    if change.replicas != "all" and change.replicas > alive:
+        raise PlanError(
+            f"replicas of table {change.name!r} is {change.replicas}; the cluster has {alive} living servers, "
+            "and a server holds one copy of a row at most"
+        )
     group = None
     if change.placement == "sharded":
         group = next((g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas)), None)

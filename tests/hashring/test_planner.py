@@ -59,11 +59,12 @@ def check_balance(view: View, limit: float = 1.02) -> None:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, "all"])
-def test_a_chain_from_1_to_64_servers_and_back(replicas: int | str) -> None:
+def test_a_chain_to_64_servers_and_back(replicas: int | str) -> None:
     top = {1: 64, 2: 24, 3: 64, "all": 12}[replicas]
-    view = cluster(1, replicas)
+    first = 1 if replicas == "all" else int(replicas)
+    view = cluster(first, replicas)
     before = held(view)
-    for i in range(1, top):
+    for i in range(first, top):
         view = plan(view, Join((server(i),)))
         after = held(view)
         gained = after & ~before
@@ -89,8 +90,8 @@ def test_a_chain_from_1_to_64_servers_and_back(replicas: int | str) -> None:
     st.randoms(use_true_random=False),
 )
 def test_mixed_chains_keep_their_bounds(start: int, replicas: int, steps: list[bool], random: object) -> None:
-    view = cluster(start, replicas)
-    number = start
+    number = max(start, replicas)
+    view = cluster(number, replicas)
     for join in steps:
         names = [s.name for s in view.servers]
         before = held(view)
@@ -112,6 +113,7 @@ def test_owners_are_on_distinct_hosts_and_zones(hosts: int, each: int, replicas:
     def placed(k: int) -> Server:
         return server(k, f"h{k % hosts}", f"z{k % hosts % 3}")
 
+    replicas = min(replicas, hosts * each)
     view = plan(View.empty(1, BITS), Join(tuple(placed(k) for k in range(hosts * each))))
     view = plan(view, CreateTable("t", {}, replicas=replicas))
     for extra in range(more):
@@ -208,6 +210,8 @@ def test_tables_share_groups_and_numbers_are_never_used_again() -> None:
         (Return(server(0)), "is alive in the view"),
         (Return(server(7)), "it can join"),
         (CreateTable("t", {}), "'t' exists already"),
+        (CreateTable("u", {}, replicas=4), "replicas of table 'u' is 4; the cluster has 3 living servers"),
+        (CreateTable("u", {}, "whole", replicas=4), "replicas of table 'u' is 4; the cluster has 3 living servers"),
         (DropTable("x"), "the tables are: t"),
         (AlterTable("x", {}), "no table is named 'x'"),
     ],
@@ -220,6 +224,14 @@ def test_refusals_are_one_sentence(change: object, says: str) -> None:
 def test_a_table_needs_a_living_server() -> None:
     with pytest.raises(PlanError, match="no living server"):
         plan(View.empty(1), CreateTable("t", {}))
+
+
+def test_replicas_are_counted_on_living_servers() -> None:
+    view = plan(cluster(3, 2, bits=4), Fail("s1"))
+    with pytest.raises(PlanError, match="the cluster has 2 living servers"):
+        plan(view, CreateTable("u", {}, replicas=3))
+    for replicas in (2, "all"):
+        assert plan(view, CreateTable("u", {}, replicas=replicas)).table("u") is not None
 
 
 CHAIN = """
