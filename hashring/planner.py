@@ -77,7 +77,7 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class CreateTable:
-    """replicas: at most the living servers. weight: of a whole table, what balancing counts (its size, in any one unit)."""
+    """replicas: at most the living servers. weight: of a whole table, what balancing counts (its size, in any unit)."""
 
     name: str
     spec: Mapping[str, object]

@@ -115,7 +115,7 @@ class _Worker:
             ps.connect(order.addresses, order.token, timeout=timeout) as pusher,
             closing(self._pulled(puller)) as batches,
         ):
-            _identify(pusher, order.client, self.ledger.sequence)
+            pusher.identify(order.client, self.ledger.sequence)
             before: _Pushed | None = None
             for pulled in batches:
                 loss, grads = self._step(pulled)
@@ -164,15 +164,5 @@ class _Worker:
     def _settle(self, client: ps.Client, pushed: _Pushed) -> None:
         """Wait for the acknowledgement, then write it down. No other push is on its way: the sequence is this one's."""
         pushed.handle.result()
-        self.ledger.settle(pushed.k, _last_sequence(client))
+        self.ledger.settle(pushed.k, client.last_sequence)
         self.ledger.note(pushed.rows, pushed.absent, pushed.loss, pushed.staleness)
-
-
-def _identify(client: ps.Client, identity: int, sequence: int) -> None:
-    """Push as the client of that identity, whose last sequence was `sequence`."""
-    window = client._verbs.window
-    window.client, window._next = identity, sequence + 1
-
-
-def _last_sequence(client: ps.Client) -> int:
-    return client._verbs.window._next - 1

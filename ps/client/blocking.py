@@ -393,6 +393,30 @@ class Client:
         """Ids of the last pull that had no row; duplicates that travelled as one are counted as one."""
         return self._verbs.absent
 
+    def identify(self, client: int, sequence: int) -> None:
+        """Push from now on as `client`, whose newest sequence so far was `sequence` (0: it has none).
+
+        For a trainer that must not apply a batch twice after it was killed. It keeps a fixed client id, and writes
+        down `last_sequence` after each acknowledged push. Begun again, it identifies itself with the two, and pushes
+        the batches that follow anew, with the same ids and in the same order: slots that have one already skip it.
+        Servers forget a client an hour after its last push.
+
+        client: 1 to 2**64 - 1; two live clients under one id would take each other's pushes for repeats. A forked
+        child gets a random id again. RequestError where pushes are open: `flush` first.
+
+            >>> client.identify(17, 0)
+            >>> client.push("item", [3], np.ones((1, 32), np.float32))
+            >>> client.last_sequence
+            1
+        """
+        with self._turn:
+            self._verbs.window.resume(client, sequence)
+
+    @property
+    def last_sequence(self) -> int:
+        """The sequence of the newest push, 0 before the first; see `identify`."""
+        return self._verbs.window.last
+
     def statistics(self) -> ClientStatistics:
         """What this client has done since it began."""
         return self._verbs.statistics_now()

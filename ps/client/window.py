@@ -3,10 +3,13 @@
 import secrets
 from collections.abc import Callable
 
-from ps.errors import EmbringError
+from ps.errors import EmbringError, RequestError
 
 WINDOW = 64
 """Sequences that a slot remembers of a client (DESIGN.md, "Push"): an older one would be refused."""
+
+SEQUENCE_MAX = 2**62
+"""No client counts so far; far enough from the end of int64."""
 
 
 class Window:
@@ -20,6 +23,21 @@ class Window:
         self.client = secrets.randbits(64) or 1
         self._next = 1
         self._undecided: set[int] = set()
+
+    @property
+    def last(self) -> int:
+        """The newest sequence that was handed out, 0 before the first."""
+        return self._next - 1
+
+    def resume(self, client: int, last: int) -> None:
+        """Go on as `client` after its sequence `last`. Raises RequestError where that cannot be."""
+        if type(client) is not int or not 1 <= client < 2**64:
+            raise RequestError(f"client is {client!r}; it must be a whole number from 1 to 2**64 - 1")
+        if type(last) is not int or not 0 <= last < SEQUENCE_MAX:
+            raise RequestError(f"sequence is {last!r}; it must be a whole number from 0 to 2**62 - 1")
+        if self._undecided:
+            raise RequestError(f"{len(self._undecided)} pushes are open under the present identity: flush them first")
+        self.client, self._next = client, last + 1
 
     @property
     def undecided(self) -> int:

@@ -338,6 +338,32 @@ def test_nobody_there_a_silent_server_and_a_wrong_token(cluster):
         ps.connect(cluster.addresses, token="wrong")
 
 
+def test_a_client_that_comes_back_under_its_id_repeats_nothing(cluster, client):
+    """A trainer that was killed pushes its last batches anew: what was applied is skipped, the rest is applied."""
+    name = new_table(client)
+    ids, step = np.arange(300), -np.ones((300, 4))
+    with cluster.client() as first:
+        first.identify(71, 0)
+        assert first.last_sequence == 0
+        for _ in range(3):
+            first.push(name, ids, step)
+        assert first.last_sequence == 3
+    with cluster.client() as again:
+        again.identify(71, 1)  # it had written down only the first
+        for expected in (3, 3, 4):
+            again.push(name, ids, step)
+            assert (client.pull(name, ids) == expected).all()
+        assert again.last_sequence == 4
+        handle = again.push_nowait(name, ids, step)
+        with pytest.raises(ps.RequestError, match="1 pushes are open"):
+            again.identify(72, 0)
+        handle.result()
+        for identity, sequence in ((0, 0), (2**64, 0), (-1, 0), (1.0, 0), (1, -1), (1, 2**62), (1, None)):
+            with pytest.raises(ps.RequestError, match=r"(client|sequence) is .*; it must be"):
+                again.identify(identity, sequence)
+        assert again.last_sequence == 5
+
+
 def test_a_dead_servers_slots_are_lost_and_the_others_go_on(tmp_path):
     with local_cluster(tmp_path) as cluster, cluster.client(timeout=20) as client:
         client.create_table("item", dim=4, optimizer=SGD1, initializer=ZEROS)

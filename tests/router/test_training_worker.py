@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_fake import SLOTS, FakeCluster, Killed
+from training_fake import SLOTS, FakeClient, FakeCluster, Killed
 
 from dense_head import build
 from router import training_worker
@@ -96,12 +96,11 @@ def test_a_ledger_that_forgets_is_found_out() -> None:
         config = config_in(folder, workers=1)
         begins: list[int] = []
 
-        def forgetful(client: object, identity: int, sequence: int) -> None:
+        def forgetful(client: FakeClient, identity: int, sequence: int) -> None:
             begins.append(sequence)
-            client._verbs.window.client = identity  # type: ignore[attr-defined]
-            client._verbs.window._next = sequence + len(begins)  # type: ignore[attr-defined]
+            client.client, client.last_sequence = identity, sequence + len(begins) - 1
 
-        patch.setattr(training_worker, "_identify", forgetful)
+        patch.setattr(FakeClient, "identify", forgetful)
         cluster, killed = run_with_deaths(config, folder, [9], patch)
         assert killed == 1
         assert cluster.applied != expected_pushes(config)

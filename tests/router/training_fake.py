@@ -43,10 +43,13 @@ class FakeClient(AbstractContextManager):
     def __init__(self, cluster: FakeCluster) -> None:
         self.cluster = cluster
         self.last_absent = 0
-        self._verbs = SimpleNamespace(window=SimpleNamespace(client=1, _next=1))
+        self.client, self.last_sequence = 1, 0
 
     def __exit__(self, *_: object) -> None:
         return None
+
+    def identify(self, client: int, sequence: int) -> None:
+        self.client, self.last_sequence = client, sequence
 
     def pull_bags(self, bags: Mapping[str, Any], mode: Any = "sum", absent: str | None = None) -> dict:
         out, self.last_absent = {}, 0
@@ -61,9 +64,8 @@ class FakeClient(AbstractContextManager):
         return out
 
     def push_bags_nowait(self, bags: Mapping[str, Any], grads: Mapping[str, Any], mode: Any = "sum") -> Any:
-        window = self._verbs.window
-        client, sequence = window.client, window._next
-        window._next += 1
+        self.last_sequence += 1
+        client, sequence = self.client, self.last_sequence
         parts: dict[int, list] = {}
         for name, (ids, offsets) in bags.items():
             for b in range(len(offsets) - 1):
