@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from deploy.cli_common import STYLE
+
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:attribute, one line of help)
     "demo": ("deploy.cli_demo:demo", "The whole path on this machine: train on real data, serve, compare."),
@@ -43,7 +45,7 @@ class CommandTable(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         target, line = COMMANDS[cmd_name]
-        app = typer.Typer(add_completion=False)
+        app = typer.Typer(**STYLE)
         if self.listing:
             app.command(cmd_name, help=line)(lambda: None)
             return typer.main.get_command(app)
@@ -66,14 +68,16 @@ class CommandTable(TyperGroup):
             self.listing = False
 
 
-app = typer.Typer(cls=CommandTable, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=CommandTable, no_args_is_help=True, pretty_exceptions_enable=False, **STYLE)
 
 
 @app.callback()
 def root() -> None:
     """embring: a distributed embedding parameter server with an inference router.
 
-    Begin with:  embring up
+    Each command has its own --help, with an example.
+
+    Example:  embring up && embring status && embring down
     """
 
 

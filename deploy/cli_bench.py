@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.cli_common import STYLE
 from ps.errors import RequestError
 
-app = typer.Typer(help="Measure embring beside its peers.", no_args_is_help=True)
+HELP = """Measure embring beside its peers.
+
+Example:  embring bench pull --shapes M --batches 32
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write figures, raw samples, machine and versions.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds of A/B/A/B; the median over them counts.")]

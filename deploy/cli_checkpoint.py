@@ -9,9 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import JsonOption, running
+from deploy.cli_common import STYLE, JsonOption, running
 
-app = typer.Typer(help="Save, restore and list checkpoints.", no_args_is_help=True, add_completion=False)
+HELP = """Save, restore and list checkpoints.
+
+Example:  embring checkpoint save backups
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds checkpoints.")]
 NameOption = Annotated[str | None, typer.Option(help="Name of the checkpoint in DIR.")]
 

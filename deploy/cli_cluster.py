@@ -1,5 +1,6 @@
 """`embring up`, `down`, `logs`, `recover` and `config`."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def up(
 def down(
     yes: YesOption = False,
     checkpoint: Annotated[Path | None, typer.Option(help="Save a checkpoint into this folder first.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """End the cluster: its servers, its controller and the Ray that `up` started, and nothing else.
 
@@ -68,15 +70,16 @@ def down(
         runtime = find()
     except NotApplied:
         end_leftovers()
-        print("ended what a dead cluster had left")
+        print(json.dumps({"ended": True}) if as_json else "ended what a dead cluster had left")
         return
     if runtime is None:
-        print("no cluster is running")
+        print(json.dumps({"ended": False}) if as_json else "no cluster is running")
         return
     if checkpoint is not None:
         from deploy.cli_checkpoint import save
 
-        save(checkpoint)
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            save(checkpoint)
     if not yes and not sys.stdin.isatty():
         from ps.errors import ConfigError
 
@@ -84,6 +87,9 @@ def down(
     if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
         raise typer.Exit(1)
     killed = stop(runtime)
+    if as_json:
+        print(json.dumps({"ended": True, "killed": killed}))
+        return
     print("the cluster has ended" + (f" ({killed} processes had to be killed)" if killed else ""))
 
 

@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+STYLE: dict[str, Any] = {"add_completion": False, "rich_markup_mode": "markdown"}
+"""Of every typer.Typer: paragraphs of help are filled to the terminal's width, as markdown is."""
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A cluster.toml (see `embring config`).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

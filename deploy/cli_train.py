@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli_cluster import JsonOption
+from deploy.cli_common import JsonOption
 
 
 def train(
@@ -29,9 +29,32 @@ def train(
     """Train a model whose tables are in the running cluster.
 
     A run that was interrupted, or killed, goes on where it was when the same command is given again; each batch is
-    applied once. `router/training_config.py` shows a settings file; `--json` gives the report for machines.
+    applied once.
 
     Example:  embring train train.toml --run runs/first
+
+    A settings file:
+
+    ```toml
+    name = "ctr"
+    workers = 2
+    batch = 256
+
+    [data]                        # or: folder = "rows", as PreparedRows.save wrote it
+    function = "mine:train_rows"  # of mine.py beside this file; returns PreparedRows
+    arguments = { path = "train.parquet" }
+
+    [head]
+    kind = "deepfm"
+    hidden = [64, 32]
+    features = [
+      { name = "user", table = "user", dim = 16 },
+      { name = "item", table = "item", dim = 16 },
+    ]
+
+    [tables.user]                 # optional, for each table
+    optimizer = { kind = "adagrad", lr = 0.05 }
+    ```
     """
     from rich.console import Console
 

@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
-from deploy.cli import COMMANDS
+from deploy.cli import COMMANDS, app
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
@@ -45,25 +49,38 @@ def test_help_lists_every_command_and_imports_none(tmp_path):
     assert "LOADED []" in done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_table_can_be_asked_for_help(command, tmp_path):
-    done = run(command, "--help", home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"embring {command}" in done.stdout
+WITHOUT_JSON = {"logs", "config", ""}
+"""Text is what they give: lines of log files, TOML."""
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "logs", "doctor", "recover", "config"])
-def test_every_command_has_help_with_an_example(command, tmp_path):
-    done = run(command, "--help", home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"Example:  embring {command}" in done.stdout
+def every_command() -> list[tuple[str, ...]]:
+    """The words of every command, those of groups too, and of the groups themselves; () is `embring` itself."""
+    found: list[tuple[str, ...]] = [()]
+    for name, (target, _) in COMMANDS.items():
+        module, _, attribute = target.partition(":")
+        loaded = getattr(import_module(module), attribute)
+        found.append((name,))
+        if isinstance(loaded, typer.Typer):
+            found += [(name, c.name or c.callback.__name__) for c in loaded.registered_commands]
+    return found
 
 
-@pytest.mark.parametrize("command", ["save", "restore", "list"])
-def test_checkpoint_commands_have_help_with_an_example(command, tmp_path):
-    done = run("checkpoint", command, "--help", home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"Example:  embring checkpoint {command}" in done.stdout
+@pytest.mark.parametrize("command", every_command(), ids=" ".join)
+def test_every_command_has_help_with_an_example(command):
+    shown = CliRunner().invoke(app, [*command, "--help"], prog_name="embring", env={"COLUMNS": "100"})
+    assert shown.exit_code == 0, shown.output
+    assert re.search(rf"Example: +embring {' '.join(command)}", shown.output)
+    assert "completion" not in shown.output
+    if "COMMAND" not in shown.output:
+        assert ("--json" in shown.output) is (command[-1] not in WITHOUT_JSON)
+
+
+def test_help_fills_its_lines():
+    """A paragraph of a docstring is one paragraph, however its source was broken."""
+    shown = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "80"})
+    lines = [line.strip() for line in shown.output.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("Three servers"))
+    assert all(len(line) > 60 for line in lines[at : at + 3]), shown.output
 
 
 @pytest.mark.parametrize(
