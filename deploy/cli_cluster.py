@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from deploy.cli_common import ConfigOption, JsonOption, YesOption, running, say
 def up(
     config: ConfigOption = None,
     servers: Annotated[int | None, typer.Option(help="Server processes, instead of the configuration's.")] = None,
+    routers: Annotated[int | None, typer.Option(help="Router processes; 1 where --models is given alone.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Models repository of the routers: NAME/VERSION/ with model.toml in each.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Where servers listen, instead of the configuration's.")] = None,
     address: Annotated[
         str | None, typer.Option(help="Join a running Ray at host:port, as RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH say.")
@@ -23,16 +27,24 @@ def up(
 ) -> None:
     """Start a cluster and return; `ps.connect()` and the other commands find it.
 
-    Example:  embring up --servers 3
+    Routers wait, open and not ready, for tables that are still to be made; `embring status` says for what.
+
+    Example:  embring up --servers 3 --routers 2 --models models/
     """
     from ps.cluster import start
     from ps.config import load_config
 
-    settings = load_config(config)
-    changed = {key: value for key, value in (("servers", servers), ("host", host)) if value is not None}
-    if changed:
-        settings = settings.with_settings("server", **changed)
+    settings = _changed(load_config(config), "server", servers=servers, host=host)
+    folder = str(models.resolve()) if models is not None else None
+    settings = _changed(settings, "router", routers=routers, models=folder)
+    if settings.router.models:
+        from router.config import find_models
+
+        find_models(Path(settings.router.models))  # a wrong folder is refused before a process is started
+    elif routers is not None:
+        raise typer.BadParameter("routers need a models repository: --models DIR, or models in [router]")
     runtime = start(settings, state=state, address=address, report=say)
+    told = _routers(runtime, settings) if settings.router.models else []
     if as_json:
         print(
             json.dumps(
@@ -42,6 +54,7 @@ def up(
                     "state": runtime.state,
                     "cluster": runtime.cluster,
                     "metrics": runtime.metrics,
+                    "routers": told,
                 }
             )
         )
@@ -49,7 +62,32 @@ def up(
     print(f"{settings.server.servers} servers are up; the cluster's state is in {runtime.state}")
     for place in (a for a in runtime.addresses if a.startswith("tcp:")):
         print(f"  {place.removeprefix('tcp:')}")
+    for router in told:
+        print(f"  {router['name']}: HTTP {router['http']}, gRPC {router['grpc']}" + _waiting(router))
     print(f"token file: {runtime.token_path}\nmetrics:    {runtime.metrics}")
+
+
+def _changed(settings: Any, section: str, **options: Any) -> Any:
+    """The configuration with the options that were given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return settings.with_settings(section, **given) if given else settings
+
+
+def _routers(runtime: Any, settings: Any) -> list[dict[str, Any]]:
+    """Start the routers; a cluster without them is not what was asked for, and ends again."""
+    from deploy.routers import start_all
+    from ps.cluster import stop
+
+    say(f"starting {settings.router.routers} routers")
+    try:
+        return start_all(runtime, settings.router)
+    except BaseException:
+        stop(runtime, keep_views=True)
+        raise
+
+
+def _waiting(router: dict[str, Any]) -> str:
+    return f" (waiting: {router['waiting']})" if router["waiting"] else ""
 
 
 def down(

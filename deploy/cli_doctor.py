@@ -108,11 +108,14 @@ def _ports(settings: "object") -> Iterator[Finding]:
     from ps.config import Config
 
     assert isinstance(settings, Config)
-    server = settings.server
-    wanted = [server.port + i for i in range(server.servers)] if server.port else []
-    wanted += [p for p in (settings.control.metrics_port, settings.ray.port) if p]
-    host = "" if server.host == "node" else server.host
-    for port in wanted:
+    server, router = settings.server, settings.router
+    here = "" if server.host == "node" else server.host
+    wanted = [(here, server.port + i) for i in range(server.servers) if server.port]
+    wanted += [(here, port) for port in (settings.control.metrics_port, settings.ray.port) if port]
+    if router.models:
+        firsts = [port for port in (router.grpc_port, router.http_port) if port]
+        wanted += [(router.host, port + 2 * k) for k in range(router.routers) for port in firsts]
+    for host, port in wanted:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -22,10 +22,12 @@ def serve(
     Example:  embring serve models/
     """
     from deploy.routers import start_router
+    from ps.config import RouterConfig
     from router.config import find_models
 
     find_models(models)  # a wrong folder is refused before a process is started
-    told = start_router(running(), models.resolve(), name, host, grpc_port, http_port)
+    ports = RouterConfig(host=host, grpc_port=grpc_port, http_port=http_port)
+    told = start_router(running(), models.resolve(), ports, name)
     if as_json:
         print(json.dumps(told))
         return

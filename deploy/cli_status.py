@@ -17,26 +17,32 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two, with --watch.")] = 2.0,
 ) -> None:
-    """Show servers, hosts, rows, bytes, slots, epoch, requests a second, latency and lost slots.
+    """Show servers, routers, rows, bytes, slots, epoch, requests a second, latency and lost slots.
 
     Example:  embring status --watch
     """
+    from deploy.routers import statuses
     from ps.cluster import controller
 
-    with controller(running()) as ask:
+    runtime = running()
+    with controller(runtime) as ask:
+
+        def look() -> dict[str, Any]:
+            return {**ask("status"), "routers": statuses(runtime.namespace)}
+
         if not watch:
-            _print(ask("status"), as_json)
+            _print(look(), as_json)
             return
         if as_json:
             while True:
-                _print(ask("status"), as_json)
+                _print(look(), as_json)
                 time.sleep(interval)
         from rich.live import Live
 
-        with Live(render(ask("status")), refresh_per_second=1, screen=False) as live:
+        with Live(render(look()), refresh_per_second=1, screen=False) as live:
             while True:
                 time.sleep(interval)
-                live.update(render(ask("status")))
+                live.update(render(look()))
 
 
 def _print(record: Mapping[str, Any], as_json: bool) -> None:
@@ -86,6 +92,8 @@ def render(record: Mapping[str, Any]) -> Any:
         rows = sum(s.get("rows_by_table", {}).get(t["name"], 0) for s in record["servers"])
         tables.add_row(t["name"], str(t["dim"]), t["placement"], t["optimizer"]["kind"], f"{rows:,}")
     parts: list[Any] = [head, Text(), servers]
+    if record["routers"]:
+        parts += [Text(), _routers(record["routers"])]
     if record["tables"]:
         parts += [Text(), tables]
     if record["slots_lost"]:
@@ -93,6 +101,18 @@ def render(record: Mapping[str, Any]) -> Any:
         warning = f"{record['slots_lost']} slots are lost: {cure}"
         parts += [Text(), Text(warning, style="bold red")]
     return Group(*parts)
+
+
+def _routers(records: list[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("router", "state", "HTTP", "gRPC", "pid", "restarts", "models"):
+        table.add_column(title, justify="right" if title in ("pid", "restarts") else "left", no_wrap=title != "models")
+    for r in records:
+        about = r["waiting"] or ", ".join(r["models"])
+        table.add_row(r["name"], r["state"], r["http"], r["grpc"], str(r["pid"]), str(r["restarts"]), about)
+    return table
 
 
 def size(count: float) -> str:

@@ -38,7 +38,7 @@ from deploy.datasets import Dataset
 from deploy.datasets import load as load_dataset
 from deploy.routers import start_router
 from ps.cluster import controller, start, stop
-from ps.config import Config
+from ps.config import Config, RouterConfig
 from ps.rayhead import marked
 from ps.runtime import Runtime, read_token
 from router.columns import Column, take_rows
@@ -130,7 +130,7 @@ def run(source: str, predictions: Path | None, report: Report, watch: Callable[[
         with _timed(outcome, "serve"):
             report("starting a router")
             _publish(dataset, head, folder / "models")
-            places = start_router(runtime, folder / "models")
+            places = start_router(runtime, folder / "models", RouterConfig(grpc_port=0, http_port=0))
             _end_on_sigterm()
         with _timed(outcome, "score"):
             report(f"scoring {len(labels):,} held-out rows over gRPC and REST")

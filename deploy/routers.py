@@ -1,25 +1,35 @@
-"""Routers of a running cluster."""
+"""Routers of a running cluster: started beside its servers, asked how they are."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ps.cluster import ROOT, controller, kernel_cache
+from ps.cluster import ROOT, controller, kernel_cache, named_actors
+from ps.config import RouterConfig
 from ps.runtime import Runtime, read_token
 
+ASK_TIMEOUT_S = 10.0
 
-def start_router(
-    runtime: Runtime,
-    models_dir: Path,
-    name: str = "router-0",
-    host: str = "127.0.0.1",
-    grpc_port: int = 0,
-    http_port: int = 0,
-) -> dict[str, Any]:
-    """Start a router beside a cluster's servers: {"grpc": "HOST:PORT", "http": "HOST:PORT", "pid"}.
 
-    Ports of 0 are chosen by the system. It ends with the cluster. ConfigError where it cannot start, with the reason.
+def start_router(runtime: Runtime, models_dir: Path, config: RouterConfig, name: str = "router-0") -> dict[str, Any]:
+    """Start a router that must serve at once, and its status; ConfigError with the reason where it cannot."""
+    return _start(runtime, models_dir, config, [name], patient=False)[0]
+
+
+def start_all(runtime: Runtime, config: RouterConfig) -> list[dict[str, Any]]:
+    """Start the routers of a configuration, `router-0` and on, and their statuses.
+
+    They wait for tables that are still to be made. Each has a pair of ports, the next one's two higher.
     """
+    names = [f"router-{k}" for k in range(config.routers)]
+    return _start(runtime, Path(config.models), config, names, patient=True)
+
+
+def _start(
+    runtime: Runtime, models_dir: Path, config: RouterConfig, names: Sequence[str], *, patient: bool
+) -> list[dict[str, Any]]:
     rest = os.environ.get("PYTHONPATH", "")
     environment = {
         "NUMBA_CACHE_DIR": str(kernel_cache()),
@@ -29,19 +39,62 @@ def start_router(
     }
     with controller(runtime):  # this process as a driver of the cluster's Ray
         from router.config import RouterSettings
-        from router.server import RouterSetup
-        from router.server import start_router as start
+        from router.server import RouterSetup, start_routers
 
-        setup = RouterSetup(
+        first = RouterSetup(
+            name="",
             models_dir=str(models_dir),
             addresses=runtime.addresses,
             token=read_token(runtime.token_path),
             tls_ca=runtime.tls_ca,
-            host=host,
-            grpc_port=grpc_port,
-            http_port=http_port,
+            namespace=runtime.namespace,
+            host=config.host,
+            grpc_port=0,
+            http_port=0,
+            patient=patient,
+            lives="",
             root=str(ROOT),
-            log=f"{runtime.state}/logs/{name}.log",
+            log="",
             settings=RouterSettings(),
         )
-        return start(setup, name, runtime.namespace, environment)
+        setups = [
+            replace(
+                first,
+                name=name,
+                grpc_port=config.grpc_port and config.grpc_port + 2 * k,
+                http_port=config.http_port and config.http_port + 2 * k,
+                lives=f"{runtime.scratch}/{name}.lives",
+                log=f"{runtime.state}/logs/{name}.log",
+            )
+            for k, name in enumerate(names)
+        ]
+        return start_routers(setups, environment)
+
+
+def statuses(namespace: str) -> list[dict[str, Any]]:
+    """The status of every router of a cluster; for a driver of its Ray, as `ps.cluster.controller` makes one.
+
+    One that does not answer, because Ray is starting it again or it is stuck, has the state "not answering".
+    """
+    import ray
+
+    from router.config import ACTOR_PREFIX
+
+    asked: dict[str, Any] = {}
+    for name in named_actors(namespace):
+        if not name.startswith(ACTOR_PREFIX):
+            continue
+        try:
+            asked[name] = ray.get_actor(name, namespace).status.remote()
+        except ValueError:  # it ended since
+            continue
+    if asked:
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=ASK_TIMEOUT_S)
+    found = []
+    for name, reference in asked.items():
+        silent = {"name": name.removeprefix(ACTOR_PREFIX), "state": "not answering", "waiting": "", "models": []}
+        try:
+            found.append(ray.get(reference, timeout=0.1))
+        except (ray.exceptions.RayError, TimeoutError):
+            found.append({**silent, "grpc": "", "http": "", "pid": 0, "restarts": 0})
+    return found

@@ -324,14 +324,19 @@ def _stop_actors(runtime: Runtime) -> None:
             ray.get(actor.stop_servers.remote(), timeout=CALL_TIMEOUT_S)
             ray.kill(actor)
         deadline = time.monotonic() + 10
-        names = {"controller"}
-        while names and time.monotonic() < deadline:
-            names = {
-                n["name"]
-                for n in ray.util.list_named_actors(all_namespaces=True)
-                if n["namespace"] == runtime.namespace
-            }
+        while (left := named_actors(runtime.namespace)) and time.monotonic() < deadline:
+            for name in left:  # routers; the others are on their way out
+                with contextlib.suppress(ValueError):
+                    ray.kill(ray.get_actor(name, runtime.namespace))
             time.sleep(0.05)
+
+
+def named_actors(namespace: str) -> list[str]:
+    """Names of the actors of a cluster that live or are started again; for a driver of its Ray."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(n["name"] for n in named if n["namespace"] == namespace)
 
 
 def last_state() -> Path:

@@ -242,6 +242,47 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class RouterConfig:
+    """Routers, which `embring up` starts beside the servers where a models repository is named."""
+
+    models: str = _setting(
+        "",
+        "folder",
+        None,
+        None,
+        "Models repository: NAME/VERSION/ with model.toml in each; at the same path on every host. Empty: no routers.",
+    )
+    routers: int = _setting(
+        1,
+        "processes",
+        1,
+        64,
+        "How many routers. Each serves every model, and scores on a core of its own; more answer more requests.",
+    )
+    host: str = _setting(
+        "127.0.0.1",
+        "address",
+        None,
+        None,
+        "Where routers listen. They ask for no token: on another address than the loopback, keep strangers out.",
+    )
+    grpc_port: int = _setting(
+        8001,
+        "TCP port",
+        0,
+        65000,
+        "Port for gRPC of the first router; the next one's is two higher. 0 lets the system choose, anew at a restart.",
+    )
+    http_port: int = _setting(
+        8000,
+        "TCP port",
+        0,
+        65000,
+        "Port for HTTP of the first router; the next one's is two higher. 0 lets the system choose, anew at a restart.",
+    )
+
+
+@dataclass(frozen=True)
 class TlsConfig:
     """TLS between hosts: of the fabric over TCP. Unix sockets stay plain, since they never leave their host."""
 
@@ -284,6 +325,7 @@ class Config:
     control: ControlConfig = field(default_factory=ControlConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
 
     @property
     def fingerprint(self) -> str:

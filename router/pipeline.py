@@ -90,15 +90,16 @@ class Router:
         self._ready = False
 
     async def start(self) -> "Router":
-        """Check the tables against the cluster, warm up, be ready. ConfigError names a table that differs."""
+        """Warm up, check the tables against the cluster, be ready. ConfigError names a table that differs; then it may
+        be started again."""
         self._loop = asyncio.get_running_loop()
+        await self._loop.run_in_executor(self._threads, warmup)
         for model in self._all():
             await self._check_tables(model)
             key = (model.name, model.version)
             self._heads[key] = asyncio.Lock()
             self._batchers[key] = self._batcher(model)
             await self._loop.run_in_executor(self._threads, model.predictor.warmup)
-        await self._loop.run_in_executor(self._threads, warmup)
         self._ready = True
         return self
 

@@ -1,30 +1,37 @@
 """A router process: a Ray actor that hosts a Router with both front doors.
 
-Everything runs on the actor's own event loop. Ray starts and watches it; requests come through the front doors only.
+Everything runs on one event loop in a thread of its own. Ray starts the process, watches it and starts it again when it
+dies; requests come through the front doors only.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+import uvloop
 from prometheus_client import REGISTRY
+from ray.exceptions import RayError
 
 import ps
 from ps.errors import ConfigError, EmbringError
-from router.config import RouterSettings
-from router.grpc_door import GrpcDoor, serve_grpc
-from router.http_door import HttpDoor, serve_http
+from router.config import ACTOR_PREFIX, RouterSettings
+from router.grpc_door import serve_grpc
+from router.http_door import serve_http
 from router.metrics import RouterMetrics
 from router.pipeline import Router
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 180.0
+ASK_TIMEOUT_S = 10.0
+RETRY_S = 1.0
 
 log = logging.getLogger("embring.router")
 
@@ -34,17 +41,22 @@ class RouterSetup:
     """What a router is told when it starts.
 
     models_dir: the model repository. addresses, token, tls_ca: of the servers that hold the tables; tls_ca is "" where
-    they speak plain TCP. host: where both doors listen; a port of 0 is chosen by the system. root: where the starter's
-    modules came from. log: its log file.
+    they speak plain TCP. namespace: of the cluster in Ray. host: where both doors listen; a port of 0 is chosen by the
+    system. patient: whether to wait, doors open and not ready, for tables that are still to be made. lives: a file that
+    counts its lives. root: where the starter's modules came from. log: its log file.
     """
 
+    name: str
     models_dir: str
     addresses: tuple[str, ...]
     token: str = field(repr=False)
     tls_ca: str
+    namespace: str
     host: str
     grpc_port: int
     http_port: int
+    patient: bool
+    lives: str
     root: str
     log: str
     settings: RouterSettings
@@ -60,44 +72,107 @@ class RouterServer:
         _log_to(Path(setup.log))
         torch.set_num_threads(1)
         self._setup = setup
-        self._client: ps.AsyncClient | None = None
+        self._restarts = _count_life(Path(setup.lives)) - 1
+        self._metrics = RouterMetrics(REGISTRY)
         self._router: Router | None = None
-        self._doors: list[GrpcDoor | HttpDoor] = []
+        self._places: dict[str, str] = {}
+        self._waiting = ""
+        self._told: Future[None] = Future()
+        self._opened = AsyncExitStack()
+        threading.Thread(target=lambda: uvloop.run(self._live()), name="router", daemon=True).start()
 
-    async def start(self) -> dict[str, Any]:
-        """Load the models and open both doors: {"grpc", "http": "HOST:PORT", "pid"}, or {"error": one sentence}."""
-        setup = self._setup
+    async def _live(self) -> None:
+        """Open the doors, begin to serve, and stay. In a later life than the first nothing makes it give up."""
+        again = self._restarts > 0
         try:
-            self._client = await ps.AsyncClient.connect(setup.addresses, setup.token, tls=setup.tls_ca)
-            self._router = Router(setup.models_dir, self._client, setup.settings, RouterMetrics(REGISTRY))
-            await self._router.start()
-            grpc_door = await serve_grpc(self._router, setup.host, setup.grpc_port)
-            self._doors.append(grpc_door)
-            http_door = await serve_http(self._router, setup.host, setup.http_port)
-            self._doors.append(http_door)
+            for step, patient in ((self._open, again), (self._begin, again or self._setup.patient)):
+                while not await self._tried(step):
+                    self._tell()
+                    if not patient:
+                        await self._opened.aclose()
+                        return
+                    await asyncio.sleep(RETRY_S)
+            self._tell()
+            await asyncio.Event().wait()
+        except BaseException as error:
+            log.exception("the router ends")
+            if self._told.done():
+                os._exit(1)  # Ray starts it again
+            self._told.set_exception(error)
+
+    async def _tried(self, step: Callable[[], Awaitable[None]]) -> bool:
+        """Whether a step succeeded; what it waits for is logged when it changes."""
+        try:
+            await step()
         except (EmbringError, OSError) as error:
-            await self.close()
-            return {"error": str(error)}
-        places = {"grpc": f"{setup.host}:{grpc_door.port}", "http": f"{setup.host}:{http_door.port}"}
-        log.info("serving %s at %s", ", ".join(self._router.models), places)
-        return {**places, "pid": os.getpid()}
+            if str(error) != self._waiting:
+                log.warning("waiting: %s", error)
+            self._waiting = str(error)
+            return False
+        self._waiting = ""
+        return True
 
-    async def close(self) -> None:
-        """Close the doors, let requests under way end, disconnect."""
-        for door in self._doors:
-            await door.stop()
-        self._doors.clear()
-        if self._router is not None:
-            await self._router.close()
-            self._router = None
-        if self._client is not None:
-            with suppress(EmbringError):
-                await self._client.close()
-            self._client = None
+    def _tell(self) -> None:
+        if not self._told.done():
+            self._told.set_result(None)
 
-    async def forever(self) -> None:
-        """Never returns: whoever waits for it hears from Ray when this process is gone."""
-        await asyncio.Event().wait()
+    async def _open(self) -> None:
+        """Load the models, connect to the cluster, open the doors: live from here on, and not ready yet."""
+        setup = self._setup
+        addresses = await asyncio.to_thread(self._addresses) if self._restarts else setup.addresses
+        async with AsyncExitStack() as stack:
+            client = await ps.AsyncClient.connect(addresses, setup.token, tls=setup.tls_ca)
+            stack.push_async_callback(client.close)
+            router = Router(setup.models_dir, client, setup.settings, self._metrics)
+            stack.push_async_callback(router.close)
+            grpc_door = await serve_grpc(router, setup.host, setup.grpc_port)
+            stack.push_async_callback(grpc_door.stop)
+            http_door = await serve_http(router, setup.host, setup.http_port)
+            stack.push_async_callback(http_door.stop)
+            self._opened = stack.pop_all()
+        self._router = router
+        self._places = {"grpc": f"{setup.host}:{grpc_door.port}", "http": f"{setup.host}:{http_door.port}"}
+
+    async def _begin(self) -> None:
+        assert self._router is not None
+        await self._router.start()
+        log.info("serving %s at %s", ", ".join(self._router.models), self._places)
+
+    def _addresses(self) -> tuple[str, ...]:
+        """Where servers listen now: they may have begun again since this router was first started."""
+        try:
+            controller: Any = ray.get_actor("controller", self._setup.namespace)
+            answer: Any = ray.get(controller.admin.remote("status", {}), timeout=ASK_TIMEOUT_S)
+            return tuple(a for s in answer["ok"]["servers"] for a in s["addresses"]) or self._setup.addresses
+        except (RayError, ValueError, TimeoutError):
+            return self._setup.addresses
+
+    def start(self) -> dict[str, Any]:
+        """The status once it serves, or knows why it cannot yet."""
+        self._told.result(START_TIMEOUT_S)
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """As plain data; state is "serving", "waiting" (for what stands in `waiting`) or "starting"."""
+        serving = self._router is not None and self._router.ready()
+        return {
+            "name": self._setup.name,
+            "state": "serving" if serving else "waiting" if self._waiting else "starting",
+            "waiting": self._waiting,
+            "grpc": self._places.get("grpc", ""),
+            "http": self._places.get("http", ""),
+            "models": list(self._router.models) if self._router is not None else [],
+            "pid": os.getpid(),
+            "restarts": self._restarts,
+        }
+
+
+def _count_life(path: Path) -> int:
+    """Which life of a router this is, from 1 on: its file has a byte for each."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.open("ab") as file:
+        file.write(b".")
+        return file.tell()
 
 
 def _log_to(path: Path) -> None:
@@ -113,19 +188,52 @@ def _log_to(path: Path) -> None:
 RouterActor: Any = ray.remote(num_cpus=0)(RouterServer)
 
 
-def start_router(setup: RouterSetup, name: str, namespace: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Start a router in the Ray that this process is connected to; it lives on, detached, after this process.
+def start_routers(setups: list[RouterSetup], environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Start routers in the Ray that this process is connected to; they live on, detached, and Ray restarts them.
 
-    What `RouterServer.start` answers; ConfigError where it could not start, with the reason.
+    Their statuses. ConfigError, with the reason, where one could not start or (unless it is patient) serve; then none
+    of them is left. The first is waited for before the others begin: it fills the cache of compiled kernels, which
+    must have one writer.
     """
-    options = {"name": name, "namespace": namespace, "lifetime": "detached", "max_concurrency": 32}
-    actor = RouterActor.options(**options, runtime_env={"env_vars": dict(environment)}).remote(setup)
+    actors: list[Any] = []
+    told: list[dict[str, Any]] = []
+    for group in (setups[:1], setups[1:]):
+        for setup in group:
+            try:
+                actors.append(_actor(setup, environment))
+            except ValueError:
+                _kill(actors)
+                raise ConfigError(f"there is a router {setup.name!r} already; give another name") from None
+        for setup, actor in zip(group, actors[-len(group) :], strict=False):
+            status, reason = _begun(actor)
+            if reason and not (setup.patient and status.get("grpc")):
+                _kill(actors)
+                raise ConfigError(f"{setup.name} did not start: {reason} (log: {setup.log})")
+            told.append(status)
+    return told
+
+
+def _begun(actor: Any) -> tuple[dict[str, Any], str]:
+    """The status of a router that was just started, and why it does not serve."""
     try:
-        answer: dict[str, Any] = ray.get(actor.start.remote(), timeout=START_TIMEOUT_S)
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()
-        answer = {"error": reason[-1].strip() if reason else type(error).__name__}
-    if "error" in answer:
+        status: dict[str, Any] = ray.get(actor.start.remote(), timeout=START_TIMEOUT_S)
+        return status, status["waiting"]
+    except (RayError, TimeoutError) as error:
+        return {}, (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def _actor(setup: RouterSetup, environment: Mapping[str, str]) -> Any:
+    return RouterActor.options(
+        name=ACTOR_PREFIX + setup.name,
+        namespace=setup.namespace,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=8,
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": dict(environment)},
+    ).remote(setup)
+
+
+def _kill(actors: list[Any]) -> None:
+    for actor in actors:
         ray.kill(actor)
-        raise ConfigError(f"the router did not start: {answer['error']} (log: {setup.log})")
-    return answer
