@@ -85,7 +85,7 @@ def raw_strings(raw: bytes | memoryview, n: int, name: str) -> BytesColumn:
     """n strings out of raw bytes; RequestError where the lengths do not fill the bytes exactly."""
     if 4 * n > len(raw):
         raise RequestError(f"input {name!r} has {len(raw)} bytes; {n} strings take at least {4 * n}")
-    buffer, offsets = np.empty(len(raw) - 4 * n, np.uint8), np.empty(n + 1, np.int64)
+    buffer, offsets = np.empty(len(raw) - 4 * n, np.uint8), np.zeros(n + 1, np.int64)
     used = split_strings(np.frombuffer(raw, np.uint8), buffer, offsets) if n else 0
     if used != len(raw):
         raise RequestError(f"input {name!r} has {len(raw)} bytes, which its {n} strings and their lengths do not fill")
