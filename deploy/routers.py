@@ -12,6 +12,9 @@ from ps.runtime import Runtime, read_token
 
 ASK_TIMEOUT_S = 10.0
 
+ACTOR_PREFIX = "router:"
+"""Of a router's name in Ray, where servers and the controller have names of their own."""
+
 
 def start_router(runtime: Runtime, models_dir: Path, config: RouterConfig, name: str = "router-0") -> dict[str, Any]:
     """Start a router that must serve at once, and its status; ConfigError with the reason where it cannot."""
@@ -43,6 +46,7 @@ def _start(
 
         first = RouterSetup(
             name="",
+            actor="",
             models_dir=str(models_dir),
             addresses=runtime.addresses,
             token=read_token(runtime.token_path),
@@ -61,6 +65,7 @@ def _start(
             replace(
                 first,
                 name=name,
+                actor=ACTOR_PREFIX + name,
                 grpc_port=config.grpc_port and config.grpc_port + 2 * k,
                 http_port=config.http_port and config.http_port + 2 * k,
                 lives=f"{runtime.scratch}/{name}.lives",
@@ -77,8 +82,6 @@ def statuses(namespace: str) -> list[dict[str, Any]]:
     One that does not answer, because Ray is starting it again or it is stuck, has the state "not answering".
     """
     import ray
-
-    from router.config import ACTOR_PREFIX
 
     asked: dict[str, Any] = {}
     for name in named_actors(namespace):

@@ -15,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,14 @@ from ps.viewlog import ViewLog
 from ps.wire import raise_error
 
 ROOT = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 200.0
+START_TIMEOUT_S = 360.0
+"""For the controller and its servers; those of the controller, a member and a server are each a little shorter."""
+
+KERNELS_TIMEOUT_S = 900.0
+PROGRESS_S = 0.5
+LOADING_S = 3.0
+"""Kernels that are compiled already are loaded sooner; then their being compiled is worth a line."""
+
 CALL_TIMEOUT_S = 60.0
 
 Report = Callable[[str], None]
@@ -82,11 +91,13 @@ def start(
     head = Head(0, 0, address or "")
     try:
         warmed = _warm_up(folder)
+        # Ray takes a while to be imported, and while its head starts this process has nothing else to do.
+        threading.Thread(target=import_module, args=("ps.controller.actor",), daemon=True).start()
         if address is None:
             report("starting Ray")
             head = start_head(config.ray, token_path=ray_token, scratch=scratch, folder=folder, mark=mark)
-        report("compiling kernels (only the first time)" if not _compiled() else "loading kernels")
-        _finish_warm_up(warmed, folder)
+        report("loading kernels")
+        _finish_warm_up(warmed, folder, report)
         runtime = Runtime(
             addresses=(),
             token_path=str(fabric_token),
@@ -99,8 +110,8 @@ def start(
             scratch=str(scratch),
             tls_ca=config.tls.trusted,
         )
-        report(f"starting {config.server.servers} servers")
-        runtime = _start_actors(runtime, config)
+        report("starting the controller")
+        runtime = _start_actors(runtime, config, report)
         write_runtime(runtime, target)
         return runtime
     except BaseException:
@@ -134,19 +145,18 @@ def _warm_up(folder: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _compiled() -> bool:
-    return any(kernel_cache().rglob("*.nbi"))
-
-
-def _finish_warm_up(process: subprocess.Popen[bytes], folder: Path) -> None:
-    try:
-        status = process.wait(START_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+def _finish_warm_up(process: subprocess.Popen[bytes], folder: Path, report: Report) -> None:
+    status: int | None = None
+    for wait in (LOADING_S, KERNELS_TIMEOUT_S):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(wait)
+            break
+        if wait == LOADING_S:
+            report("compiling kernels: takes minutes, the first time and after an update")
+    if status is None:
         process.kill()
         process.wait()
-        raise StartError(
-            f"the kernels did not compile within {START_TIMEOUT_S:.0f} s; see {folder}/kernels.log"
-        ) from None
+        raise StartError(f"the kernels did not compile within {KERNELS_TIMEOUT_S:.0f} s; see {folder}/kernels.log")
     if status:
         raise StartError(f"the kernels did not compile (status {status}); see {folder}/kernels.log")
 
@@ -156,7 +166,7 @@ def _python_path() -> str:
     return f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)
 
 
-def _start_actors(runtime: Runtime, config: Config) -> Runtime:
+def _start_actors(runtime: Runtime, config: Config, report: Report) -> Runtime:
     """Start the controller, which starts the servers; the runtime with what they tell."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -189,7 +199,7 @@ def _start_actors(runtime: Runtime, config: Config) -> Runtime:
             scheduling_strategy=here, runtime_env={"env_vars": environment},
         ).remote(setup)  # fmt: skip
         try:
-            status: dict[str, Any] = ray.get(controller.start.remote(), timeout=START_TIMEOUT_S)
+            status = _started(controller, config.server.servers, report)
         except (ray.exceptions.RayError, TimeoutError) as error:
             ray.kill(controller)
             raise StartError(f"the servers did not start: {_cause(error)} (logs: {runtime.state}/logs)") from None
@@ -200,6 +210,26 @@ def _start_actors(runtime: Runtime, config: Config) -> Runtime:
 
 
 NAMESPACE = "embring"
+
+
+def _started(controller: Any, servers: int, report: Report) -> dict[str, Any]:
+    """The controller's status once every server is in the view; a line for each step. Raises RayError, TimeoutError."""
+    import ray
+
+    begun = controller.start.remote()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    seen = -1
+    while time.monotonic() < deadline:
+        done, _ = ray.wait([begun], timeout=PROGRESS_S)
+        if done:
+            break
+        asked, _ = ray.wait([controller.status.remote()], timeout=PROGRESS_S)
+        up = sum(s["state"] == "alive" for s in ray.get(asked[0])["servers"]) if asked else seen
+        if up != seen:
+            report(f"starting servers: {up} of {servers} are up")
+            seen = up
+    status: dict[str, Any] = ray.get(begun, timeout=max(0.0, deadline - time.monotonic()))
+    return status
 
 
 def _cause(error: BaseException) -> str:

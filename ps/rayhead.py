@@ -8,11 +8,15 @@ What Ray does by itself, and what is done about it here:
   marked ones are ended.
 * After SIGTERM it waits up to 30 s for detached actors to go: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0.
 * Every process ends 60 s after the head died: RAY_gcs_rpc_server_reconnect_timeout_s is raised.
+* Of a node that was given no CPUs it starts one process at a time: RAY_worker_maximum_startup_concurrency.
+* It gives its own processes 30 to 60 s to come up, too little on a busy host: the variables are raised, and where there
+  is none (the node's own registration) the head is started once more.
 """
 
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +33,9 @@ MARK = "EMBRING_MARK"
 """Environment variable that every process of one cluster inherits from its Ray head."""
 
 MIB = 2**20
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
+RAYS_OWN_S = 25.0
+"""A head that ends by itself after so long has met a deadline of Ray's; one that ends sooner, another trouble."""
 
 
 class StartError(EmbringError):
@@ -62,6 +68,10 @@ def ray_environment(config: RayConfig, token_path: str | Path) -> dict[str, str]
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_enable_worker_prestart": "0",
+        "RAY_worker_maximum_startup_concurrency": str(max(2, os.cpu_count() or 2)),
+        "RAY_worker_register_timeout_seconds": f"{START_TIMEOUT_S:.0f}",
+        "RAY_agent_register_timeout_ms": f"{START_TIMEOUT_S * 1000:.0f}",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": f"{START_TIMEOUT_S:.0f}",
     }
 
 
@@ -70,6 +80,17 @@ def start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: Pa
 
     scratch: short folder for Ray's sockets. mark: told to every process (see MARK).
     """
+    begun = time.monotonic()
+    try:
+        return _start_head(config, token_path=token_path, scratch=scratch, folder=folder, mark=mark)
+    except StartError:
+        if time.monotonic() - begun < RAYS_OWN_S:
+            raise
+    shutil.rmtree(scratch / "ray", ignore_errors=True)
+    return _start_head(config, token_path=token_path, scratch=scratch, folder=folder, mark=mark)
+
+
+def _start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: Path, mark: str) -> Head:
     log = folder / "logs" / "ray.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     address_file = scratch / "ray" / "ray_current_cluster"

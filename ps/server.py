@@ -25,7 +25,7 @@ from ps.loop import LoopThread
 from ps.wire import raise_error
 
 ADMIN_TIMEOUT_S = 60.0
-OPEN_TIMEOUT_S = 110.0
+OPEN_TIMEOUT_S = 280.0
 MEMORY_SHARE = 0.7
 """Of a host's memory, what its servers may fill together unless memory_max_mib says otherwise."""
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from ps.errors import ConfigError
 from router.settings import build, read_toml, setting
 
-ACTOR_PREFIX = "router:"
-"""Of a router's name in Ray, where servers and the controller have names of their own."""
-
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 import ps
 from ps.errors import ConfigError, EmbringError
-from router.config import ACTOR_PREFIX, RouterSettings
+from router.config import RouterSettings
 from router.grpc_door import serve_grpc
 from router.http_door import serve_http
 from router.metrics import RouterMetrics
@@ -40,13 +40,14 @@ log = logging.getLogger("embring.router")
 class RouterSetup:
     """What a router is told when it starts.
 
-    models_dir: the model repository. addresses, token, tls_ca: of the servers that hold the tables; tls_ca is "" where
-    they speak plain TCP. namespace: of the cluster in Ray. host: where both doors listen; a port of 0 is chosen by the
-    system. patient: whether to wait, doors open and not ready, for tables that are still to be made. lives: a file that
-    counts its lives. root: where the starter's modules came from. log: its log file.
+    actor, namespace: its name in Ray and the cluster's. models_dir: the model repository. addresses, token, tls_ca: of
+    the servers that hold the tables; tls_ca is "" where they speak plain TCP. host: where both doors listen; a port of
+    0 is chosen by the system. patient: whether to wait, doors open and not ready, for tables that are still to be made.
+    lives: a file that counts its lives. root: where the starter's modules came from. log: its log file.
     """
 
     name: str
+    actor: str
     models_dir: str
     addresses: tuple[str, ...]
     token: str = field(repr=False)
@@ -224,7 +225,7 @@ def _begun(actor: Any) -> tuple[dict[str, Any], str]:
 
 def _actor(setup: RouterSetup, environment: Mapping[str, str]) -> Any:
     return RouterActor.options(
-        name=ACTOR_PREFIX + setup.name,
+        name=setup.actor,
         namespace=setup.namespace,
         lifetime="detached",
         max_restarts=-1,

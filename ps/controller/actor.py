@@ -37,7 +37,7 @@ from ps.wire import error_fields
 
 NAME = "controller"
 ADMIN_TIMEOUT_S = 60.0
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 330.0
 
 log = logging.getLogger("embring.controller")
 

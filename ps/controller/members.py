@@ -22,7 +22,7 @@ from ps.server import ServerActor, Setup
 
 log = logging.getLogger("embring.members")
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 INSTALL_TIMEOUT_S = 30.0
 
 

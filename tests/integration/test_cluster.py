@@ -79,7 +79,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     # Over TLS, but for the Unix sockets; the last test has a cluster without it.
     tls = certificate(here.home / "tls", "127.0.0.1")
     (here.home / "cluster.toml").write_text(f"[tls]\ncertificate = {tls.certificate!r}\nkey = 'tls/key.pem'\n")
-    here.embring("up", "--servers", "3", "--config", "cluster.toml")
+    told = here.embring("up", "--servers", "3", "--config", "cluster.toml").stderr.splitlines()
+    assert told[:3] == ["starting Ray", "loading kernels", "starting the controller"] or "compiling" in told[2]
     yield here
     here.embring("down", "--yes")
 

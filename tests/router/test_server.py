@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from router.http_client import request_json
 from router.server import RouterServer, RouterSetup
 
 LIMIT_S = 60.0
+STATUS = {"servers": [{"addresses": ["tcp:h:2"]}, {"addresses": ["tcp:h:3"]}]}
+"""Of a cluster whose servers have begun again since the router was set up."""
 
 
 class Cluster:
@@ -33,6 +36,14 @@ class Cluster:
         self.asked: list[tuple[Any, ...]] = []
         monkeypatch.setattr(ps.AsyncClient, "connect", self.connect)
         monkeypatch.setattr(server, "RETRY_S", 0.01)
+        # grpc.aio serves one event loop of a process well, and a test has several.
+        monkeypatch.setattr(server, "serve_grpc", self.serve)
+        controller = SimpleNamespace(admin=SimpleNamespace(remote=lambda verb, fields: {"ok": STATUS}))
+        ray = SimpleNamespace(get_actor=lambda name, namespace: controller, get=lambda answer, timeout: answer)
+        monkeypatch.setattr(server, "ray", ray)
+
+    async def serve(self, router: object, host: str, port: int) -> SimpleNamespace:
+        return SimpleNamespace(port=1, stop=nothing)
 
     async def connect(self, addresses: tuple[str, ...], token: str, tls: str) -> FakeClient:
         self.asked.append((addresses, token, tls))
@@ -40,12 +51,12 @@ class Cluster:
             self.refusals -= 1
             raise NotApplied("nobody answers")
         client = FakeClient(self.dims)
-
-        async def close() -> None:
-            return None
-
-        client.close = close  # type: ignore[attr-defined]
+        client.close = nothing  # type: ignore[attr-defined]
         return client
+
+
+async def nothing() -> None:
+    """Stop, or close, what needs neither."""
 
 
 def started(setup: RouterSetup) -> RouterServer:
@@ -64,9 +75,10 @@ def setup(folder: Path, patient: bool = True, port: int = 0) -> RouterSetup:
     if not (folder / "models").exists():
         publish(folder / "models")
     return RouterSetup(
-        name="router-0", models_dir=str(folder / "models"), addresses=("tcp:h:1",), token="t", tls_ca="/ca",
-        namespace="n", host="127.0.0.1", grpc_port=0, http_port=port, patient=patient, lives=str(folder / "lives"),
-        root=str(Path(server.__file__).parents[1]), log=str(folder / "log"), settings=RouterSettings(),
+        name="router-0", actor="router:router-0", namespace="n", models_dir=str(folder / "models"),
+        addresses=("tcp:h:1",), token="t", tls_ca="/ca", host="127.0.0.1", grpc_port=0, http_port=port,
+        patient=patient, lives=str(folder / "lives"), log=str(folder / "log"),
+        root=str(Path(server.__file__).parents[1]), settings=RouterSettings(),
     )  # fmt: skip
 
 
@@ -134,6 +146,9 @@ def test_a_first_life_that_cannot_open_its_doors_gives_up_and_a_later_one_does_n
         until(lambda: "address already in use" in again.status()["waiting"], "the third try")
     until(lambda: again.status()["state"] == "serving", "the port to be free")
     assert again.status()["http"] == f"127.0.0.1:{port}"
+    first, *later = cluster.asked
+    assert first[0] == ("tcp:h:1",)
+    assert {addresses for addresses, *_ in later} == {("tcp:h:2", "tcp:h:3")}
     assert router.status()["state"] == "waiting"
 
 
