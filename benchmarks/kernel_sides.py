@@ -12,7 +12,7 @@ from hashring.planner import CreateTable, Join, plan
 from hashring.view import Server, View
 from ps.arena import Arena
 from ps.kernels import index, pool, prefetch
-from ps.share import PullShare, PushShare
+from ps.share import PullShare, PushShare, features_of
 from ps.slots import OWNER
 from ps.spec import SGD, TableSpec
 from ps.store import Store, StoreLimits
@@ -38,22 +38,19 @@ def change(
     store: Store, name: str, ids: NDArray[np.int64], rows: NDArray[np.float32], sequence: int, kind: str = "assign"
 ) -> None:
     """Assign rows to ids (or push gradients) of one table."""
-    one = _number(store, name)
-    bags = np.array([len(ids)], np.int32)
-    store.push(PushShare(1, sequence, kind, one, bags, ids, rows.reshape(-1)))  # type: ignore[arg-type]
+    lines = features_of([_number(store, name)], [len(ids)])
+    store.push(PushShare(1, sequence, kind, lines, ids, rows.reshape(-1)))  # type: ignore[arg-type]
 
 
 def pooled_share(store: Store, name: str, ids: NDArray[np.int64], offsets: NDArray[np.int64]) -> PullShare:
     """A request for the sums of bags of one table."""
-    one = _number(store, name)
-    zero, bags = np.zeros(1, np.uint8), np.array([len(offsets) - 1], np.int32)
-    return PullShare(one, bags, zero, zero, ids, offsets)
+    return PullShare(features_of([_number(store, name)], [len(offsets) - 1]), ids, offsets)
 
 
-def _number(store: Store, name: str) -> NDArray[np.int32]:
+def _number(store: Store, name: str) -> int:
     table = store.view.table(name) if store.view else None
     assert table is not None, f"the store has no table {name}"
-    return np.array([table.number], np.int32)
+    return table.number
 
 
 @njit(nogil=True, cache=True)
@@ -110,7 +107,11 @@ class KernelBench:
         """Rows of a share's ids: what the lookup alone does."""
         work = self.store.held.registry.plan(share)
         slots, rows = np.empty(len(work.ids), np.int32), np.empty(len(work.ids), np.int32)
-        bad = index.find(work.plan, work.ids, self.store.held.slots.roles, OWNER, self.arena.index, slots, rows)
+        known = self.arena.index
+        bad = index.find(
+            work.plan, 0, work.ids, self.store.held.slots.roles, OWNER,
+            known.directory, known.nodes, known.entries, slots, rows,
+        )  # fmt: skip
         assert bad < 0
         return rows
 
@@ -122,7 +123,7 @@ class KernelBench:
         """Pooling alone, from known rows."""
         work, arena = self.store.held.registry.plan(asked.share), self.arena
         rest = (arena.values, arena.initial, arena.defaults, asked.out.reshape(-1))
-        pool.pool_bags(work.plan, work.offsets, work.weights, work.ids, asked.rows, *rest)
+        pool.pool_bags(work.plan, 0, work.offsets, work.weights, work.ids, asked.rows, *rest)
         return asked.out
 
     def by_torch(self, asked: Question) -> NDArray[np.float32]:

@@ -26,8 +26,7 @@ from ps.errors import NotApplied, RequestError
 from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
 from ps.fabric.protocol import Welcome
 from ps.rowblock import RowBlock, Watermark
-from ps.share import PullShare
-from ps.spec import DIM_MAX, TableSpec
+from ps.spec import TableSpec
 from ps.store import Store, StoreStatistics
 from ps.wire import (
     FrameLimits,
@@ -261,21 +260,9 @@ class Service:
     def _pull(self, request: Message) -> Result:
         self._serving()
         share = pull_share(request.fields, request.arrays)
-        self._check_reply(share)
-        reply = self.store.pull(share)
+        reply = self.store.pull(share, self.listener.frame_limits.body_max // 4)
         self._absent_ids += reply.absent
         return {"absent": reply.absent}, {"rows": reply.rows}
-
-    def _check_reply(self, share: PullShare) -> None:
-        """RequestError, before anything is allocated, for a pull whose rows no frame could carry."""
-        bags = len(share.ids) if share.offsets is None else len(share.offsets) - 1
-        limit = self.listener.frame_limits.body_max
-        if bags * DIM_MAX * 4 <= limit:
-            return
-        dims = {table.number: int(str(table.spec["dim"])) for table in self.view.tables}
-        size = 4 * sum(n * dims.get(t, 0) for t, n in zip(share.tables.tolist(), share.bags.tolist(), strict=True))
-        if size > limit:
-            raise RequestError(f"the rows asked for have {size} bytes; one reply has at most {limit}: ask in parts")
 
     def _push(self, request: Message) -> Result:
         self._serving()

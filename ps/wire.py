@@ -26,9 +26,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import ERRORS, EmbringError, RequestError, SlotsLost, WrongView
-from ps.ragged import check_offsets
-from ps.share import MAX, PullShare, PushShare
-from ps.spec import ABSENT_CODES
+from ps.share import FEATURE_COLUMNS, PullShare, PushShare
 
 Buffer = bytes | bytearray | memoryview
 """What frames are read from and written to."""
@@ -47,7 +45,10 @@ ALIGN_FROM = 4096
 _CODES = ("|u1", "|i1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 DTYPES = {code: np.dtype(code) for code in _CODES}
 """Every type that an array in a frame may have, by its code in the header."""
+_INT32 = DTYPES["<i4"]
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+
+_GAPS = [bytes(n) for n in range(ALIGNMENT)]
 
 LENGTH_MAX = 2**30
 """No side of an array is this long. Two of them and 8 bytes stay below what numpy can count, in empty arrays too."""
@@ -119,9 +120,8 @@ def encode(message: Message, limits: FrameLimits = LIMITS) -> list[Buffer]:
         described.append((name, code, array.shape))
         size = array.nbytes
         if size:
-            gap = -at % ALIGNMENT
-            if gap:
-                chunks.append(bytes(gap))
+            if gap := -at % ALIGNMENT:
+                chunks.append(_GAPS[gap])
             chunks.append(array)
             at += gap + size
     header = msgpack.packb((message.op, message.request, message.fields, described))
@@ -281,7 +281,7 @@ def vector(arrays: Mapping[str, NDArray[Any]], name: str, dtype: str) -> NDArray
     array = arrays.get(name)
     if array is None:
         raise RequestError(f"array {name!r} is missing")
-    if array.ndim != 1 or array.dtype.str != dtype:
+    if array.ndim != 1 or array.dtype != DTYPES[dtype]:
         raise RequestError(f"array {name!r} is {array.dtype.str}{array.shape}; it must be {dtype}, one-dimensional")
     return array
 
@@ -290,39 +290,24 @@ def vector(arrays: Mapping[str, NDArray[Any]], name: str, dtype: str) -> NDArray
 
 
 def _features(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """The arrays that both kinds of share have, checked against each other."""
-    tables, bags, ids = vector(arrays, "tables", "<i4"), vector(arrays, "bags", "<i4"), vector(arrays, "ids", "<i8")
-    if len(tables) != len(bags):
-        raise RequestError(f"the share has {len(tables)} tables and {len(bags)} counts of bags; they must be as many")
-    if len(bags) and bags.min() < 0:
-        raise RequestError(f"bags has {bags.min()}; every count must be 0 or more")
-    total = int(bags.sum(dtype=np.int64))
-    offsets = weights = None
-    if "offsets" in arrays:
-        offsets = vector(arrays, "offsets", "<i8")
-        check_offsets(offsets, len(ids))
-        if len(offsets) - 1 != total:
-            raise RequestError(f"offsets describe {len(offsets) - 1} bags; bags sum to {total}")
-    elif len(ids) != total:
-        raise RequestError(f"the share has {len(ids)} ids; bags sum to {total}")
-    if "weights" in arrays:
-        weights = vector(arrays, "weights", "<f4")
-        if len(weights) != len(ids):
-            raise RequestError(f"the share has {len(weights)} weights; it must have one for each of its {len(ids)} ids")
-        if not np.isfinite(weights).all():
-            raise RequestError(f"weights[{int(np.argmin(np.isfinite(weights)))}] is not finite; every weight must be")
-    return {"tables": tables, "bags": bags, "ids": ids, "offsets": offsets, "weights": weights}
+    """The arrays that both kinds of share have, by their types; a store checks what is in them."""
+    features = arrays.get("features")
+    if features is None:
+        raise RequestError("array 'features' is missing")
+    if features.ndim != 2 or features.dtype != _INT32 or features.shape[1] != FEATURE_COLUMNS:
+        raise RequestError(
+            f"array 'features' is {features.dtype.str}{features.shape}; it must be <i4, {FEATURE_COLUMNS} columns wide"
+        )
+    return {
+        "features": features,
+        "ids": vector(arrays, "ids", "<i8"),
+        "offsets": vector(arrays, "offsets", "<i8") if "offsets" in arrays else None,
+        "weights": vector(arrays, "weights", "<f4") if "weights" in arrays else None,
+    }
 
 
-def _codes(arrays: Mapping[str, NDArray[Any]], name: str, features: int, highest: int) -> NDArray[np.uint8]:
-    codes = vector(arrays, name, "|u1")
-    if len(codes) != features or (features and codes.max() > highest):
-        raise RequestError(f"{name} must be one code from 0 to {highest} for each of the {features} features")
-    return codes
-
-
-def _share_arrays(share: PullShare | PushShare, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    arrays = {name: getattr(share, name) for name in names}
+def _share_arrays(share: PullShare | PushShare) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"features": share.features, "ids": share.ids}
     if share.offsets is not None:
         arrays["offsets"] = share.offsets
     if share.weights is not None:
@@ -332,27 +317,22 @@ def _share_arrays(share: PullShare | PushShare, names: tuple[str, ...]) -> dict[
 
 def pull_message(share: PullShare) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """(fields, arrays) of a pull."""
-    return {}, _share_arrays(share, ("tables", "bags", "modes", "absent", "ids"))
+    return {}, _share_arrays(share)
 
 
 def pull_share(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> PullShare:
-    """The share of a pull, its arrays checked against each other; RequestError in one sentence."""
-    common = _features(arrays)
-    features = len(common["tables"])
-    modes = _codes(arrays, "modes", features, MAX)
-    if common["weights"] is not None and features and modes.max() == MAX:
-        raise RequestError("weights go with sums only; a feature of the share asks for a maximum")
-    return PullShare(modes=modes, absent=_codes(arrays, "absent", features, max(ABSENT_CODES.values())), **common)
+    """The share of a pull; RequestError in one sentence where its arrays are of other types."""
+    return PullShare(**_features(arrays))
 
 
 def push_message(share: PushShare) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """(fields, arrays) of a push, an assignment or a deletion."""
     fields = {"client": share.client, "sequence": share.sequence, "kind": share.kind, "lr_scale": share.lr_scale}
-    return fields, _share_arrays(share, ("tables", "bags", "ids", "rows"))
+    return fields, {**_share_arrays(share), "rows": share.rows}
 
 
 def push_share(fields: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> PushShare:
-    """The share of a push, its arrays checked against each other; RequestError in one sentence."""
+    """The share of a push; RequestError in one sentence where a field or the type of an array is not as it must be."""
     kind = fields.get("kind")
     if kind not in ("push", "assign", "delete"):
         raise RequestError(f'kind is {str(kind)[:40]!r}; it must be "push", "assign" or "delete"')

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.errors import RequestError
+from ps.kernels.batch import first_bad_offset
 from ps.kernels.merge import MAX, MEAN, SUM
-from ps.kernels.split import first_bad_offset
 from ps.ragged import RaggedIds, as_ids, check_offsets
 from ps.spec import ABSENT_CODES
 
@@ -23,7 +23,7 @@ NO_WEIGHTS = np.empty(0, np.float32)
 _INT64 = np.dtype(np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """The ids of a request, all features one behind another; the symbols are those of kernels/split.py.
 

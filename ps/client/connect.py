@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ps.errors import ConfigError
 from ps.fabric.address import parse_address
 from ps.fabric.tls import CA, trusting
-from ps.kernels import merge, split
+from ps.kernels import batch, merge, split
 from ps.runtime import read_runtime, read_token
 
 ADDRESS = "EMBRING_ADDRESS"
@@ -45,6 +45,7 @@ def where(
 
 def prepare() -> None:
     """Have the client's kernels ready before any deadline runs: their first use on a machine takes seconds."""
+    batch.warmup()
     split.warmup()
     merge.warmup()
 

@@ -251,7 +251,10 @@ class Core:
         """Adopt the view of one server; its error where it gave none."""
 
         def absorb(_: int, reply: Message) -> None:
-            self.adopt(view_of(reply.fields, reply.arrays))
+            view = view_of(reply.fields, reply.arrays)
+            if view.epoch == 0:
+                raise NotApplied("the server has no view yet: it has just started")
+            self.adopt(view)
 
         failures = yield Ask(servers, [Call(s, s, "view", {}, {})], absorb, self.attempt_until(until))
         return failures.get(s)

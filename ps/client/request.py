@@ -4,7 +4,7 @@ A request is split, its calls are sent by whoever drives it, replies are absorbe
 split again: the ids that were answered are left out, so that every id is pooled, or pushed, exactly once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,20 @@ from numpy.typing import NDArray
 from ps.client.batch import NO_WEIGHTS, Batch
 from ps.client.routing import Features, Routing
 from ps.errors import EmbringError, RequestError, SlotsLost
-from ps.kernels.merge import MAX, SUM, finish, first_not_finite, gather, merge
+from ps.kernels.merge import MAX, finish, first_not_finite, gather, merge, place_bags
 from ps.kernels.split import ROWS, Split, split
-from ps.share import PullShare, PushKind, PushShare
-from ps.wire import Message, pull_message, push_message
+from ps.share import ABSENT, BAGS, MODE, TABLE, PushKind
+from ps.wire import Message
 
 NONE_DONE = np.empty(0, np.uint8)
+
+UNDIVIDED_MAX = 512
+"""Ids of a pull that is sent as it is where one server can answer it: up to here, to split costs more than it saves."""
+
 _FLOAT32 = np.dtype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One message for one server (its index in the view). `key` names the call in what comes of it."""
 
@@ -34,24 +38,18 @@ class Call:
     arrays: dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Places:
     """Where the bags of each feature lie in a flat array of rows: from float places[f], `dims[f]` floats each."""
 
     places: NDArray[np.int64]
     total: int
-    bags: int
 
     @classmethod
-    def of(cls, starts: NDArray[np.int64], dims: Sequence[int]) -> "Places":
+    def of(cls, starts: NDArray[np.int64], dims: NDArray[np.int64]) -> "Places":
         """Feature behind feature, bag behind bag."""
-        at = last = 0
-        places = []
-        for start, dim in zip(starts.tolist()[1:], dims, strict=True):
-            places.append(at)
-            at += (start - last) * dim
-            last = start
-        return cls(np.array(places, np.int64), at, last)
+        places = np.empty(len(dims), np.int64)
+        return cls(places, place_bags(starts, dims, places))
 
 
 class _Request:
@@ -65,13 +63,15 @@ class _Request:
         features: Features,
         modes: NDArray[np.uint8],
         policy: NDArray[np.uint8],
+        lines: NDArray[np.int32],
         where: Places | None,
     ) -> None:
         self.batch = batch
         self.features = features
         self.modes = modes
         self.policy = policy
-        self.where = where or Places.of(batch.starts, features.dim_list)
+        self.where = where or Places.of(batch.starts, features.dims)
+        self._lines = lines
         self.done = NONE_DONE
         self.asked: list[int] = []
         self._split: Split | None = None
@@ -79,34 +79,31 @@ class _Request:
     def _plan(self, routing: Routing, readers: NDArray[np.int16], load: NDArray[np.float64]) -> Split:
         """Split what is not done over the servers that answer for it; SlotsLost where nobody does."""
         batch = self.batch
-        features = self.features = self._same_tables(routing)
+        features = self._same_tables(routing)
         plan = self._split = split(
-            batch.ids,
-            batch.starts,
-            batch.offsets,
-            batch.weights,
-            self.done,
-            features.seeds,
-            features.firsts,
-            features.shifts,
-            readers,
-            load,
-            self.policy,
-        )
+            batch.ids, batch.starts, batch.offsets, batch.weights, self.done,
+            features.seeds, features.firsts, features.shifts, self._lines, readers, load, self.policy,
+        )  # fmt: skip
         if plan.lost >= 0:
             raise SlotsLost(
                 f"slot {plan.lost} has no living owner: its rows are gone until a restore or an explicit acceptance",
                 [plan.lost],
             )
-        starts = plan.id_start.tolist()
+        self._cuts = plan.starts.tolist()
+        starts = self._cuts[0]
         self.asked = [s for s in range(len(starts) - 1) if starts[s + 1] > starts[s]]
         return plan
 
     def _same_tables(self, routing: Routing) -> Features:
         """The tables by their numbers in this view; a table made anew under the name must have the same width."""
         features = routing.features(self.batch.names)
-        if features.dim_list != self.features.dim_list:
-            raise RequestError(f"a table of {', '.join(self.batch.names[:5])} was made anew with another dim meanwhile")
+        if features is not self.features:
+            if features.dim_list != self.features.dim_list:
+                names = ", ".join(self.batch.names[:5])
+                raise RequestError(f"a table of {names} was made anew with another dim meanwhile")
+            self._lines = self._lines.copy()
+            self._lines[:, TABLE] = features.lines[:, TABLE]
+            self.features = features
         return features
 
     def answered(self, failed: Iterable[int]) -> None:
@@ -116,12 +113,21 @@ class _Request:
         again = np.isin(plan.servers, list(failed))
         self.done = np.where(again, np.uint8(0), np.uint8(1))
 
-    def _part(self, plan: Split, s: int, weighted: bool) -> tuple[slice, NDArray[np.int64] | None]:
-        """Server s's ids, and its offsets unless every bag has one id and no weights."""
-        span = slice(plan.id_start[s], plan.id_start[s + 1])
-        low, high = plan.bag_start[s], plan.bag_start[s + 1]
-        single = not weighted and high - low == span.stop - span.start
-        return span, None if single else plan.offsets[low + s : high + s + 1]
+    def _part(self, plan: Split, s: int, weighted: bool) -> dict[str, NDArray[Any]]:
+        """The arrays of server s's share; offsets are left out where every bag has one id and no weight."""
+        (low, high), (first, last) = self._cuts[0][s : s + 2], self._cuts[1][s : s + 2]
+        arrays: dict[str, NDArray[Any]] = {"features": plan.features[s], "ids": plan.ids[low:high]}
+        if weighted or last - first != high - low:
+            arrays["offsets"] = plan.offsets[first + s : last + s + 1]
+        if weighted:
+            arrays["weights"] = plan.weights[low:high]
+        return arrays
+
+    def _edges(self, plan: Split, s: int) -> tuple[NDArray[Any], ...]:
+        """Server s's lines, and its edges: how many of each feature, bags, rows, weights."""
+        low, high = self._cuts[2][s : s + 2]
+        weights = plan.edge_weight[low:high] if len(plan.edge_weight) else NO_WEIGHTS
+        return plan.features[s], plan.edges[s], plan.edge_bag[low:high], plan.edge_row[low:high], weights
 
 
 class PullRequest(_Request):
@@ -140,71 +146,77 @@ class PullRequest(_Request):
         any_max = modes is not features.zeros and bool((modes == MAX).any())
         mixed = any_max and batch.weights.size > 0
         policy = np.full(len(modes), ROWS, np.uint8) if mixed else features.zeros
-        super().__init__(batch, features, modes, policy, where)
+        lines = features.lines
+        if any_max or absent is not None:
+            lines = lines.copy()
+            lines[:, MODE] = modes == MAX
+            if absent is not None:
+                lines[:, ABSENT] = absent
+        super().__init__(batch, features, modes, policy, lines, where)
+        self._mixed = mixed
         self._weights_travel = batch.weights.size > 0 and not mixed
-        self._absent = features.absent if absent is None else np.full(len(modes), absent, np.uint8)
-        self._share_modes = np.where(modes == MAX, np.uint8(MAX), np.uint8(SUM)) if any_max else features.zeros
         self.out = np.empty(self.where.total, np.float32) if out is None else out
-        self._touched = np.zeros(self.where.bags, np.uint8)
+        self._touched = np.zeros(batch.bags, np.uint8)
+        self._undivided = False
         self.absent = 0
 
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
         """The calls to make; servers in `left_out` are asked only for what nobody else has."""
+        self._undivided = False
+        if len(self.batch.ids) <= UNDIVIDED_MAX and not len(self.done) and not self._mixed:
+            able = self._same_tables(routing).covering - left_out
+            if able:
+                return [self._whole(min(able, key=load.__getitem__), routing.epoch)]
         plan = self._plan(routing, routing.readers_without(left_out), load)
-        calls = []
-        for s in self.asked:
-            span, offsets = self._part(plan, s, self._weights_travel)
-            share = PullShare(
-                tables=self.features.numbers,
-                bags=plan.bags[s],
-                modes=self._share_modes,
-                absent=self._absent,
-                ids=plan.ids[span],
-                offsets=offsets,
-                weights=plan.weights[span] if self._weights_travel else None,
-            )
-            fields, arrays = pull_message(share)
-            fields["epoch"] = routing.epoch
-            calls.append(Call(s, s, "pull", fields, arrays))
-        return calls
+        weighted = self._weights_travel
+        return [Call(s, s, "pull", {"epoch": routing.epoch}, self._part(plan, s, weighted)) for s in self.asked]
+
+    def _whole(self, server: int, epoch: int) -> Call:
+        """The call of a pull that one server answers alone."""
+        self._undivided = True
+        batch = self.batch
+        lines = self._lines.copy()
+        lines[:, BAGS] = batch.starts[1:] - batch.starts[:-1]
+        arrays: dict[str, NDArray[Any]] = {"features": lines, "ids": batch.ids}
+        if len(batch.offsets):
+            arrays["offsets"] = batch.offsets
+        if self._weights_travel:
+            arrays["weights"] = batch.weights
+        return Call(server, server, "pull", {"epoch": epoch}, arrays)
+
+    def answered(self, failed: Iterable[int]) -> None:
+        """The calls are over, and those to the `failed` servers are to be made again."""
+        if not self._undivided:
+            super().answered(failed)
 
     def absorb(self, server: int, reply: Message) -> None:
         """Merge a server's rows; EmbringError where they are not what was asked for."""
-        plan = self._split
-        assert plan is not None
         rows = reply.arrays.get("rows")
         if rows is None or rows.dtype != _FLOAT32 or rows.ndim != 1:
             raise EmbringError(f"a server sent {'no' if rows is None else rows.dtype} rows; they must be flat float32")
-        edges = slice(plan.edge_start[server], plan.edge_start[server + 1])
+        if self._undivided:
+            if len(rows) != len(self.out):
+                raise EmbringError(f"a server sent {len(rows)} floats; {len(self.out)} were asked for")
+            self.out[:] = rows
+            self._touched[:] = 1
+            self.absent += int(reply.fields.get("absent", 0))
+            return
+        plan = self._split
+        assert plan is not None
         merged = merge(
-            rows,
-            plan.bags[server],
-            plan.edges[server],
-            plan.edge_bag[edges],
-            plan.edge_row[edges],
-            plan.edge_weight[edges] if plan.edge_weight.size else NO_WEIGHTS,
-            self.batch.starts,
-            self.where.places,
-            self.features.dims,
-            self.modes,
-            self._touched,
-            self.out,
-        )
+            rows, *self._edges(plan, server), self.batch.starts, self.where.places, self.features.dims, self.modes,
+            self._touched, self.out,
+        )  # fmt: skip
         if not merged:
-            raise EmbringError(f"a server sent {rows.size} floats for {plan.bags[server].sum()} bags")
+            raise EmbringError(f"a server sent {rows.size} floats for {plan.features[server, :, BAGS].sum()} bags")
         self.absent += int(reply.fields.get("absent", 0))
 
     def finish(self) -> NDArray[np.float32]:
         """All rows, flat: empty bags are zeros, means divided."""
         finish(
-            self.batch.offsets,
-            self.batch.starts,
-            self.where.places,
-            self.features.dims,
-            self.modes,
-            self._touched,
+            self.batch.offsets, self.batch.starts, self.where.places, self.features.dims, self.modes, self._touched,
             self.out,
-        )
+        )  # fmt: skip
         return self.out
 
 
@@ -225,7 +237,7 @@ class PushRequest(_Request):
         done: NDArray[np.uint8] = NONE_DONE,
     ) -> None:
         policy = np.full(len(modes), ROWS, np.uint8) if kind == "delete" else features.zeros
-        super().__init__(batch, features, modes, policy, None)
+        super().__init__(batch, features, modes, policy, features.lines, None)
         self._kind: PushKind = kind
         self._rows = rows
         self._lr_scale = lr_scale
@@ -237,46 +249,26 @@ class PushRequest(_Request):
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
         """The calls to make, to primaries alone."""
         plan = self._plan(routing, routing.primaries, load)
-        calls = []
-        for s in self.asked:
-            span, offsets = self._part(plan, s, plan.weights.size > 0)
-            share = PushShare(
-                client=self.client,
-                sequence=self.sequence,
-                kind=self._kind,
-                tables=self.features.numbers,
-                bags=plan.bags[s],
-                ids=plan.ids[span],
-                rows=self._rows_of(plan, s),
-                offsets=offsets,
-                weights=plan.weights[span] if plan.weights.size else None,
-                lr_scale=self._lr_scale,
-            )
-            fields, arrays = push_message(share)
-            fields["epoch"] = routing.epoch
-            calls.append(Call(s, s, "push", fields, arrays))
-        return calls
+        fields = {
+            "client": self.client,
+            "sequence": self.sequence,
+            "kind": self._kind,
+            "lr_scale": self._lr_scale,
+            "epoch": routing.epoch,
+        }
+        return [
+            Call(s, s, "push", fields, {**self._part(plan, s, len(plan.weights) > 0), "rows": self._rows_of(plan, s)})
+            for s in self.asked
+        ]
 
     def _rows_of(self, plan: Split, s: int) -> NDArray[np.float32]:
         if self._kind == "delete":
             return NO_WEIGHTS
-        rows = np.empty(int(plan.bags[s] @ self.features.dims), np.float32)
-        edges = slice(plan.edge_start[s], plan.edge_start[s + 1])
+        rows = np.empty(int(plan.features[s, :, BAGS] @ self.features.dims), np.float32)
         gather(
-            self._rows,
-            plan.bags[s],
-            plan.edges[s],
-            plan.edge_bag[edges],
-            plan.edge_row[edges],
-            plan.edge_weight[edges] if plan.edge_weight.size else NO_WEIGHTS,
-            self.batch.offsets,
-            self.batch.starts,
-            self.where.places,
-            self.features.dims,
-            self.modes,
-            self._kind == "assign",
-            rows,
-        )
+            self._rows, *self._edges(plan, s), self.batch.offsets, self.batch.starts, self.where.places,
+            self.features.dims, self.modes, self._kind == "assign", rows,
+        )  # fmt: skip
         return rows
 
     def absorb(self, server: int, reply: Message) -> None:
@@ -290,7 +282,7 @@ def check_finite(values: NDArray[np.float32], batch: Batch, features: Features, 
     at = first_not_finite(values)
     if at < 0:
         return
-    where = Places.of(batch.starts, features.dim_list)
+    where = Places.of(batch.starts, features.dims)
     f = int(np.searchsorted(where.places, at, side="right")) - 1
     row, column = divmod(at - int(where.places[f]), features.dim_list[f])
     raise RequestError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hashring.tokens import token_seed
 from hashring.view import View
 from ps.errors import RequestError
+from ps.share import SUM, features_of
 from ps.spec import ABSENT_CODES, TableSpec
 
 SHAPES_MAX = 256
@@ -32,18 +33,20 @@ class TableInfo:
 class Features:
     """The tables of a request, one a feature, as arrays[F]; `seeds`, `firsts` and `shifts` as in kernels/split.py.
 
+    lines int32[F, 4]: as in a share, of sums, and of absent ids that answer as their table says.
     zeros: uint8[F], which stands for CHOOSE as a policy and for SUM as a mode. Nobody writes into these arrays.
+    covering: servers each of which answers for every slot of these tables.
     """
 
     names: tuple[str, ...]
-    numbers: NDArray[np.int32]
+    lines: NDArray[np.int32]
     dims: NDArray[np.int64]
     seeds: NDArray[np.uint64]
     firsts: NDArray[np.int64]
     shifts: NDArray[np.uint64]
-    absent: NDArray[np.uint8]
     dim_list: tuple[int, ...]
     zeros: NDArray[np.uint8]
+    covering: frozenset[int]
 
 
 class Routing:
@@ -101,20 +104,23 @@ class Routing:
         if known is None:
             if len(self._features) >= SHAPES_MAX:
                 self._features.clear()
-            known = self._features[names] = _features(names, [self.table(name) for name in names])
+            known = self._features[names] = _features(names, [self.table(name) for name in names], self.readers)
         return known
 
 
-def _features(names: tuple[str, ...], tables: Sequence[TableInfo]) -> Features:
+def _features(names: tuple[str, ...], tables: Sequence[TableInfo], readers: NDArray[np.int16]) -> Features:
+    slots = np.unique([(t.first, t.first + 2**t.bits) for t in tables], axis=0) if tables else ()
+    everywhere = [readers[first:end] for first, end in slots]
+    some = set(everywhere[0][0].tolist()) - {-1} if everywhere else set()
     dims = tuple(t.spec.dim for t in tables)
     return Features(
         names,
-        np.array([t.number for t in tables], np.int32),
+        features_of([t.number for t in tables], [0] * len(tables), SUM, [ABSENT_CODES[t.spec.absent] for t in tables]),
         np.array(dims, np.int64),
         np.array([token_seed(t.spec.seed) for t in tables], np.uint64),
         np.array([t.first for t in tables], np.int64),
         np.array([64 - t.bits for t in tables], np.uint64),
-        np.array([ABSENT_CODES[t.spec.absent] for t in tables], np.uint8),
         dims,
         np.zeros(len(tables), np.uint8),
+        frozenset(s for s in some if all((part == s).any(axis=1).all() for part in everywhere)),
     )

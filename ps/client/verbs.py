@@ -13,7 +13,7 @@ from ps.client.core import Core, Full, Steps, deadline
 from ps.client.request import NONE_DONE, Places, PullRequest, PushRequest, check_finite
 from ps.client.routing import Features, Routing
 from ps.errors import RequestError
-from ps.kernels.split import cut
+from ps.kernels.batch import cut
 from ps.ragged import RaggedIds, as_rows
 from ps.share import PushKind
 from ps.spec import Absent, Adagrad, Initializer, Optimizer, Placement, TableSpec
@@ -99,7 +99,7 @@ class Verbs(Core):
     ) -> Steps:
         """Rows of all features, flat. A big batch is cut by bags, whose rows stand one behind another in the answer."""
         code = absent_code(absent)
-        where = Places.of(batch.starts, features.dim_list)
+        where = Places.of(batch.starts, features.dims)
         without = 0
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
             request = PullRequest(batch, features, modes, code, where)
@@ -110,7 +110,7 @@ class Verbs(Core):
             at = 0
             for low, high in _chunks(batch, features):
                 part = batch.part(low, high)
-                there = Places.of(part.starts, features.dim_list)
+                there = Places.of(part.starts, features.dims)
                 request = PullRequest(part, features, modes, code, there, flat[at : at + there.total])
                 yield from self.exchange(request, until)
                 request.finish()

@@ -116,6 +116,19 @@ class BlockingConnection:
             raise NotApplied(str(error)) from None
         return number
 
+    def arrived(self, request: int) -> bool:
+        """Whether the reply is here, without waiting: what has come is read. PerhapsApplied where the connection broke.
+
+        `receive` then returns it at once.
+        """
+        while request not in self._kept:
+            if self._socket is None:
+                self._session.forget(request)
+                raise PerhapsApplied(f"the connection to {self.address} {self._why}")
+            if not self._take():
+                return False
+        return True
+
     def receive(self, request: int, timeout: float) -> Message:
         """The reply to a request, waited for at most `timeout` seconds; replies of others are kept for their own call.
 
@@ -123,9 +136,13 @@ class BlockingConnection:
         connection broke.
         """
         if not self.wait(request, timeout):
-            self._session.forget(request)
-            raise PerhapsApplied(f"{self.address} did not answer within {timeout:g} s")
+            raise self.give_up(request, timeout)
         return result_of(self._kept.pop(request))
+
+    def give_up(self, request: int, seconds: float) -> PerhapsApplied:
+        """Wait no more for a reply that has been waited for so long; the error that says so."""
+        self._session.forget(request)
+        return PerhapsApplied(f"{self.address} did not answer within {seconds:.3g} s")
 
     def wait(self, request: int, timeout: float) -> bool:
         """Whether the reply has come after at most `timeout` seconds; PerhapsApplied where the connection broke."""
@@ -219,6 +236,17 @@ class BlockingConnection:
                 raise
             raise PerhapsApplied(f"the connection to {self.address} {self._why}") from None
         return True
+
+
+def wait_for_any(connections: Sequence[BlockingConnection], until: float) -> bool:
+    """Wait for bytes on any of these connections; False at the deadline. A closed one counts as ready."""
+    readable = select.poll()
+    for connection in connections:
+        fd = connection.fileno()
+        if fd < 0:
+            return True
+        readable.register(fd, select.POLLIN)
+    return bool(readable.poll(_ms_until(until)))
 
 
 def _ms_until(moment: float) -> float:

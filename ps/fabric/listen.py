@@ -173,20 +173,25 @@ class Listener:
         self._held_bytes += size
         self._queue.append((connection, request, now, now + min(given, DEADLINE_MS * 1000) / 1000))
         if not self._turning:
+            # The first one that comes is handled at once; what other connections brought meanwhile waits for a turn.
             self._turning = True
             self._loop.call_soon(self._turn)
+            self._handle_next(now)
 
     def _turn(self) -> None:
         """Handle requests until the queue is empty or the turn is over."""
         # Not the loop's clock: uvloop's stands still while a callback runs.
         begin = now = monotonic()
         while self._queue and now - begin < self.limits.turn_s:
-            connection, request, came, until = self._queue.popleft()
-            self._handle(connection, request, now - came, until - now)
+            self._handle_next(now)
             now = monotonic()
         self._turning = bool(self._queue)
         if self._turning:
             self._loop.call_soon(self._turn)
+
+    def _handle_next(self, now: float) -> None:
+        connection, request, came, until = self._queue.popleft()
+        self._handle(connection, request, now - came, until - now)
 
     def _handle(self, connection: "_Connection", request: Message, waited: float, left: float) -> None:
         if left <= 0.0 or connection.gone:

@@ -69,7 +69,7 @@ inline = kernel
 BATCH = 64
 """Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""
 
-KERNEL_MODULES = ("index", "scan", "pool", "update", "optimize", "window", "split", "merge")
+KERNEL_MODULES = ("index", "plan", "scan", "pool", "update", "optimize", "window", "batch", "split", "merge")
 
 
 def _prefetch(typingctx: Any, array: Any, position: Any) -> Any:
@@ -106,6 +106,8 @@ def as_input(array: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     Bytes from a socket come as read-only arrays, which numba would compile every kernel for a second time. Kernels
     never write to their inputs, so the memory is shared and only the flag is left behind.
     """
+    if type(array) is np.ndarray and array.dtype == dtype and array.flags.carray:
+        return array
     ready = np.require(array, dtype, ("C", "A"))
     return ready if ready.flags.writeable else np.asarray(_Borrowed(ready))
 

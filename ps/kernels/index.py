@@ -40,8 +40,8 @@ HEAP_FIELDS = 9
 ever used, and free; nodes ever used; the first free node + 1 (a free node's first word names the next)."""
 
 # The columns of a plan, one line a feature (int64[F, PLAN_COLUMNS]).
-P_CODE, P_SEED, P_BITS, P_FIRST, P_IDS, P_IDS_END, P_BAGS, P_BAGS_END, P_OUT, P_MODE, P_ABSENT = range(11)
-PLAN_COLUMNS = 11
+P_CODE, P_SEED, P_BITS, P_FIRST, P_IDS, P_IDS_END, P_BAGS, P_BAGS_END, P_OUT, P_MODE, P_ABSENT, P_ARENA = range(12)
+PLAN_COLUMNS = 12
 
 
 def _capacities() -> NDArray[np.int64]:
@@ -108,12 +108,12 @@ def place_of(token: int, code: int, capacity: int) -> Any:
 
 
 @inline
-def leaf_word(index: Index, slot: int, token: int, bits: int) -> int:
+def leaf_word(directory: NDArray[np.int64], nodes: NDArray[np.int64], slot: int, token: int, bits: int) -> int:
     """The word of the leaf that covers `token` (0 where there is none)."""
-    word = index.directory[slot]
+    word = directory[slot]
     used = bits
     while word < 0:
-        word = index.nodes[-word - 1, child_of(token, used)]
+        word = nodes[-word - 1, child_of(token, used)]
         used += FANOUT_BITS
     return word
 
@@ -137,15 +137,19 @@ def probe(entries: NDArray[np.int64], base: int, capacity: int, place: int, id_:
 @kernel
 def find(
     plan: NDArray[np.int64],
+    arena: int,
     ids: NDArray[np.int64],
     roles: NDArray[np.uint8],
     role_min: int,
-    index: Index,
+    directory: NDArray[np.int64],
+    nodes: NDArray[np.int64],
+    entries: NDArray[np.int64],
     slots: NDArray[np.int32],
     rows: NDArray[np.int32],
 ) -> int:
-    """Rows of ids: rows int32[n] (-1 absent), slots int32[n].
+    """Rows of the ids of one arena's features: rows int32[n] (-1 absent), slots int32[n].
 
+    Takes the index's arrays one by one: a named tuple that crosses into a kernel costs as much as 1,000 lookups.
     Returns -1, or the position of the first id whose slot has a role below `role_min` here.
     Three passes over a batch: token and directory word, home entry, probe; each asks for the next one's lines.
     """
@@ -153,8 +157,9 @@ def find(
     bases = np.empty(BATCH, np.int64)
     places = np.empty(BATCH, np.int64)
     sizes = np.empty(BATCH, np.int64)
-    entries = index.entries
     for f in range(plan.shape[0]):
+        if plan[f, P_ARENA] != arena:
+            continue
         code, seed, bits, first = plan[f, P_CODE], plan[f, P_SEED], plan[f, P_BITS], plan[f, P_FIRST]
         end = plan[f, P_IDS_END]
         for low in range(plan[f, P_IDS], end, BATCH):
@@ -164,12 +169,12 @@ def find(
                 slot = slot_of(token, bits, first)
                 tokens[i - low] = token
                 slots[i] = np.int32(slot)
-                prefetch(index.directory, slot)
+                prefetch(directory, slot)
             for i in range(low, high):
                 slot = np.int64(slots[i])
                 if roles[slot] < role_min:
                     return i
-                word = leaf_word(index, slot, tokens[i - low], bits)
+                word = leaf_word(directory, nodes, slot, tokens[i - low], bits)
                 size = CAPACITY[word & 63]
                 place = place_of(tokens[i - low], code, size)
                 base = (word >> 22) * GRANULE
@@ -190,7 +195,7 @@ def find_pairs(
     for i in range(len(ids)):
         code = np.int64(codes[i])
         token = token_of(ids[i], index.codes[code, SEED])
-        word = leaf_word(index, np.int64(slots[i]), token, index.codes[code, BITS])
+        word = leaf_word(index.directory, index.nodes, np.int64(slots[i]), token, index.codes[code, BITS])
         size = CAPACITY[word & 63]
         at = probe(index.entries, (word >> 22) * GRANULE, size, place_of(token, code, size), ids[i], code)
         rows[i] = np.int32(-1) if at < 0 else np.int32(index.entries[at, 1] & 0x7FFFFFFF)
@@ -231,13 +236,13 @@ def warm_index() -> Index:
 
 def warm_plan(ids: int) -> NDArray[np.int64]:
     """One feature of table 0 whose ids are bags of their own."""
-    return np.array([[0, 7, 0, 0, 0, ids, 0, ids, 0, 0, 2]], np.int64)
+    return np.array([[0, 7, 0, 0, 0, ids, 0, ids, 0, 0, 2, 0]], np.int64)
 
 
 def warmup() -> None:
     """Compile this module's kernels."""
     ids = np.arange(3)
     index, slots, codes, rows = warm_index(), np.zeros(3, np.int32), np.zeros(3, np.int32), np.empty(3, np.int32)
-    find(warm_plan(3), ids, np.ones(1, np.uint8), 1, index, slots, rows)
+    find(warm_plan(3), 0, ids, np.ones(1, np.uint8), 1, index.directory, index.nodes, index.entries, slots, rows)
     find_pairs(slots, codes, ids, index, rows)
     slots_of(codes, ids, index.codes, slots)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ps.kernels import kernel
 from ps.kernels.split import F32, I32, I64, U8
+from ps.share import BAGS
 
 SUM, MAX, MEAN = 0, 1, 2
 """How a bag is pooled. A server knows the first two (ps/share.py); a mean is a sum that the client divides."""
@@ -16,51 +17,59 @@ SUM, MAX, MEAN = 0, 1, 2
 
 @kernel
 def merge(
-    reply: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, starts: I64, places: I64,
+    reply: F32, features: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, starts: I64, places: I64,
     dims: I64, modes: U8, touched: U8, out: F32,
 ) -> bool:  # fmt: skip
     """Pool the rows of one server's reply into `out`, flat float32; False, and nothing done, where it has other rows.
 
-    bags, edges int32[F]; edge_* of this server alone; modes uint8[F].
+    features int32[F, 4] and edges int32[F] of this server alone, as all edge_*; modes uint8[F].
     touched uint8[G]: whether a bag has been written; its first row is copied, so that `out` need not be cleared.
     """
     e = 0
     base = 0
-    for f in range(bags.size):
-        base += bags[f] * dims[f]
+    for f in range(dims.size):
+        base += features[f, BAGS] * dims[f]
     if base != reply.size:
         return False
     base = 0
     weighted = edge_weight.size > 0
-    for f in range(bags.size):
+    for f in range(dims.size):
         dim = dims[f]
         for _ in range(edges[f]):
             g = edge_bag[e]
-            row_at = base + np.int64(edge_row[e]) * dim
-            row = reply[row_at : row_at + dim]
-            bag_at = places[f] + (g - starts[f]) * dim
-            bag = out[bag_at : bag_at + dim]
+            row = base + np.int64(edge_row[e]) * dim
+            bag = places[f] + (g - starts[f]) * dim
             weight = edge_weight[e] if weighted else np.float32(1.0)
             if not touched[g]:
                 if weighted:
                     for k in range(dim):
-                        bag[k] = weight * row[k]
+                        out[bag + k] = weight * reply[row + k]
                 else:
                     for k in range(dim):
-                        bag[k] = row[k]
+                        out[bag + k] = reply[row + k]
             elif modes[f] == MAX:
                 for k in range(dim):
-                    bag[k] = max(bag[k], row[k])
+                    out[bag + k] = max(out[bag + k], reply[row + k])
             elif weighted:
                 for k in range(dim):
-                    bag[k] += weight * row[k]
+                    out[bag + k] += weight * reply[row + k]
             else:
                 for k in range(dim):
-                    bag[k] += row[k]
+                    out[bag + k] += reply[row + k]
             touched[g] = 1
             e += 1
-        base += np.int64(bags[f]) * dim
+        base += features[f, BAGS] * dim
     return True
+
+
+@kernel
+def place_bags(starts: I64, dims: I64, places: I64) -> int:
+    """Where each feature's bags begin in the flat answer, in floats: places int64[F]. Returns the floats of all."""
+    at = 0
+    for f in range(dims.size):
+        places[f] = at
+        at += (starts[f + 1] - starts[f]) * dims[f]
+    return at
 
 
 @kernel
@@ -70,19 +79,19 @@ def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched
         dim = dims[f]
         for g in range(starts[f], starts[f + 1]):
             at = places[f] + (g - starts[f]) * dim
-            bag = out[at : at + dim]
             if not touched[g]:
-                bag[:] = 0.0
+                for k in range(dim):
+                    out[at + k] = 0.0
             elif modes[f] == MEAN and offsets.size:
                 count = np.float32(offsets[g + 1] - offsets[g])
                 if count > 1:
                     for k in range(dim):
-                        bag[k] /= count
+                        out[at + k] /= count
 
 
 @kernel
 def gather(
-    grads: F32, bags: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, offsets: I64, starts: I64,
+    grads: F32, features: I32, edges: I32, edge_bag: I32, edge_row: I32, edge_weight: F32, offsets: I64, starts: I64,
     places: I64, dims: I64, modes: U8, overwrite: bool, rows: F32,
 ) -> None:  # fmt: skip
     """The inverse of `merge`, for one server: each share bag's row is the sum of its bags' gradients.
@@ -94,15 +103,13 @@ def gather(
     e = 0
     base = 0
     weighted = edge_weight.size > 0
-    for f in range(bags.size):
+    for f in range(dims.size):
         dim = dims[f]
         seen = 0
         for _ in range(edges[f]):
             g = edge_bag[e]
-            bag_at = places[f] + (g - starts[f]) * dim
-            bag = grads[bag_at : bag_at + dim]
-            row_at = base + np.int64(edge_row[e]) * dim
-            row = rows[row_at : row_at + dim]
+            bag = places[f] + (g - starts[f]) * dim
+            row = base + np.int64(edge_row[e]) * dim
             factor = edge_weight[e] if weighted else np.float32(1.0)
             if modes[f] == MEAN and offsets.size:
                 factor /= np.float32(offsets[g + 1] - offsets[g])
@@ -110,12 +117,12 @@ def gather(
             seen += fresh
             if fresh or overwrite:
                 for k in range(dim):
-                    row[k] = factor * bag[k]
+                    rows[row + k] = factor * grads[bag + k]
             else:
                 for k in range(dim):
-                    row[k] += factor * bag[k]
+                    rows[row + k] += factor * grads[bag + k]
             e += 1
-        base += np.int64(bags[f]) * dim
+        base += features[f, BAGS] * dim
 
 
 @kernel
@@ -137,11 +144,12 @@ def first_not_finite(values: F32) -> int:
 
 def warmup() -> None:
     """Compile this module's kernels, for arguments of the types that a client passes."""
-    ones, zeros = np.ones(1, np.int32), np.zeros(1, np.int32)
+    lines, ones, zeros = np.ones((1, 4), np.int32), np.ones(1, np.int32), np.zeros(1, np.int32)
     bounds, places, dims = np.array([0, 1], np.int64), np.array([0, 1], np.int64), np.ones(1, np.int64)
     modes, touched = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
     row, out, none = np.zeros(1, np.float32), np.zeros(1, np.float32), np.empty(0, np.float32)
-    merge(row, ones, ones, zeros, zeros, none, bounds, places, dims, modes, touched, out)
+    merge(row, lines, ones, zeros, zeros, none, bounds, places, dims, modes, touched, out)
+    place_bags(bounds, dims, places)
     finish(bounds, bounds, places, dims, modes, touched, out)
-    gather(row, ones, ones, zeros, zeros, none, bounds, bounds, places, dims, modes, False, out)
+    gather(row, lines, ones, zeros, zeros, none, bounds, bounds, places, dims, modes, False, out)
     first_not_finite(out)

@@ -1,4 +1,7 @@
-"""Reading rows: gather one by one, or pool bags into sums and maxima, for every feature of an arena in one call."""
+"""Reading rows: gather one by one, or pool bags into sums and maxima, for every feature of an arena in one call.
+
+Loops here index whole arrays: a slice counts its references, two atomic instructions that cost as much as a row.
+"""
 
 from typing import Any
 
@@ -9,6 +12,7 @@ from hashring.tokens import mix64
 from ps.kernels import inline, kernel, prefetch
 from ps.kernels.index import (
     P_ABSENT,
+    P_ARENA,
     P_BAGS,
     P_BAGS_END,
     P_CODE,
@@ -17,7 +21,9 @@ from ps.kernels.index import (
     P_MODE,
     P_OUT,
     P_SEED,
+    find,
     token_of,
+    warm_index,
     warm_plan,
 )
 from ps.kernels.vector import LANES, WIDE, sum_16, sum_64, weighted_16, weighted_64
@@ -51,16 +57,17 @@ def _absent_row(
     code: int,
     initial: NDArray[np.float64],
     defaults: NDArray[np.float32],
-    row: NDArray[np.float32],
+    out: NDArray[np.float32],
+    at: int,
 ) -> None:
-    """What an id without a row answers: row float32[d]."""
-    if how == ABSENT_INITIAL:
-        for j in range(len(row)):
-            row[j] = initial_value(token, j, initial[code, 0], initial[code, 1])
-    elif how == ABSENT_DEFAULT:
-        row[:] = defaults[code]
-    else:
-        row[:] = np.float32(0.0)
+    """What an id without a row answers, from out[at] on."""
+    for j in range(defaults.shape[1]):
+        if how == ABSENT_INITIAL:
+            out[at + j] = initial_value(token, j, initial[code, 0], initial[code, 1])
+        elif how == ABSENT_DEFAULT:
+            out[at + j] = defaults[code, j]
+        else:
+            out[at + j] = np.float32(0.0)
 
 
 @inline
@@ -75,6 +82,7 @@ def _ask(values: NDArray[np.float32], row: int) -> None:
 @kernel
 def gather_rows(
     plan: NDArray[np.int64],
+    arena: int,
     ids: NDArray[np.int64],
     rows: NDArray[np.int32],
     values: NDArray[np.float32],
@@ -86,18 +94,19 @@ def gather_rows(
     d = values.shape[1]
     absent = 0
     for f in range(plan.shape[0]):
+        if plan[f, P_ARENA] != arena:
+            continue
         code, end, at = plan[f, P_CODE], plan[f, P_IDS_END], plan[f, P_OUT]
         for i in range(plan[f, P_IDS], end):
             if i + AHEAD < end:
                 _ask(values, rows[i + AHEAD])
-            row, target = rows[i], out[at : at + d]
+            row = np.int64(rows[i])
             if row >= 0:
-                source = values[row]
                 for j in range(d):
-                    target[j] = source[j]
+                    out[at + j] = values[row, j]
             else:
                 absent += 1
-                _absent_row(plan[f, P_ABSENT], token_of(ids[i], plan[f, P_SEED]), code, initial, defaults, target)
+                _absent_row(plan[f, P_ABSENT], token_of(ids[i], plan[f, P_SEED]), code, initial, defaults, out, at)
             at += d
     return absent
 
@@ -105,6 +114,7 @@ def gather_rows(
 @kernel
 def pool_bags(
     plan: NDArray[np.int64],
+    arena: int,
     offsets: NDArray[np.int64],
     weights: NDArray[np.float32],
     ids: NDArray[np.int64],
@@ -129,6 +139,8 @@ def pool_bags(
     weighted = len(weights) > 0
     absent = 0
     for f in range(plan.shape[0]):
+        if plan[f, P_ARENA] != arena:
+            continue
         code, at, end = plan[f, P_CODE], plan[f, P_OUT], plan[f, P_IDS_END]
         how, largest = plan[f, P_ABSENT], plan[f, P_MODE] == MODE_MAX
         for b in range(plan[f, P_BAGS], plan[f, P_BAGS_END]):
@@ -138,27 +150,59 @@ def pool_bags(
                 least = min(least, rows[i])
                 if i + AHEAD < end:
                     _ask(values, rows[i + AHEAD])
-            target = out[at : at + d]
             if least == 0 and not largest:
                 if weighted:
-                    _sum_weighted(values, rows, weights, low, high, target)
+                    _sum_weighted(values, rows, weights, low, high, out, at)
                 else:
-                    _sum(values, rows, weights, low, high, target)
+                    _sum(values, rows, weights, low, high, out, at)
             else:
-                target[:] = np.float32(0.0)
+                for j in range(d):
+                    out[at + j] = np.float32(0.0)
                 for i in range(low, high):
-                    row_values = spare
-                    if rows[i] >= 0:
-                        row_values = values[rows[i]]
+                    row = np.int64(rows[i])
+                    if row >= 0:
+                        for j in range(d):
+                            spare[j] = values[row, j]
                     else:
                         absent += 1
-                        _absent_row(how, token_of(ids[i], plan[f, P_SEED]), code, initial, defaults, spare)
+                        _absent_row(how, token_of(ids[i], plan[f, P_SEED]), code, initial, defaults, spare, 0)
                     if largest:
-                        _raise(target, row_values, i == low)
+                        _raise(out, at, spare, i == low)
                     else:
-                        _add(target, row_values, weights[i] if weighted else np.float32(1.0))
+                        _add(out, at, spare, weights[i] if weighted else np.float32(1.0))
             at += d
     return absent
+
+
+@kernel
+def pull(
+    plan: NDArray[np.int64],
+    arena: int,
+    pooled: bool,
+    offsets: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    roles: NDArray[np.uint8],
+    role_min: int,
+    directory: NDArray[np.int64],
+    nodes: NDArray[np.int64],
+    entries: NDArray[np.int64],
+    values: NDArray[np.float32],
+    initial: NDArray[np.float64],
+    defaults: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> Any:
+    """Find the rows of one arena's features and pool them (or copy, unless `pooled`): one call, for small pulls' sake.
+
+    Returns (-1, how many ids were absent), or (slot, 0) for a slot whose role here is below `role_min`.
+    """
+    slots, rows = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
+    bad = find(plan, arena, ids, roles, role_min, directory, nodes, entries, slots, rows)
+    if bad >= 0:
+        return np.int64(slots[bad]), 0
+    if pooled:
+        return -1, pool_bags(plan, arena, offsets, weights, ids, rows, values, initial, defaults, out)
+    return -1, gather_rows(plan, arena, ids, rows, values, initial, defaults, out)
 
 
 @inline
@@ -168,22 +212,23 @@ def _sum(
     weights: NDArray[np.float32],
     low: int,
     high: int,
-    target: NDArray[np.float32],
+    out: NDArray[np.float32],
+    at: int,
 ) -> None:
     """The sum of rows that are all there: 64 columns at a time, then 16, then the rest."""
-    d = len(target)
+    d = values.shape[1]
     column = 0
     while column + WIDE <= d:
-        sum_64(values, rows, weights, low, high, column, target, column)
+        sum_64(values, rows, weights, low, high, column, out, at + column)
         column += WIDE
     while column + LANES <= d:
-        sum_16(values, rows, weights, low, high, column, target, column)
+        sum_16(values, rows, weights, low, high, column, out, at + column)
         column += LANES
     for j in range(column, d):
         total = np.float32(0.0)
         for i in range(low, high):
             total += values[rows[i], j]
-        target[j] = total
+        out[at + j] = total
 
 
 @inline
@@ -193,34 +238,35 @@ def _sum_weighted(
     weights: NDArray[np.float32],
     low: int,
     high: int,
-    target: NDArray[np.float32],
+    out: NDArray[np.float32],
+    at: int,
 ) -> None:
     """As `_sum`, each row times its weight."""
-    d = len(target)
+    d = values.shape[1]
     column = 0
     while column + WIDE <= d:
-        weighted_64(values, rows, weights, low, high, column, target, column)
+        weighted_64(values, rows, weights, low, high, column, out, at + column)
         column += WIDE
     while column + LANES <= d:
-        weighted_16(values, rows, weights, low, high, column, target, column)
+        weighted_16(values, rows, weights, low, high, column, out, at + column)
         column += LANES
     for j in range(column, d):
         total = np.float32(0.0)
         for i in range(low, high):
             total += weights[i] * values[rows[i], j]
-        target[j] = total
+        out[at + j] = total
 
 
 @inline
-def _add(target: NDArray[np.float32], row: NDArray[np.float32], weight: float) -> None:
-    for j in range(len(target)):
-        target[j] += weight * row[j]
+def _add(out: NDArray[np.float32], at: int, row: NDArray[np.float32], weight: float) -> None:
+    for j in range(len(row)):
+        out[at + j] += weight * row[j]
 
 
 @inline
-def _raise(target: NDArray[np.float32], row: NDArray[np.float32], first: bool) -> None:
-    for j in range(len(target)):
-        target[j] = row[j] if first or row[j] > target[j] else target[j]
+def _raise(out: NDArray[np.float32], at: int, row: NDArray[np.float32], first: bool) -> None:
+    for j in range(len(row)):
+        out[at + j] = row[j] if first or row[j] > out[at + j] else out[at + j]
 
 
 @kernel
@@ -244,6 +290,9 @@ def warmup() -> None:
     """Compile this module's kernels."""
     ids, rows, values = np.zeros(1, np.int64), np.full(1, -1, np.int32), np.zeros((1, 4), np.float32)
     initial, out, offsets = np.zeros((1, 2)), np.zeros(4, np.float32), np.array([0, 1], np.int64)
-    gather_rows(warm_plan(1), ids, rows, values, initial, values, out)
-    pool_bags(warm_plan(1), offsets, out, ids, rows, values, initial, values, out)
+    gather_rows(warm_plan(1), 0, ids, rows, values, initial, values, out)
+    pool_bags(warm_plan(1), 0, offsets, out, ids, rows, values, initial, values, out)
+    index, roles = warm_index(), np.ones(1, np.uint8)
+    found = (index.directory, index.nodes, index.entries)
+    pull(warm_plan(1), 0, True, offsets, out, ids, roles, 1, *found, values, initial, values, out)
     initial_rows(ids, ids, rows * 0, rows * 0, initial, values)

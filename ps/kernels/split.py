@@ -14,13 +14,15 @@ client then pools. `split` counts both, and takes the cheaper for each feature a
 bags are long, rows where few distinct ids are asked for by many bags.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashring.tokens import mix64
 from ps.kernels import inline, kernel
+from ps.share import ABSENT, BAGS, MODE, TABLE
 
 I16 = NDArray[np.int16]
 I32 = NDArray[np.int32]
@@ -38,22 +40,21 @@ ROW_COST, EDGE_COST = 8, 1
 (dim 64: some 160 ns to 20 ns, on loopback). A network makes rows dearer still."""
 
 
-class Split(NamedTuple):
+@dataclass(slots=True)
+class Split:
     """Who is asked what. Ids, bags and edges stand server behind server: server s has x[x_start[s]:x_start[s+1]].
 
     lost: a slot without a living owner that was asked for, or -1 (then all else is valid).
-    servers int16[n]: of each id (-1 where it was done before).
-    bags int32[S, F], edges int32[S, F]: share bags and edges of each feature.
+    servers int16[n]: of each id (-1 where it was done before). starts int64[3, S+1]: id_start, bag_start, edge_start.
+    features int32[S, F, 4]: the lines of each server's share (ps/share.py). edges int32[S, F]: of each feature.
     ids int64, weights float32 (empty if none were given); offsets int64: each server's begin at bag_start[s] + s.
     edge_bag int32, edge_row int32 (share bag within its feature), edge_weight float32 (empty if none were given).
     """
 
     lost: int
     servers: I16
-    id_start: I64
-    bag_start: I64
-    edge_start: I64
-    bags: I32
+    starts: I64
+    features: I32
     edges: I32
     ids: I64
     offsets: I64
@@ -73,35 +74,18 @@ class _Cursors(NamedTuple):
     seen: I64
 
 
-@kernel
-def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]:
-    """Join the offsets of F features, which lie one behind another, into `rebased` int64[G+1].
+class _Out(NamedTuple):
+    """What is filled: the arrays of `Split` of the same names."""
 
-    counts int64[F, 2]: bags and ids of each feature. Returns (-1, 0), or (feature, index) of the first offset that
-    breaks the invariants of RaggedIds.
-    """
-    at = 0
-    base = 0
-    g = 0
-    rebased[0] = 0
-    for f in range(counts.shape[0]):
-        bags = counts[f, 0]
-        n = counts[f, 1]
-        if offsets[at] != 0:
-            return f, 0
-        last = 0
-        for b in range(1, bags + 1):
-            offset = offsets[at + b]
-            if offset < last or offset > n:
-                return f, b
-            last = offset
-            g += 1
-            rebased[g] = base + offset
-        if last != n:
-            return f, bags
-        at += bags + 1
-        base += n
-    return -1, 0
+    starts: I64
+    features: I32
+    edges: I32
+    ids: I64
+    offsets: I64
+    weights: F32
+    edge_bag: I32
+    edge_row: I32
+    edge_weight: F32
 
 
 @inline
@@ -122,21 +106,6 @@ def _place(
         for i in range(low, high):
             skipped = done.size and done[i]
             slots[i] = -1 if skipped else _slot(ids[i], firsts[f], shifts[f], seeds[f])
-
-
-@kernel
-def cut(ids: I64, starts: I64, offsets: I64, seeds: U64, parts: int) -> U8:
-    """Part of each id, uint8[n], of up to 256 about equal ones. All occurrences of an id in a table are in one part."""
-    part = np.empty(ids.size, np.uint8)
-    for f in range(starts.size - 1):
-        low, high = starts[f], starts[f + 1]
-        if offsets.size:
-            low, high = offsets[low], offsets[high]
-        for i in range(low, high):
-            # The token's low half: the high one already decides the slot.
-            half = mix64(np.uint64(ids[i]) ^ seeds[f]) & np.uint64(0xFFFFFFFF)
-            part[i] = (half * np.uint64(parts)) >> np.uint64(32)
-    return part
 
 
 @kernel
@@ -292,30 +261,34 @@ def _choose_rows(
 
 @inline
 def _layout(
-    asked: I64, pieces: I64, unique: I32, as_rows: U8, id_start: I64, bag_start: I64, edge_start: I64, bags: I32,
-    edges: I32,
+    asked: I64, pieces: I64, unique: I32, as_rows: U8, lines: I32, starts: I64, features: I32, edges: I32
 ) -> None:  # fmt: skip
-    """Where each server's ids, share bags and edges begin, and how many of each feature there are."""
+    """Where each server's ids, share bags and edges begin, and the lines of its share."""
+    for k in range(3):
+        starts[k, 0] = 0
     for s in range(asked.shape[0]):
-        ids_n = 0
+        ids_n, bags_n, edges_n = 0, 0, 0
         for f in range(asked.shape[1]):
+            bags: Any = pieces[s, f]
+            edges[s, f] = pieces[s, f]
             if as_rows[s, f]:
-                bags[s, f] = unique[f, s]
-                edges[s, f] = asked[s, f]
-                ids_n += unique[f, s]
+                bags, edges[s, f] = np.int64(unique[f, s]), asked[s, f]
+                ids_n += bags
             else:
-                bags[s, f] = pieces[s, f]
-                edges[s, f] = pieces[s, f]
                 ids_n += asked[s, f]
-        id_start[s + 1] = id_start[s] + ids_n
-        bag_start[s + 1] = bag_start[s] + bags[s].sum()
-        edge_start[s + 1] = edge_start[s] + edges[s].sum()
+            line = features[s, f]
+            line[TABLE], line[BAGS], line[MODE], line[ABSENT] = lines[f, TABLE], bags, lines[f, MODE], lines[f, ABSENT]
+            bags_n += bags
+            edges_n += edges[s, f]
+        starts[0, s + 1] = starts[0, s] + ids_n
+        starts[1, s + 1] = starts[1, s] + bags_n
+        starts[2, s + 1] = starts[2, s] + edges_n
 
 
 @inline
 def _fill_pieces(
     f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, as_rows: U8, at: _Cursors,
-    out: Split,
+    out: _Out,
 ) -> None:  # fmt: skip
     """Write the pieces of feature f, for the servers that pool it: the ids of a bag first, then what they add up to."""
     begin, piece = at.begin, at.seen
@@ -349,13 +322,13 @@ def _fill_pieces(
                 out.edge_weight[e] = np.float32(1.0)
             piece[s] += 1
             at.bags[s] += 1
-            out.offsets[at.bags[s] + s] = at.ids[s] - out.id_start[s]
+            out.offsets[at.bags[s] + s] = at.ids[s] - out.starts[0, s]
 
 
 @inline
 def _fill_rows(
     f: int, given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8,
-    at: _Cursors, out: Split,
+    at: _Cursors, out: _Out,
 ) -> None:  # fmt: skip
     """Write the distinct ids of feature f, and an edge for each id, for the servers that send rows."""
     seen = at.seen
@@ -381,23 +354,23 @@ def _fill_rows(
                 k = at.ids[s]
                 at.ids[s] = k + 1
                 out.ids[k] = given[i]
-                out.offsets[at.bags[s] + s] = k + 1 - out.id_start[s]
+                out.offsets[at.bags[s] + s] = k + 1 - out.starts[0, s]
                 if weighted:
                     out.weights[k] = np.float32(1.0)
 
 
 @inline
 def _fill(
-    given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8, out: Split,
+    given: I64, servers: I16, starts: I64, offsets: I64, given_weights: F32, number: I32, as_rows: U8, out: _Out,
 ) -> None:  # fmt: skip
     """Write every id, share bag and edge to its server's place, in the order of the request."""
     servers_n, features = as_rows.shape
     for s in range(servers_n):
-        out.offsets[out.bag_start[s] + s] = 0
+        out.offsets[out.starts[1, s] + s] = 0
     at = _Cursors(
-        out.id_start.copy(),
-        out.bag_start.copy(),
-        out.edge_start.copy(),
+        out.starts[0].copy(),
+        out.starts[1].copy(),
+        out.starts[2].copy(),
         np.empty(servers_n, np.int64),
         np.empty(servers_n, np.int64),
     )
@@ -416,25 +389,19 @@ def _fill(
 
 
 @kernel
-def split(
-    ids: I64, starts: I64, offsets: I64, weights: F32, done: U8, seeds: U64, firsts: I64, shifts: U64, readers: I16,
-    load: F64, policy: U8,
-) -> Split:  # fmt: skip
-    """The `Split` of a request.
-
-    ids int64[n]; weights float32[n] or empty; done uint8[n] (ids to leave out) or empty.
-    seeds uint64[F], firsts int64[F], shifts uint64[F]: slot = firsts[f] + (mix64(id ^ seeds[f]) >> shifts[f]).
-    readers int16[slots, C]: servers that can answer for each slot, -1 behind the last. load float64[S] is added to.
-    policy uint8[F]: CHOOSE, ROWS or PIECES.
-    """
+def split_into(
+    ids: I64, starts: I64, offsets: I64, weights: F32, done: U8, seeds: U64, firsts: I64, shifts: U64, lines: I32,
+    readers: I16, load: F64, policy: U8, servers: I16, cuts: I64, features: I32, edges: I32, out_ids: I64,
+    out_offsets: I64, out_weights: F32, edge_bag: I32, edge_row: I32, edge_weight: F32,
+) -> int:  # fmt: skip
+    """`split`, into arrays long enough for any outcome: to return them would cost more than to split a few ids."""
     n = ids.size
-    features = starts.size - 1
+    features_n = starts.size - 1
     s_n = load.size
-    servers = np.empty(n, np.int16)
-    asked = np.zeros((s_n, features), np.int64)
-    pieces = np.zeros((s_n, features), np.int64)
-    unique = np.zeros((features, s_n), np.int32)
-    as_rows = np.zeros((s_n, features), np.uint8)
+    asked = np.zeros((s_n, features_n), np.int64)
+    pieces = np.zeros((s_n, features_n), np.int64)
+    unique = np.zeros((features_n, s_n), np.int32)
+    as_rows = np.zeros((s_n, features_n), np.uint8)
     if readers.shape[1] == 1:
         chosen = readers.reshape(readers.size)
     else:
@@ -442,35 +409,43 @@ def split(
         _place(ids, starts, offsets, done, seeds, firsts, shifts, slots)
         chosen = choose_readers(slots, readers, load)
     lost = _assign_servers(ids, starts, offsets, done, seeds, firsts, shifts, chosen, servers, asked, pieces)
+    if lost >= 0:
+        return lost
     number = np.empty(n, np.int32)
-    if lost < 0:
-        _choose_rows(ids, servers, starts, offsets, policy, asked, pieces, unique, number, as_rows)
-        for s in range(s_n):
-            load[s] += asked[s].sum()
-    id_start = np.zeros(s_n + 1, np.int64)
-    bag_start = np.zeros(s_n + 1, np.int64)
-    edge_start = np.zeros(s_n + 1, np.int64)
-    bags = np.empty((s_n, features), np.int32)
-    edges = np.empty((s_n, features), np.int32)
-    _layout(asked, pieces, unique, as_rows, id_start, bag_start, edge_start, bags, edges)
-    weighted = 1 if weights.size else 0
+    _choose_rows(ids, servers, starts, offsets, policy, asked, pieces, unique, number, as_rows)
+    for s in range(s_n):
+        load[s] += asked[s].sum()
+    _layout(asked, pieces, unique, as_rows, lines, cuts, features, edges)
+    out = _Out(cuts, features, edges, out_ids, out_offsets, out_weights, edge_bag, edge_row, edge_weight)
+    _fill(ids, servers, starts, offsets, weights, number, as_rows, out)
+    return -1
+
+
+def split(
+    ids: I64, starts: I64, offsets: I64, weights: F32, done: U8, seeds: U64, firsts: I64, shifts: U64, lines: I32,
+    readers: I16, load: F64, policy: U8,
+) -> Split:  # fmt: skip
+    """The `Split` of a request.
+
+    ids int64[n]; weights float32[n] or empty; done uint8[n] (ids to leave out) or empty.
+    seeds uint64[F], firsts int64[F], shifts uint64[F]: slot = firsts[f] + (mix64(id ^ seeds[f]) >> shifts[f]).
+    lines int32[F, 4]: of each feature, as in a share; the bags are filled in.
+    readers int16[slots, C]: servers that can answer for each slot, -1 behind the last. load float64[S] is added to.
+    policy uint8[F]: CHOOSE, ROWS or PIECES.
+    """
+    n, features, s_n = len(ids), len(starts) - 1, len(load)
+    weighted = n if len(weights) else 0
+    edges = np.empty((2, n), np.int32)
     out = Split(
-        lost,
-        servers,
-        id_start,
-        bag_start,
-        edge_start,
-        bags,
-        edges,
-        np.empty(id_start[s_n], np.int64),
-        np.empty(bag_start[s_n] + s_n, np.int64),
-        np.empty(id_start[s_n] * weighted, np.float32),
-        np.empty(edge_start[s_n], np.int32),
-        np.empty(edge_start[s_n], np.int32),
-        np.empty(edge_start[s_n] * weighted, np.float32),
-    )
-    if lost < 0:
-        _fill(ids, servers, starts, offsets, weights, number, as_rows, out)
+        -1, np.empty(n, np.int16), np.empty((3, s_n + 1), np.int64), np.empty((s_n, features, 4), np.int32),
+        np.empty((s_n, features), np.int32), np.empty(n, np.int64), np.empty(n + s_n, np.int64),
+        np.empty(weighted, np.float32), edges[0], edges[1], np.empty(weighted, np.float32),
+    )  # fmt: skip
+    out.lost = split_into(
+        ids, starts, offsets, weights, done, seeds, firsts, shifts, lines, readers, load, policy, out.servers,
+        out.starts, out.features, out.edges, out.ids, out.offsets, out.weights, out.edge_bag, out.edge_row,
+        out.edge_weight,
+    )  # fmt: skip
     return out
 
 
@@ -480,6 +455,4 @@ def warmup() -> None:
     seeds, firsts, shifts = np.zeros(1, np.uint64), np.zeros(1, np.int64), np.full(1, 63, np.uint64)
     none, done = np.empty(0, np.float32), np.empty(0, np.uint8)
     readers, load, policy = np.zeros((2, 1), np.int16), np.zeros(1), np.zeros(1, np.uint8)
-    split(ids, bounds, bounds, none, done, seeds, firsts, shifts, readers, load, policy)
-    cut(ids, bounds, bounds, seeds, 1)
-    first_bad_offset(np.ones((1, 2), np.int64), bounds, np.empty(2, np.int64))
+    split(ids, bounds, bounds, none, done, seeds, firsts, shifts, np.zeros((1, 4), np.int32), readers, load, policy)

@@ -18,7 +18,7 @@ from ps.kernels import as_input, index, optimize, pool, update
 from ps.kernels import window as win
 from ps.memory import physical_memory
 from ps.rowblock import RowBlock, Watermark
-from ps.share import PullReply, PullShare, PushReply, PushShare
+from ps.share import TABLE, PullReply, PullShare, PushReply, PushShare
 from ps.slots import OWNER, PRIMARY, SlotTable, Tombstones
 from ps.store import transfer
 from ps.store.holdings import Holdings
@@ -120,35 +120,45 @@ class Store:
 
     # -- pull
 
-    def pull(self, share: PullShare) -> PullReply:
+    def pull(self, share: PullShare, floats_max: int = 2**62) -> PullReply:
         """Rows or pooled bags. It never writes: an absent id is answered as the share says, and counted.
 
-        RequestError for a malformed share or an unknown table; WrongView where a slot is not owned here.
+        RequestError for a malformed share, an unknown table, or rows of more than `floats_max` floats (before anything
+        is allocated for them); WrongView where a slot is not owned here.
         """
         work = self.held.registry.plan(share)
-        _, rows = self._find(work, OWNER)
+        if work.floats > floats_max:
+            raise RequestError(
+                f"the rows asked for have {4 * work.floats} bytes; one reply has at most {4 * floats_max}: ask in parts"
+            )
         out = np.empty(work.floats, np.float32)
         absent = 0
-        for number in np.unique(work.arenas):
-            arena, plan = self.held.registry.arenas[number], work.of(number)
-            rest = (work.ids, rows, arena.values, arena.initial, arena.defaults, out)
-            if share.offsets is None:
-                absent += pool.gather_rows(plan, *rest)
-            else:
-                absent += pool.pool_bags(plan, work.offsets, work.weights, *rest)
+        for number in work.arenas:
+            arena = self.held.registry.arenas[number]
+            bad, missing = pool.pull(
+                work.plan, number, share.offsets is not None, work.offsets, work.weights, work.ids,
+                self.held.slots.roles, OWNER, arena.index.directory, arena.index.nodes, arena.index.entries,
+                arena.values, arena.initial, arena.defaults, out,
+            )  # fmt: skip
+            if bad >= 0:
+                raise self.held.wrong_view(bad, OWNER)
+            absent += missing
         self._counts["pulls"] += 1
         self._counts["ids_pulled"] += len(work.ids)
         self._counts["ids_absent"] += absent
         return PullReply(out, absent)
 
-    def _find(self, work: Planned, role: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Slots and rows of a share's ids, int32[n] each; WrongView unless every slot has the role here."""
+    def _find(self, work: Planned) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Slots and rows of a push's ids, int32[n] each; WrongView unless this is every slot's primary."""
         slots, rows = np.empty(len(work.ids), np.int32), np.empty(len(work.ids), np.int32)
-        for number in np.unique(work.arenas):
-            arena = self.held.registry.arenas[number]
-            bad = index.find(work.of(number), work.ids, self.held.slots.roles, role, arena.index, slots, rows)
+        for number in work.arenas:
+            found = self.held.registry.arenas[number].index
+            bad = index.find(
+                work.plan, number, work.ids, self.held.slots.roles, PRIMARY,
+                found.directory, found.nodes, found.entries, slots, rows,
+            )  # fmt: skip
             if bad >= 0:
-                raise self.held.wrong_view(int(slots[bad]), role)
+                raise self.held.wrong_view(int(slots[bad]), PRIMARY)
         return slots, rows
 
     # -- push
@@ -161,7 +171,7 @@ class Store:
         """
         work = self.held.registry.plan(share)
         values = _check_push(share, work)
-        slots, rows = self._find(work, PRIMARY)
+        slots, rows = self._find(work)
         if not len(work.ids):
             return PushReply(0, 0, 0)
         touched = self._touched(slots)
@@ -174,7 +184,7 @@ class Store:
         if not new:
             self._counts["pushes_seen"] += 1
             return PushReply(0, len(touched), 0)
-        changes = [self._change(int(a), work, slots, rows) for a in np.unique(work.arenas)]
+        changes = [self._change(a, work, slots, rows) for a in work.arenas]
         if share.kind != "delete":
             self._check_memory(changes)
         win.number(touched, share.sequence, self._verdicts, window.last, window.mask, self.held.slots.positions)
@@ -360,5 +370,6 @@ def _refuse_not_finite(share: PushShare, work: Planned, rows: NDArray[np.float32
     more = f" and {len(named) - _NAMED_MAX} more" if len(named) > _NAMED_MAX else ""
     raise RequestError(
         f"rows {', '.join(map(str, named[:_NAMED_MAX]))}{more} of feature {feature} (table number "
-        f"{share.tables[feature]}) hold a NaN or an infinity ({rows[at[0]]}); the whole {share.kind} is refused"
+        f"{share.features[feature, TABLE]}) hold a NaN or an infinity ({rows[at[0]]}); "
+        f"the whole {share.kind} is refused"
     )

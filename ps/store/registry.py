@@ -11,12 +11,24 @@ from ps.arena import Arena, ArenaKey
 from ps.errors import RequestError
 from ps.kernels import as_input
 from ps.kernels import index as ix
+from ps.kernels.plan import (
+    ARENA,
+    BAD_BAGS,
+    BAD_OFFSETS,
+    BAD_TABLE,
+    BAD_TOTAL,
+    CODE,
+    GOOD,
+    NUMBER,
+    TABLE_COLUMNS,
+    lay_out,
+)
 from ps.ragged import check_offsets
-from ps.share import MAX, PullShare, PushShare
-from ps.spec import ABSENT_CODES, TableSpec
+from ps.share import ABSENT, BAGS, FEATURE_COLUMNS, MAX, MODE, TABLE, PullShare, PushShare
+from ps.spec import TableSpec
 
-# Columns of the registry's array, one line a table, sorted by number.
-NUMBER, ARENA, CODE, SEED, BITS, FIRST, DIM = range(7)
+NO_OFFSETS = np.empty(0, np.int64)
+NO_WEIGHTS = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +45,25 @@ class TableEntry:
     bits: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Planned:
-    """A share ready for kernels: plan int64[F, PLAN_COLUMNS], arenas int64[F], floats of all rows, checked inputs."""
+    """A share ready for kernels: plan int64[F, PLAN_COLUMNS], floats of all rows, checked inputs."""
 
     plan: NDArray[np.int64]
-    arenas: NDArray[np.int64]
     floats: int
     ids: NDArray[np.int64]
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32]
 
+    @property
+    def arenas(self) -> list[int]:
+        """Numbers of the arenas that the features live in, each once."""
+        return sorted(set(self.plan[:, ix.P_ARENA].tolist()))
+
     def of(self, arena: int) -> NDArray[np.int64]:
         """The lines of the features that live in one arena."""
-        return self.plan if (self.arenas == arena).all() else np.ascontiguousarray(self.plan[self.arenas == arena])
+        mine = self.plan[:, ix.P_ARENA] == arena
+        return self.plan if mine.all() else np.ascontiguousarray(self.plan[mine])
 
 
 class Registry:
@@ -57,7 +74,7 @@ class Registry:
         self.arenas: list[Arena] = []
         self._by_key: dict[ArenaKey, int] = {}
         self.entries: dict[int, TableEntry] = {}
-        self._columns = np.empty((0, 7), np.int64)
+        self._columns = np.empty((0, TABLE_COLUMNS), np.int64)
 
     def arena(self, key: ArenaKey) -> int:
         """The number of the arena for such rows, made where there is none yet."""
@@ -85,7 +102,7 @@ class Registry:
             (e.number, e.arena, e.code, int(np.uint64(e.seed).astype(np.int64)), e.bits, e.first, e.spec.dim)
             for _, e in sorted(self.entries.items())
         ]
-        self._columns = np.array(lines, np.int64).reshape(-1, 7)
+        self._columns = np.array(lines, np.int64).reshape(-1, TABLE_COLUMNS)
 
     def _take(self, table: Table, first: int, count: int, bits: int) -> None:
         spec = TableSpec.from_plain(table.spec)
@@ -136,48 +153,50 @@ class Registry:
 
     def plan(self, share: PullShare | PushShare) -> Planned:
         """Check a share whole (RequestError in one sentence) and lay it out for the kernels."""
-        features = len(share.tables)
-        bags = np.asarray(share.bags, np.int64)
+        pooled = share.offsets is not None
+        features = as_input(share.features, np.int32)
         ids = as_input(share.ids, np.int64)
-        if bags.shape != (features,) or (bags < 0).any() or ids.ndim != 1:
+        offsets = as_input(share.offsets, np.int64) if share.offsets is not None else NO_OFFSETS
+        if features.ndim != 2 or features.shape[1] != FEATURE_COLUMNS or ids.ndim != 1 or offsets.ndim != 1:
             raise RequestError(
-                f"a share of {features} features has bags {bags.tolist()[:8]}; it must count those of each"
+                f"a share has features int32[F, {FEATURE_COLUMNS}] and flat ids and offsets; this one has shapes "
+                f"{features.shape}, {ids.shape} and {offsets.shape}"
             )
-        at = self._lookup(np.asarray(share.tables))
-        ends = np.cumsum(bags)
-        total = int(ends[-1]) if features else 0
-        offsets, weights = np.empty(0, np.int64), np.empty(0, np.float32)
-        if share.offsets is not None:
-            offsets = as_input(share.offsets, np.int64)
-            if len(offsets) != total + 1:
-                raise RequestError(f"offsets has {len(offsets)} entries; {total} bags need {total + 1}")
-            check_offsets(offsets, len(ids))
-        elif total != len(ids):
-            raise RequestError(f"a share without offsets has {len(ids)} ids; its features count {total}")
+        lines = np.empty((len(features), ix.PLAN_COLUMNS), np.int64)
+        rule, floats = lay_out(features, len(ids), pooled, offsets, self._columns, lines)
+        if rule != GOOD:
+            self._refuse(rule, floats, features, ids, offsets)
+        weights = NO_WEIGHTS
         if share.weights is not None:
             weights = as_input(share.weights, np.float32)
-            if share.offsets is None or weights.shape != ids.shape or not np.isfinite(weights).all():
-                raise RequestError("weights must be finite, one for each id, and need offsets")
-        columns = self._columns[at]
-        floats = bags * columns[:, DIM]
-        plan = np.empty((features, ix.PLAN_COLUMNS), np.int64)
-        plan[:, [ix.P_CODE, ix.P_SEED, ix.P_BITS, ix.P_FIRST]] = columns[:, [CODE, SEED, BITS, FIRST]]
-        plan[:, ix.P_BAGS], plan[:, ix.P_BAGS_END] = ends - bags, ends
-        plan[:, ix.P_IDS] = offsets[ends - bags] if len(offsets) else ends - bags
-        plan[:, ix.P_IDS_END] = offsets[ends] if len(offsets) else ends
-        plan[:, ix.P_OUT] = np.cumsum(floats) - floats
-        plan[:, ix.P_MODE] = plan[:, ix.P_ABSENT] = 0
-        if isinstance(share, PullShare):
-            _reading(share, plan)
-        return Planned(plan, columns[:, ARENA], int(floats.sum()), ids, offsets, weights)
+            _check_weights(weights, ids, pooled, features)
+        return Planned(lines, floats, ids, offsets, weights)
+
+    def _refuse(
+        self, rule: int, at: int, features: NDArray[np.int32], ids: NDArray[np.int64], offsets: NDArray[np.int64]
+    ) -> None:
+        """Say in one sentence which rule of a share is broken."""
+        if rule == BAD_BAGS:
+            raise RequestError(f"feature {at} has {features[at, BAGS]} bags; every count must be 0 or more")
+        if rule == BAD_TOTAL and len(offsets):
+            raise RequestError(f"offsets has {len(offsets)} entries; {at} bags need {at + 1}")
+        if rule == BAD_TOTAL:
+            raise RequestError(f"the share has {len(ids)} ids; its features count {at}")
+        if rule == BAD_OFFSETS:
+            check_offsets(offsets, len(ids))
+        if rule == BAD_TABLE:
+            number = features[at, TABLE]
+            raise RequestError(f"table number {number} is unknown; the view has {len(self._columns)} tables")
+        raise RequestError(
+            f"feature {at} has mode {features[at, MODE]} and absent code {features[at, ABSENT]}; modes are 0 (sum) or "
+            "1 (max), absent codes 0 to 2"
+        )
 
 
-def _reading(share: PullShare, plan: NDArray[np.int64]) -> None:
-    features = len(plan)
-    if np.shape(share.modes) != (features,) or np.shape(share.absent) != (features,):
-        raise RequestError(f"a pull of {features} features must give a mode and an absent code for each")
-    plan[:, ix.P_MODE], plan[:, ix.P_ABSENT] = share.modes, share.absent
-    if (plan[:, ix.P_MODE] > MAX).any() or (plan[:, ix.P_ABSENT] > max(ABSENT_CODES.values())).any():
-        raise RequestError("a pull's modes must be 0 (sum) or 1 (max), and its absent codes 0 to 2")
-    if share.weights is not None and (plan[:, ix.P_MODE] == MAX).any():
+def _check_weights(
+    weights: NDArray[np.float32], ids: NDArray[np.int64], pooled: bool, features: NDArray[np.int32]
+) -> None:
+    if not pooled or weights.shape != ids.shape or not np.isfinite(weights).all():
+        raise RequestError("weights must be finite, one for each id, and need offsets")
+    if (features[:, MODE] == MAX).any():
         raise RequestError("weights go with sums; a maximum takes none")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hashring.view import View
-from ps.share import PullShare, PushShare
+from ps.share import ABSENT, MODE, PullShare, PushShare
 from ps.spec import FTRL, SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad, TableSpec
 
 MASK = 2**64 - 1
@@ -102,7 +102,7 @@ class NaiveStore:
     def _bags(self, share: PullShare | PushShare) -> list[tuple[int, int, list[tuple[int, float]]]]:
         """(feature, table, [(id, weight)]) of every bag."""
         out, b = [], 0
-        for f, (table, bags) in enumerate(zip(share.tables.tolist(), share.bags.tolist(), strict=True)):
+        for f, (table, bags) in enumerate(share.features[:, :2].tolist()):
             for _ in range(bags):
                 low, high = (b, b + 1) if share.offsets is None else share.offsets[b : b + 2]
                 weights = np.ones(len(share.ids)) if share.weights is None else share.weights
@@ -120,10 +120,10 @@ class NaiveStore:
                 if row is None:
                     absent += 1
                     default = np.array(spec.default) if spec.default else np.zeros(spec.dim)
-                    row = (np.zeros(spec.dim), default, initial_row(spec, id_))[share.absent[f]]
+                    row = (np.zeros(spec.dim), default, initial_row(spec, id_))[share.features[f, ABSENT]]
                 rows.append(weight * row)
             stack = np.array(rows).reshape(-1, spec.dim)
-            pooled = stack.max(axis=0) if share.modes[f] == 1 and len(stack) else stack.sum(axis=0)
+            pooled = stack.max(axis=0) if share.features[f, MODE] == 1 and len(stack) else stack.sum(axis=0)
             parts.append(pooled)
         return np.concatenate(parts), absent
 

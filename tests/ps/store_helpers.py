@@ -6,7 +6,7 @@ import numpy as np
 
 from hashring.planner import CreateTable, Join, plan
 from hashring.view import Server, View
-from ps.share import PullShare, PushShare
+from ps.share import PullShare, PushShare, features_of
 from ps.spec import ABSENT_CODES, TableSpec
 from ps.store import Store, StoreLimits
 
@@ -42,10 +42,7 @@ def pull_share(
 ) -> PullShare:
     f = len(tables)
     return PullShare(
-        np.array(tables, np.int32),
-        np.array([len(i) for i in ids] if bags is None else bags, np.int32),
-        np.array(modes or [0] * f, np.uint8),
-        np.full(f, ABSENT_CODES[absent], np.uint8),
+        features_of(tables, [len(i) for i in ids] if bags is None else bags, modes or [0] * f, ABSENT_CODES[absent]),
         np.array([i for part in ids for i in part], np.int64),
         None if offsets is None else np.array(offsets, np.int64),
         None if weights is None else np.array(weights, np.float32),
@@ -65,8 +62,7 @@ def push_share(
         client,
         sequence,
         kind,  # type: ignore[arg-type]
-        np.array(tables, np.int32),
-        np.array([len(i) for i in ids], np.int32),
+        features_of(tables, [len(i) for i in ids]),
         np.array([i for part in ids for i in part], np.int64),
         np.asarray(rows, np.float32).reshape(-1),
         lr_scale=lr_scale,

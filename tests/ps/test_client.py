@@ -92,6 +92,8 @@ def three_tables(cluster):
 @given(st.data())
 def test_pooling_equals_torch_over_tables_of_several_widths_and_placements(three_tables, data):
     client, names = three_tables
+    if data.draw(st.booleans()):
+        names = names[1:2]  # a whole table alone: one server answers the request as it is
     bags, modes = {}, {}
     for name in names:
         lists = data.draw(st.lists(st.lists(st.integers(-3, 32), max_size=7), max_size=9))
@@ -362,6 +364,16 @@ def test_a_client_that_comes_back_under_its_id_repeats_nothing(cluster, client):
             with pytest.raises(ps.RequestError, match=r"(client|sequence) is .*; it must be"):
                 again.identify(identity, sequence)
         assert again.last_sequence == 5
+
+
+def test_a_server_that_has_no_view_yet_is_passed_over(tmp_path):
+    with local_cluster(tmp_path) as cluster:
+        fresh = cluster.start("s9").addresses[0]
+        with Client([fresh, *cluster.addresses], TOKEN) as client:
+            client.create_table("item", dim=2)
+            assert client.pull("item", [1]).shape == (1, 2)
+        with pytest.raises(ps.NotApplied, match="no view yet"):
+            Client([fresh], TOKEN, timeout=0.5)
 
 
 def test_a_dead_servers_slots_are_lost_and_the_others_go_on(tmp_path):

@@ -27,6 +27,7 @@ from ps.errors import (
     SlotsLost,
     WrongView,
 )
+from ps.share import BAGS, TABLE
 from ps.spec import SGD, TableSpec
 from ps.wire import Message, pull_share, push_share, view_message
 
@@ -120,7 +121,7 @@ class World:
         """(table, ids of the bag, weights) of each share bag."""
         offsets = np.arange(len(share.ids) + 1) if share.offsets is None else share.offsets
         weights = np.ones(len(share.ids)) if share.weights is None else share.weights
-        tables = np.repeat(share.tables, share.bags)
+        tables = np.repeat(share.features[:, TABLE], share.features[:, BAGS])
         for b, table in enumerate(tables):
             span = slice(offsets[b], offsets[b + 1])
             yield int(table), share.ids[span], weights[span]

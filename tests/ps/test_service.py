@@ -16,7 +16,7 @@ from ps.fabric.protocol import Hello
 from ps.loop import LoopThread
 from ps.service import BUCKETS_S, Service, serve
 from ps.service import EXPORTS_MAX as EXPORTS
-from ps.share import PullShare, PushShare
+from ps.share import PullShare, PushShare, features_of
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store, StoreLimits
 from ps.wire import Message, pull_message, push_message, view_message, view_of
@@ -79,14 +79,12 @@ class Running:
 
 def pull_of(table, ids):
     ids = np.asarray(ids, np.int64)
-    code = np.zeros(1, np.uint8)
-    return PullShare(np.array([table], np.int32), np.array([len(ids)], np.int32), code, code, ids)
+    return PullShare(features_of([table], [len(ids)]), ids)
 
 
 def push_of(table, ids, rows, sequence, kind="push"):
     ids, rows = np.asarray(ids, np.int64), np.asarray(rows, np.float32).reshape(-1)
-    tables, bags = np.array([table], np.int32), np.array([len(ids)], np.int32)
-    return PushShare(9, sequence, kind, tables, bags, ids, rows)
+    return PushShare(9, sequence, kind, features_of([table], [len(ids)]), ids, rows)
 
 
 @pytest.fixture
@@ -133,8 +131,8 @@ def test_the_welcome_says_who_it_is(server):
         ("hello", {}, {}, "operation 'hello' is unknown"),
         ("ping", {"epoch": -1}, {}, "epoch is -1"),
         ("ping", {"epoch": "x"}, {}, "epoch is x"),
-        ("pull", {}, {}, "array 'tables' is missing"),
-        ("push", {"kind": "push"}, {}, "array 'tables' is missing"),
+        ("pull", {}, {}, "array 'features' is missing"),
+        ("push", {"kind": "push"}, {}, "array 'features' is missing"),
         ("range", {}, {}, "table is None"),
         ("range", {"table": 99, "start": 0}, {}, "table 99 is unknown"),
         ("range", {"table": 0, "start": -1}, {}, "start is -1"),
@@ -339,7 +337,7 @@ def test_statistics_count_what_happened(server):
 def test_requests_are_handled_on_the_data_thread(server):
     names = set()
     pull = server.service.store.pull
-    server.service.store.pull = lambda share: (names.add(threading.current_thread().name), pull(share))[1]
+    server.service.store.pull = lambda *given: (names.add(threading.current_thread().name), pull(*given))[1]
     server.pull([1])
     assert names == {"data"}
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashring.tokens import token_seed, tokens
-from ps.kernels.split import CHOOSE, PIECES, ROWS, Split, choose_readers, cut, first_bad_offset, split
+from ps.kernels.batch import cut, first_bad_offset
+from ps.kernels.split import CHOOSE, PIECES, ROWS, Split, choose_readers, split
+from ps.share import ABSENT, BAGS, MODE, TABLE, features_of
 
 SLOT_BITS = 6
 NONE = np.empty(0, np.float32)
@@ -37,6 +39,7 @@ class Request:
         self.seeds = np.array([token_seed(f) for f in range(len(self.bags))], np.uint64)
         # Sharded tables share the first 64 slots; each whole table has one slot of its own behind them.
         self.firsts = np.array([(64 + f) if w else 0 for f, w in enumerate(self.whole)], np.int64)
+        self.lines = features_of(range(len(self.bags)), [0] * len(self.bags), 1, 2)
         self.shifts = np.array([64 if w else 64 - SLOT_BITS for w in self.whole], np.uint64)
 
     def split(self, load: np.ndarray | None = None) -> Split:
@@ -45,7 +48,7 @@ class Request:
         load = np.zeros(self.servers) if load is None else load
         return split(
             self.ids, self.starts, self.offsets, self.weights, done, self.seeds, self.firsts, self.shifts,
-            self.readers, load, policy,
+            self.lines, self.readers, load, policy,
         )  # fmt: skip
 
     def slot(self, f: int, i: int) -> int:
@@ -71,7 +74,7 @@ def slow_shares(request: Request, chosen: dict[int, int]) -> dict:
 
 def edges_of(result: Split, s: int, f: int, weighted: bool) -> list:
     """(bag, share bag, weight) of one server and feature."""
-    start = result.edge_start[s] + result.edges[s, :f].sum()
+    start = result.starts[2, s] + result.edges[s, :f].sum()
     span = slice(start, start + result.edges[s, f])
     weights = result.edge_weight[span] if weighted else np.ones(result.edges[s, f])
     return list(zip(result.edge_bag[span].tolist(), result.edge_row[span].tolist(), weights.tolist(), strict=True))
@@ -79,13 +82,13 @@ def edges_of(result: Split, s: int, f: int, weighted: bool) -> list:
 
 def share_of(result: Split, s: int, f: int, weighted: bool) -> list:
     """[[(id, weight), ...] of each share bag] of one server and feature."""
-    offsets = result.offsets[result.bag_start[s] + s : result.bag_start[s + 1] + s + 1]
-    ids = result.ids[result.id_start[s] : result.id_start[s + 1]]
-    weights = result.weights[result.id_start[s] : result.id_start[s + 1]] if weighted else np.ones(len(ids))
+    offsets = result.offsets[result.starts[1, s] + s : result.starts[1, s + 1] + s + 1]
+    ids = result.ids[result.starts[0, s] : result.starts[0, s + 1]]
+    weights = result.weights[result.starts[0, s] : result.starts[0, s + 1]] if weighted else np.ones(len(ids))
     assert offsets[0] == 0
     assert offsets[-1] == len(ids)
-    first = result.bags[s, :f].sum()
-    spans = [slice(offsets[b], offsets[b + 1]) for b in range(first, first + result.bags[s, f])]
+    first = result.features[s, :f, BAGS].sum()
+    spans = [slice(offsets[b], offsets[b + 1]) for b in range(first, first + result.features[s, f, BAGS])]
     return [list(zip(ids[span].tolist(), weights[span].tolist(), strict=True)) for span in spans]
 
 
@@ -128,6 +131,9 @@ def test_every_id_of_every_bag_is_asked_once_of_its_owner(request_):
     result = request_.split()
     expected = slow_shares(request_, {slot: int(o) for slot, o in enumerate(request_.readers[:, 0])})
     assert result.lost == -1
+    assert (result.features[:, :, TABLE] == request_.lines[:, TABLE]).all()
+    assert (result.features[:, :, MODE] == 1).all()
+    assert (result.features[:, :, ABSENT] == 2).all()
     for s in range(request_.servers):
         for f in range(len(request_.bags)):
             assert as_multiset(request_, result, s, f) == sorted(expected.get((s, f), []))
@@ -167,18 +173,17 @@ def one_feature(bags: list[list[int]], servers: int = 2, policy: int = CHOOSE) -
 
 def test_few_ids_asked_by_many_bags_go_as_rows_and_long_bags_as_pieces():
     popular = one_feature([[k % 5] for k in range(100)])
-    assert popular.split().bags.sum() == 5
+    assert popular.split().features[:, :, BAGS].sum() == 5
     long_bags = one_feature([list(range(50 * k, 50 * k + 50)) for k in range(10)])
-    assert long_bags.split().bags.sum() == 20
+    assert long_bags.split().features[:, :, BAGS].sum() == 20
 
 
 def test_no_ids_and_no_bags_give_nothing():
     for bags in ([], [[]], [[], [], []]):
         result = one_feature(bags).split()
         assert result.lost == -1
-        assert len(result.ids) == 0
-        assert result.bags.sum() == 0
-        assert len(result.edge_bag) == 0
+        assert result.features[:, :, BAGS].sum() == 0
+        assert (result.starts == 0).all()
 
 
 def test_a_slot_without_reader_is_named():
@@ -209,7 +214,7 @@ def test_a_fully_replicated_table_costs_one_server_the_least_loaded():
     readers = np.array([np.random.default_rng(k).permutation(3) for k in range(65)], np.int16)
     request_ = Request([[[k] for k in range(200)]], [False], readers, 3, [PIECES])
     result = request_.split(np.array([5.0, 1.0, 2.0]))
-    assert result.bags[:, 0].tolist() == [0, 200, 0]
+    assert result.features[:, 0, BAGS].tolist() == [0, 200, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The store against its slow twin, and the bad input it must refuse."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from store_helpers import INT64, LIMITS, ME, all_rows, every_slot, pull_share, p
 from hashring.planner import AlterTable, DropTable, Join, Leave, TruncateTable, plan
 from hashring.view import Server
 from ps.errors import MemoryFull, Overloaded, RequestError, WrongView
-from ps.share import MAX, SUM, PullShare, PushShare
+from ps.share import MAX, SUM, PullShare, PushShare, features_of
 from ps.spec import FTRL, SGD, Adagrad, Adam, Initializer, RowWiseAdagrad, TableSpec
 from ps.store import StoreLimits
 
@@ -42,7 +43,7 @@ def features(draw: st.DrawFn, bagged: bool) -> tuple[np.ndarray, np.ndarray, np.
             ids += bag
             ends.append(len(ids))
     offsets = np.array(ends, np.int64) if bagged else None
-    return np.array(tables, np.int32), np.array(counts, np.int32), np.array(ids, np.int64), offsets
+    return tables, counts, np.array(ids, np.int64), offsets
 
 
 @st.composite
@@ -56,7 +57,8 @@ def pushes(draw: st.DrawFn) -> PushShare:
     if offsets is not None and draw(st.booleans()):
         weights = np.array(draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids))), np.float32)
     sequence, scale = draw(st.integers(1, 20)), draw(st.sampled_from([1.0, 0.5]))
-    return PushShare(draw(st.integers(1, 2)), sequence, kind, tables, bags, ids, rows, offsets, weights, scale)
+    lines = features_of(tables, bags)
+    return PushShare(draw(st.integers(1, 2)), sequence, kind, lines, ids, rows, offsets, weights, scale)
 
 
 @st.composite
@@ -64,11 +66,11 @@ def pulls(draw: st.DrawFn) -> PullShare:
     bagged = draw(st.booleans())
     tables, bags, ids, offsets = draw(features(bagged))
     weights = None
-    modes = np.array([draw(st.sampled_from([SUM, MAX])) if bagged else SUM for _ in tables], np.uint8)
-    if bagged and not modes.any() and draw(st.booleans()):
+    modes = [draw(st.sampled_from([SUM, MAX])) if bagged else SUM for _ in tables]
+    if bagged and not any(modes) and draw(st.booleans()):
         weights = np.array(draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids))), np.float32)
-    absent = np.array([draw(st.integers(0, 2)) for _ in tables], np.uint8)
-    return PullShare(tables, bags, modes, absent, ids, offsets, weights)
+    absent = [draw(st.integers(0, 2)) for _ in tables]
+    return PullShare(features_of(tables, bags, modes, absent), ids, offsets, weights)
 
 
 @settings(max_examples=60)
@@ -159,12 +161,19 @@ def test_a_push_that_is_not_finite_is_refused_whole_and_names_the_rows(bad: floa
 @pytest.mark.parametrize(
     ("share", "words"),
     [
+        (pull_share([1, 1], [[1], []], bags=[1, -1]), "feature 1 has -1 bags"),
+        (pull_share([1, 1], [[1], []], bags=[2**31 - 1, 2**31 - 1]), "its features count 4294967294"),
+        (pull_share([1], [[1, 2]], bags=[3], offsets=[0, 1, 2]), "offsets has 3 entries; 3 bags need 4"),
+        (pull_share([1], [[1, 2]], bags=[1], offsets=[0, 3]), "ends with 3"),
+        (pull_share([1], [[1]], bags=[1], offsets=[0, 1], weights=[1.0, 2.0]), "one for each id"),
+        (replace(pull_share([1], [[1]]), features=np.array([[1, 1, 0, 3]], np.int32)), "absent code 3"),
+        (replace(pull_share([1], [[1]]), features=np.zeros(4, np.int32)), "a share has features int32"),
         (pull_share([99], [[1]]), "table number 99 is unknown"),
         (pull_share([1], [[1, 2]], bags=[1], offsets=[0, 1]), "ends with 1"),
         (pull_share([1], [[1, 2]], bags=[2], offsets=[0, 2, 1]), "falls from 2 to 1"),
         (pull_share([1], [[1, 2]], bags=[1], offsets=[1, 2]), "begins with 1"),
         (pull_share([1], [[1, 2]], bags=[3]), "its features count 3"),
-        (pull_share([1], [[1]], modes=[2]), "modes must be 0"),
+        (pull_share([1], [[1]], modes=[2]), "feature 0 has mode 2"),
         (pull_share([1], [[1]], bags=[1], offsets=[0, 1], modes=[1], weights=[1.0]), "a maximum takes none"),
         (pull_share([1], [[1]], bags=[1], offsets=[0, 1], weights=[np.nan]), "weights must be finite"),
     ],
@@ -288,7 +297,7 @@ def test_one_client_too_many_is_told_to_come_later() -> None:
 def test_read_only_inputs_are_taken_as_they_come() -> None:
     store = store_of(view_of(SPECS))
     share = push_share(1, [1], [[1, 2]], np.ones(6))
-    for array in (share.tables, share.bags, share.ids, share.rows):
+    for array in (share.features, share.ids, share.rows):
         array.flags.writeable = False
     assert store.push(share).rows_new == 2
 

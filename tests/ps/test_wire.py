@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hashring.planner import CreateTable, Join, plan
 from hashring.view import Server, View
 from ps.errors import ERRORS, EmbringError, RequestError, SlotsLost, WrongView
-from ps.share import PullShare, PushShare
+from ps.share import PullShare, PushShare, features_of
 from ps.wire import (
     DTYPES,
     JOIN_MAX,
@@ -202,10 +202,7 @@ def test_headers_that_are_not_messagepack(header):
 
 def pull_of(**changed):
     given = {
-        "tables": np.array([1, 2], np.int32),
-        "bags": np.array([2, 1], np.int32),
-        "modes": np.array([0, 1], np.uint8),
-        "absent": np.array([0, 2], np.uint8),
+        "features": features_of([1, 2], [2, 1], [0, 1], [0, 2]),
         "ids": np.array([5, 6, 7, 8], np.int64),
         "offsets": np.array([0, 1, 1, 4], np.int64),
     }
@@ -214,8 +211,7 @@ def pull_of(**changed):
 
 def push_of(**changed):
     given = {
-        "tables": np.array([1], np.int32),
-        "bags": np.array([2], np.int32),
+        "features": features_of([1], [2]),
         "ids": np.array([5, 6], np.int64),
         "rows": np.zeros(6, np.float32),
     }
@@ -234,7 +230,7 @@ def same(a, b):
 def test_shares_there_and_back():
     share = PullShare(**pull_of())
     same(pull_share(*pull_message(share)), share)
-    weighted = PullShare(**pull_of(modes=np.zeros(2, np.uint8), weights=np.ones(4, np.float32)))
+    weighted = PullShare(**pull_of(features=features_of([1, 2], [2, 1]), weights=np.ones(4, np.float32)))
     same(pull_share(*pull_message(weighted)), weighted)
     push = PushShare(**PUSH_FIELDS, **push_of(offsets=np.array([0, 0, 2]), weights=np.ones(2, np.float32)))
     same(push_share(*push_message(push)), push)
@@ -246,23 +242,13 @@ def test_shares_there_and_back():
     ("changed", "match"),
     [
         ({"ids": None}, "array 'ids' is missing"),
-        ({"tables": np.array([1, 2], np.int64)}, "'tables' is <i8"),
+        ({"features": None}, "array 'features' is missing"),
+        ({"features": np.zeros((2, 4), np.int64)}, "'features' is <i8"),
+        ({"features": np.zeros((2, 3), np.int32)}, "4 columns wide"),
+        ({"features": np.zeros(8, np.int32)}, "4 columns wide"),
         ({"ids": np.zeros((4, 1), np.int64)}, "must be <i8, one-dimensional"),
-        ({"bags": np.array([3], np.int32)}, "2 tables and 1 counts"),
-        ({"bags": np.array([4, -1], np.int32)}, "bags has -1"),
-        ({"bags": np.array([2**31 - 1, 2**31 - 1], np.int32)}, "bags sum to 4294967294"),
-        ({"bags": np.array([2, 2], np.int32)}, "describe 3 bags; bags sum to 4"),
-        ({"offsets": None}, "4 ids; bags sum to 3"),
-        ({"offsets": np.array([1, 1, 1, 4])}, "begins with 1"),
-        ({"offsets": np.array([0, 2, 1, 4])}, "falls from 2 to 1"),
-        ({"offsets": np.array([0, 1, 1, 5])}, "ends with 5"),
-        ({"offsets": np.empty(0, np.int64)}, "offsets has shape"),
-        ({"modes": np.array([0, 2], np.uint8)}, "modes must be one code from 0 to 1"),
-        ({"modes": np.zeros(1, np.uint8)}, "modes must be one code"),
-        ({"absent": np.array([0, 3], np.uint8)}, "absent must be one code from 0 to 2"),
-        ({"weights": np.ones(3, np.float32)}, "3 weights"),
-        ({"weights": np.array([1, 1, np.nan, 1], np.float32)}, r"weights\[2\] is not finite"),
-        ({"weights": np.ones(4, np.float32)}, "weights go with sums only"),
+        ({"offsets": np.zeros((2, 2), np.int64)}, "must be <i8, one-dimensional"),
+        ({"weights": np.ones(4, np.float64)}, "must be <f4, one-dimensional"),
     ],
 )
 def test_wrong_pulls_are_named(changed, match):
