@@ -369,11 +369,11 @@ def test_a_client_that_comes_back_under_its_id_repeats_nothing(cluster, client):
 def test_a_server_that_has_no_view_yet_is_passed_over(tmp_path):
     with local_cluster(tmp_path) as cluster:
         fresh = cluster.start("s9").addresses[0]
+        with pytest.raises(ps.NotApplied, match="no view yet"):
+            Client([fresh], TOKEN, timeout=0.5)
         with Client([fresh, *cluster.addresses], TOKEN) as client:
             client.create_table("item", dim=2)
             assert client.pull("item", [1]).shape == (1, 2)
-        with pytest.raises(ps.NotApplied, match="no view yet"):
-            Client([fresh], TOKEN, timeout=0.5)
 
 
 def test_a_dead_servers_slots_are_lost_and_the_others_go_on(tmp_path):
