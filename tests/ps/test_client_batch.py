@@ -95,19 +95,19 @@ def test_where_the_cluster_is(monkeypatch, tmp_path):
     monkeypatch.delenv("EMBRING_ADDRESS", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with pytest.raises(ConfigError, match="no cluster is known here"):
-        where(None, None)
+        where(None, None, None)
     (tmp_path / "token").write_text("from the file\n")
     write_runtime(Runtime(("tcp:h:3",), str(tmp_path / "token")))
-    assert where(None, None) == (("tcp:h:3",), "from the file")
-    assert where(None, "mine") == (("tcp:h:3",), "mine")
+    assert where(None, None, None) == (("tcp:h:3",), "from the file", None)
+    assert where(None, "mine", None) == (("tcp:h:3",), "mine", None)
     monkeypatch.setenv("EMBRING_ADDRESS", "h:1, unix:/p")
-    assert where(None, None) == (("h:1", "unix:/p"), "")
+    assert where(None, None, None) == (("h:1", "unix:/p"), "", None)
     monkeypatch.setenv("EMBRING_TOKEN", "from the environment")
-    assert where(None, None)[1] == "from the environment"
-    assert where("x:1,y:2", None)[0] == ("x:1", "y:2")
+    assert where(None, None, None)[1] == "from the environment"
+    assert where("x:1,y:2", None, None)[0] == ("x:1", "y:2")
     for bad in ("", "nowhere", ["h:x"]):
         with pytest.raises(ConfigError):
-            where(bad, "t")
+            where(bad, "t", None)
 
 
 def test_the_exported_names_are_these():
