@@ -9,6 +9,7 @@ Every reply carries `epoch`, the epoch of the server's view.
 """
 
 import asyncio
+import gc
 import ssl
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -398,4 +399,5 @@ async def serve(service: Service, addresses: Sequence[str], tls: ssl.SSLContext 
 
     Raises ConfigError for an address that is none, is taken, or can be reached from elsewhere while there is no token.
     """
+    gc.freeze()  # the modules loaded so far stay: no collection walks through them in the middle of a request
     return list(await service.listener.start(addresses, tls))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.errors import RequestError
-from ps.kernels.batch import first_bad_offset
+from ps.kernels.batch import join_offsets
 from ps.kernels.merge import MAX, MEAN, SUM
 from ps.ragged import RaggedIds, as_ids, check_offsets
 from ps.spec import ABSENT_CODES
@@ -21,6 +21,7 @@ Bag = Sequence[ArrayLike]
 NO_OFFSETS = np.empty(0, np.int64)
 NO_WEIGHTS = np.empty(0, np.float32)
 _INT64 = np.dtype(np.int64)
+_SEQUENCES = (tuple, list)
 
 
 @dataclass(slots=True)
@@ -80,46 +81,40 @@ def bags_batch(bags: Mapping[str, Bag]) -> Batch:
     """{table: (ids, offsets[, weights])}; RequestError naming the table and what is wrong with it."""
     if not isinstance(bags, Mapping):
         raise RequestError(f"bags is a {type(bags).__name__}; it must be a dictionary from table to (ids, offsets)")
-    ids, offsets, counts = [], [], []
+    ids, offsets = [], []
     weighted = []
     for name, given in bags.items():
-        if not isinstance(given, tuple | list) or not 2 <= len(given) <= 3:
+        if type(given) not in _SEQUENCES or not 2 <= len(given) <= 3:
             raise RequestError(f"table {name!r} was given no (ids, offsets) or (ids, offsets, weights)")
-        one, bounds = _vector(given[0], name, "ids"), _vector(given[1], name, "offsets")
-        if not bounds.size:
-            check_offsets(bounds, one.size, f"offsets of table {name!r}")
+        one, bounds = given[0], given[1]
+        if type(one) is not np.ndarray or one.dtype is not _INT64 or one.ndim != 1:
+            one = as_ids(one, f"ids of table {name!r}")
+        if type(bounds) is not np.ndarray or bounds.dtype is not _INT64 or bounds.ndim != 1 or not len(bounds):
+            bounds = as_ids(bounds, f"offsets of table {name!r}")
+            check_offsets(bounds, len(one), f"offsets of table {name!r}")
         ids.append(one)
         offsets.append(bounds)
-        counts.append((bounds.size - 1, one.size))
         if len(given) == 3 and given[2] is not None:
             weighted.append(name)
     names = tuple(bags)
     if not names:
         nothing = np.zeros(1, np.int64)
         return Batch(names, np.empty(0, np.int64), nothing, nothing, NO_WEIGHTS, frozenset())
-    table = np.array(counts, np.int64)
+    counts = np.array([[*map(len, offsets)], [*map(len, ids)]])
     starts = np.zeros(len(names) + 1, np.int64)
-    np.cumsum(table[:, 0], out=starts[1:])
-    joined = np.empty(int(starts[-1]) + 1, np.int64)
-    feature, _ = first_bad_offset(table, np.concatenate(offsets), joined)
+    every = np.concatenate(offsets)
+    joined = np.empty(len(every) - len(names) + 1, np.int64)
+    feature, _ = join_offsets(counts, every, starts, joined)
     if feature >= 0:
-        check_offsets(offsets[feature], counts[feature][1], f"offsets of table {names[feature]!r}")
-    weights = _weights(bags, weighted, counts) if weighted else NO_WEIGHTS
+        check_offsets(offsets[feature], len(ids[feature]), f"offsets of table {names[feature]!r}")
+    weights = _weights(bags, weighted, counts[1].tolist()) if weighted else NO_WEIGHTS
     return Batch(names, np.concatenate(ids), starts, joined, weights, frozenset(weighted))
 
 
-def _vector(values: ArrayLike, name: str, what: str) -> NDArray[np.int64]:
-    if type(values) is np.ndarray and values.dtype == _INT64 and values.ndim == 1:
-        return values  # joined into a contiguous array below
-    return as_ids(values, f"{what} of table {name!r}")
-
-
-def _weights(
-    bags: Mapping[str, Bag], weighted: Sequence[str], counts: Sequence[tuple[int, int]]
-) -> NDArray[np.float32]:
+def _weights(bags: Mapping[str, Bag], weighted: Sequence[str], counts: Sequence[int]) -> NDArray[np.float32]:
     """Weights of all ids, 1 where a table came without."""
     parts = []
-    for (name, given), (_, n) in zip(bags.items(), counts, strict=True):
+    for (name, given), n in zip(bags.items(), counts, strict=True):
         if name not in weighted:
             parts.append(np.ones(n, np.float32))
             continue

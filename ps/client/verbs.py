@@ -328,9 +328,11 @@ class Verbs(Core):
 
 def _by_feature(flat: Rows, batch: Batch, features: Features) -> list[Rows]:
     """float32[bags, dim] of each feature, as views of the flat answer."""
+    starts, dims = batch.starts.tolist(), features.dim_list
+    if len(set(dims)) == 1 and starts == [*range(0, starts[1] * len(dims) + 1, starts[1] or 1)]:
+        return [*flat.reshape(len(dims), starts[1], dims[0])]
     out = []
     at = 0
-    starts = batch.starts.tolist()
     for f, dim in enumerate(features.dim_list):
         bags = starts[f + 1] - starts[f]
         out.append(flat[at : at + bags * dim].reshape(bags, dim))

@@ -12,19 +12,20 @@ U64 = NDArray[np.uint64]
 
 
 @kernel
-def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]:
-    """Join the offsets of F features, which lie one behind another, into `rebased` int64[G+1].
+def join_offsets(counts: I64, offsets: I64, starts: I64, joined: I64) -> tuple[int, int]:
+    """Join the offsets of F features, which lie one behind another, into `joined` int64[G+1]; fills starts int64[F+1].
 
-    counts int64[F, 2]: bags and ids of each feature. Returns (-1, 0), or (feature, index) of the first offset that
+    counts int64[2, F]: offsets and ids of each feature. Returns (-1, 0), or (feature, index) of the first offset that
     breaks the invariants of RaggedIds.
     """
     at = 0
     base = 0
     g = 0
-    rebased[0] = 0
-    for f in range(counts.shape[0]):
-        bags = counts[f, 0]
-        n = counts[f, 1]
+    joined[0] = 0
+    starts[0] = 0
+    for f in range(counts.shape[1]):
+        bags = counts[0, f] - 1
+        n = counts[1, f]
         if offsets[at] != 0:
             return f, 0
         last = 0
@@ -34,11 +35,12 @@ def first_bad_offset(counts: I64, offsets: I64, rebased: I64) -> tuple[int, int]
                 return f, b
             last = offset
             g += 1
-            rebased[g] = base + offset
+            joined[g] = base + offset
         if last != n:
             return f, bags
         at += bags + 1
         base += n
+        starts[f + 1] = g
     return -1, 0
 
 
@@ -61,4 +63,4 @@ def warmup() -> None:
     """Compile this module's kernels."""
     bounds = np.array([0, 1], np.int64)
     cut(np.zeros(1, np.int64), bounds, bounds, np.zeros(1, np.uint64), 1)
-    first_bad_offset(np.ones((1, 2), np.int64), bounds, np.empty(2, np.int64))
+    join_offsets(np.array([[2], [1]]), bounds, np.empty(2, np.int64), np.empty(2, np.int64))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashring.tokens import token_seed, tokens
-from ps.kernels.batch import cut, first_bad_offset
+from ps.kernels.batch import cut, join_offsets
 from ps.kernels.split import CHOOSE, PIECES, ROWS, Split, choose_readers, split
 from ps.share import ABSENT, BAGS, MODE, TABLE, features_of
 
@@ -228,15 +228,16 @@ def test_a_fully_replicated_table_costs_one_server_the_least_loaded():
     ],
 )
 def test_offsets_that_torch_accepts_in_silence_are_found(offsets, bad):
-    rebased = np.empty(4, np.int64)
-    assert first_bad_offset(np.array([[3, 3]], np.int64), np.array(offsets, np.int64), rebased) == bad
+    starts, joined = np.empty(2, np.int64), np.empty(4, np.int64)
+    assert join_offsets(np.array([[4], [3]]), np.array(offsets, np.int64), starts, joined) == bad
 
 
 def test_offsets_of_several_features_are_joined():
-    rebased = np.empty(6, np.int64)
-    counts = np.array([[2, 3], [0, 0], [3, 4]], np.int64)
-    assert first_bad_offset(counts, np.array([0, 1, 3, 0, 0, 0, 2, 4], np.int64), rebased) == (-1, 0)
-    assert rebased.tolist() == [0, 1, 3, 3, 5, 7]
+    starts, joined = np.empty(4, np.int64), np.empty(6, np.int64)
+    counts = np.array([[3, 1, 4], [3, 0, 4]])
+    assert join_offsets(counts, np.array([0, 1, 3, 0, 0, 0, 2, 4], np.int64), starts, joined) == (-1, 0)
+    assert joined.tolist() == [0, 1, 3, 3, 5, 7]
+    assert starts.tolist() == [0, 2, 2, 5]
 
 
 def test_a_cut_keeps_all_occurrences_of_an_id_together_in_about_equal_parts():
