@@ -152,7 +152,7 @@ def _finish_warm_up(process: subprocess.Popen[bytes], folder: Path, report: Repo
             status = process.wait(wait)
             break
         if wait == LOADING_S:
-            report("compiling kernels: takes minutes, the first time and after an update")
+            report("compiling kernels: takes a minute or so, the first time and after an update")
     if status is None:
         process.kill()
         process.wait()
