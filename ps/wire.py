@@ -39,9 +39,6 @@ ALIGNMENT = 64
 JOIN_MAX = 32 * 1024
 """Frames up to this many bytes leave as one buffer: joining them costs less than a vectored write does."""
 
-ALIGN_FROM = 4096
-"""Bodies from this size on lie in memory aligned to 64 bytes; aligning a smaller one costs more than it gains."""
-
 _CODES = ("|u1", "|i1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 DTYPES = {code: np.dtype(code) for code in _CODES}
 """Every type that an array in a frame may have, by its code in the header."""
@@ -222,18 +219,7 @@ def _places(described: list[Any]) -> tuple[Places, int]:
 
 def body_buffer(size: int) -> memoryview:
     """Memory for a body of `size` bytes, to be received into."""
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw.data[start : start + size]
-
-
-def body_of(received: memoryview) -> Buffer:
-    """Memory of its own for a body that lies in a buffer which will be used again."""
-    if len(received) < ALIGN_FROM:
-        return bytearray(received)
-    body = body_buffer(len(received))
-    body[:] = received
-    return body
+    return np.empty(size, np.uint8).data
 
 
 def assemble(message: Message, places: Places, body: Buffer) -> Message:

@@ -27,7 +27,6 @@ from ps.wire import (
     Places,
     assemble,
     body_buffer,
-    body_of,
     check_magic,
     decode_header,
     decode_prefix,
@@ -144,7 +143,7 @@ class Receiver:
         message, places = decode_header(self._scratch[begin - header : begin], size, self.limits)
         if here >= size:
             self._start = begin + size
-            messages.append(assemble(message, places, body_of(self._scratch[begin : self._start])))
+            messages.append(assemble(message, places, bytearray(self._scratch[begin : self._start])))
         else:
             body = body_buffer(size)
             self._start = self._end
