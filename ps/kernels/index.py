@@ -7,7 +7,7 @@
 A leaf word is `granule << 22 | count << 6 | class`: the segment's place (in granules of 4 entries, one cache line),
 how many entries it holds, and its size class. Everything a lookup needs is in that one word.
 
-The token's high bits choose the slot, the next ones the child of a node, its low 32 bits the place inside the
+The token's high bits choose the slot, the next ones the child of a node, its low 32 bits the line inside the
 segment; so a leaf covers an interval of tokens, and leaves in order are in token order.
 
 Size classes grow by a fourth root of two and are filled to 0.8, so load stays between 0.67 and 0.8: doubling would
@@ -98,13 +98,13 @@ def child_of(token: int, used: int) -> Any:
 
 @inline
 def place_of(token: int, code: int, capacity: int) -> Any:
-    """Home place in a segment: the token's low 32 bits scaled, since capacities are no powers of two.
+    """Home place in a segment: the first entry of a line, by the low 32 bits (capacities are no powers of two).
 
     The code is mixed in (Knuth's multiplicative hash): tables with equal seeds give equal ids equal tokens, and their
     entries would all want one place.
     """
     spread = (token ^ (np.uint64(code) * _GOLDEN32)) & _LOW32
-    return np.int64((spread * np.uint64(capacity)) >> np.uint64(32))
+    return np.int64((spread * np.uint64(capacity // GRANULE)) >> np.uint64(32)) * GRANULE
 
 
 @inline
@@ -121,7 +121,16 @@ def leaf_word(directory: NDArray[np.int64], nodes: NDArray[np.int64], slot: int,
 @inline
 def probe(entries: NDArray[np.int64], base: int, capacity: int, place: int, id_: int, code: int) -> int:
     """The entry of (code, id) in a segment, or -1; entries are (id, (code + 1) << 32 | row)."""
+    if capacity == 0:
+        return -1
     tag = code + 1
+    home = base + place
+    found = -1
+    for at in range(home, home + GRANULE):  # no branch: where in its line an entry stands cannot be predicted
+        hit = (entries[at, 0] == id_) & (entries[at, 1] >> 32 == tag)
+        found = at if hit else found
+    if found >= 0:
+        return found
     for _ in range(capacity):
         meta = entries[base + place, 1]
         if meta == 0:
