@@ -81,6 +81,7 @@ class KernelBench:
     name = "table"
 
     def __init__(self, rows: int, dim: int = 64) -> None:
+        torch.set_num_threads(1)  # as many as a server's data thread has
         self.rows, self.dim = rows, dim
         self.store = one_server_store([TableSpec(self.name, dim, SGD())])
         self.values = np.empty((rows, dim), np.float32)

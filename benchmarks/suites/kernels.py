@@ -14,6 +14,7 @@ from benchmarks.kernel_sides import POOLING, KernelBench, Question, change, gath
 from benchmarks.measure import interleave, timed
 from benchmarks.report import Findings
 from ps.kernels import warmup
+from ps.service import EXPORT_ROWS
 from ps.spec import Adagrad, Placement, TableSpec
 from ps.store import Store
 
@@ -113,7 +114,7 @@ def _exports(store: Store, n: int) -> dict[str, float]:
     totals: list[float] = []
     for slot in slots:
         begun = mark = time.perf_counter()
-        for _ in store.export(_one(int(slot))):
+        for _ in store.export(_one(int(slot)), rows_max=EXPORT_ROWS):
             now = time.perf_counter()
             parts.append(now - mark)
             mark = now
