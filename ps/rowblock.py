@@ -11,7 +11,7 @@ Invariants, checked by `RowBlock.check` where a block enters, and trusted inside
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,22 @@ class RowBlock:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.to_arrays()[1].values())
 
+    def select(self, keep: NDArray[np.bool_]) -> "RowBlock":
+        """The same block with only some of its slots, bool[s]."""
+        c = self.clients
+        clients, offsets = ragged_select(c.clients, c.offsets, keep)
+        picked = (ragged_select(values, c.offsets, keep)[0] for values in (c.last, c.mask))
+        lineage, lineage_offsets = ragged_select(self.lineage, self.lineage_offsets, keep)
+        own = {name: getattr(self, name)[keep] for name in ("slots", "base", "last", "full", "part", "final")}
+        return replace(
+            self,
+            **own,
+            lineage=lineage,
+            lineage_offsets=lineage_offsets,
+            clients=ClientEntries(clients, *picked, offsets),
+            sections=tuple(_select_section(section, keep) for section in self.sections),
+        )
+
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Fields (plain scalars) and named arrays: what a frame or a file carries. Nothing is copied."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _SLOT_ARRAYS}
@@ -170,6 +186,34 @@ _SECTION_ARRAYS: dict[str, type] = {
     "gone_versions": np.int64,
     "gone_offsets": np.int64,
 }
+
+
+def ragged_select(
+    values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The values of the kept lists, and their offsets."""
+    counts = np.diff(offsets)
+    out = np.zeros(int(keep.sum()) + 1, np.int64)
+    np.cumsum(counts[keep], out=out[1:])
+    return values[np.repeat(keep, counts)], out
+
+
+def _select_section(section: Section, keep: NDArray[np.bool_]) -> Section:
+    offsets, gone_offsets = section.offsets, section.gone_offsets
+    rows = {
+        n: ragged_select(getattr(section, n), offsets, keep)[0] for n in ("ids", "tables", "values", "state", "meta")
+    }
+    gone = {
+        n: ragged_select(getattr(section, n), gone_offsets, keep)[0]
+        for n in ("gone_ids", "gone_tables", "gone_versions")
+    }
+    return replace(
+        section,
+        **rows,
+        **gone,
+        offsets=ragged_select(section.ids, offsets, keep)[1],
+        gone_offsets=ragged_select(section.gone_ids, gone_offsets, keep)[1],
+    )
 
 
 def _take(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type) -> NDArray[Any]:

@@ -69,7 +69,7 @@ inline = kernel
 BATCH = 64
 """Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""
 
-KERNEL_MODULES = ("index", "scan", "pool", "update", "optimize", "window", "split", "merge")
+KERNEL_MODULES = ("index", "scan", "pool", "update", "optimize", "window", "split", "merge", "replicate")
 
 
 def _prefetch(typingctx: Any, array: Any, position: Any) -> Any:
