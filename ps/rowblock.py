@@ -109,7 +109,7 @@ class RowBlock:
         """The same block with only some of its slots, bool[s]."""
         c = self.clients
         clients, offsets = ragged_select(c.clients, c.offsets, keep)
-        picked = (ragged_select(values, c.offsets, keep)[0] for values in (c.last, c.mask))
+        last, mask = (ragged_select(values, c.offsets, keep)[0] for values in (c.last, c.mask))
         lineage, lineage_offsets = ragged_select(self.lineage, self.lineage_offsets, keep)
         own = {name: getattr(self, name)[keep] for name in ("slots", "base", "last", "full", "part", "final")}
         return replace(
@@ -117,7 +117,7 @@ class RowBlock:
             **own,
             lineage=lineage,
             lineage_offsets=lineage_offsets,
-            clients=ClientEntries(clients, *picked, offsets),
+            clients=ClientEntries(clients, last, mask, offsets),
             sections=tuple(_select_section(section, keep) for section in self.sections),
         )
 
@@ -199,21 +199,14 @@ def ragged_select(
 
 
 def _select_section(section: Section, keep: NDArray[np.bool_]) -> Section:
-    offsets, gone_offsets = section.offsets, section.gone_offsets
-    rows = {
-        n: ragged_select(getattr(section, n), offsets, keep)[0] for n in ("ids", "tables", "values", "state", "meta")
-    }
-    gone = {
-        n: ragged_select(getattr(section, n), gone_offsets, keep)[0]
-        for n in ("gone_ids", "gone_tables", "gone_versions")
-    }
-    return replace(
-        section,
-        **rows,
-        **gone,
-        offsets=ragged_select(section.ids, offsets, keep)[1],
-        gone_offsets=ragged_select(section.gone_ids, gone_offsets, keep)[1],
-    )
+    kept: dict[str, Any] = {}
+    for offsets, names in (
+        ("offsets", ("ids", "tables", "values", "state", "meta")),
+        ("gone_offsets", ("gone_ids", "gone_tables", "gone_versions")),
+    ):
+        for name in names:
+            kept[name], kept[offsets] = ragged_select(getattr(section, name), getattr(section, offsets), keep)
+    return replace(section, **kept)
 
 
 def _take(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type) -> NDArray[Any]:

@@ -28,8 +28,8 @@ class Changed:
 class Applied:
     """A push that was decided: its reply, and what it changed.
 
-    touched int64[k]: its slots. verdicts uint8 by slot number (NEW: changed now). written: rows made or changed. erased:
-    ids deleted (rows -1 where there was none). Borrows arrays of the store: gone with the next push.
+    touched int64[k]: its slots. verdicts uint8 by slot number (NEW: changed now). written: rows made or changed.
+    erased: ids deleted (rows -1 where there was none). Borrows arrays of the store: gone with the next push.
     """
 
     reply: PushReply

@@ -173,8 +173,9 @@ class Store:
     ) -> Applied:
         """`push`, with what it changed: valid until the next one.
 
-        admit: called with the touched slots and their verdicts (by slot number) before anything is changed, where anything will be; may raise. only: slots
-        int64[k] to be decided here, every other one is left alone (another server is primary of it).
+        admit: called with the touched slots and their verdicts (by slot number) before anything is changed, where
+        anything will be; may raise. only: slots int64[k] to be decided here; every other one is left alone (another
+        server is primary of it).
         """
         work = self.held.registry.plan(share)
         values = _check_push(share, work)

@@ -1,7 +1,7 @@
 """The fork exchange: how two copies of a slot part, and the one block that brings the second to where the first is.
 
 The *fork* is the newest position on both lineages. Resulting rows cannot be cut back, so what the second copy changed
-after the fork is named by it (ids, rows or deletions), and the first sends its own rows, or deletions, for exactly those
+after the fork is named by it (ids, rows or deletions), and the first sends its own rows, or deletions, for just those
 and for all that itself changed after the fork, with its whole client table.
 """
 
