@@ -147,6 +147,8 @@ class Failover:
             return
         health.missed, health.awaiting, health.heard = 0, False, True
         health.epoch, health.standing = max(health.epoch, epoch), standing
+        if epoch > self.view.epoch:  # another controller has logged a view, and may be gone: the log must be read again
+            self.taken()
         self._decide()
 
     def died(self, incarnation: int) -> None:

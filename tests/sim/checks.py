@@ -94,9 +94,9 @@ class Checks:
         for slot in np.flatnonzero(held.slots.roles[: view.slots_total] >= OWNER).tolist():
             if slot in held.slots.filling:
                 self.fail(f"I7: {server.name} reads slot {slot}, which is incomplete")
-            group = next(g for g in view.groups if g.first <= slot < g.first + g.slots)
-            born = self.cluster.born[group.number]
-            if view.epoch > born and held.slots.positions[slot] == 0 and before is not None:
+            if before is None or held.slots.positions[slot]:
+                continue
+            if not any(o >= 0 and before.servers[o].incarnation == server.incarnation for o in before.owners()[slot]):
                 self.fail(f"I7: {server.name} became an owner of slot {slot} without ever having a copy")
         opened = np.flatnonzero(named == 2)
         fresh = opened if before is None else opened[self._renewed(before, view)[opened]]
