@@ -25,7 +25,7 @@ class ReplicationLimits:
     tick_max_s: what one tick adds to the clock at most, however long the process was stopped.
     owners_min: owners that a slot must have for pushes to be taken.
     refusals_max: blocks that a peer refuses, one after another, before it is complained of.
-    repair_slots: slots in one block of a repair.
+    repair_slots: slots in one block of a repair. copy_bytes: rows in one block of a copy, in bytes, before it is closed.
     """
 
     queue_bytes_max: int = 64 * 2**20
@@ -35,6 +35,7 @@ class ReplicationLimits:
     owners_min: int = 1
     refusals_max: int = 3
     repair_slots: int = 256
+    copy_bytes: int = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,6 @@ from ps.slots import PRIMARY
 from ps.store import Store
 from ps.store.fork import Undone, tellable
 
-COPY_BYTES = 256 * 1024
-"""Rows in one block of a copy, in bytes, before the block is closed."""
-
-
 @dataclass(slots=True)
 class Wait:
     """An answer that waits until every slot is safe at its position; `at`: the first slot that may not be."""
@@ -307,7 +303,7 @@ class Primary:
 
     def _begin_copy(self, link: Link, slots: NDArray[np.int64]) -> None:
         self.copies_made += 1
-        rows_max = max(1, COPY_BYTES // max(1, self._row_bytes()))
+        rows_max = max(1, self.limits.copy_bytes // max(1, self._row_bytes()))
         link.copies.append(self.store.copy(slots, self.copies_made, rows_max))
 
     def _repair(

@@ -9,17 +9,15 @@
 A push adds 1 to a column of its own in every row that it names: a lost one is a 0 that should be 1, a doubled one a 2.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hashring.tokens import token_seed
 from hashring.view import View
 from ps.kernels.replicate import COPY
 from ps.rowblock import TERM_SHIFT
 from ps.share import PullReply, PullShare
 from ps.slots import OWNER
-from ps.store.transfer import export  # noqa: F401 - names the module whose blocks the subscriber applies
 from tests.sim.world import Violation
 
 if TYPE_CHECKING:
@@ -111,6 +109,16 @@ class Checks:
         out[: before.slots_total] = before.terms() != view.terms()[: before.slots_total]
         return out
 
+    def rows_of(self, server: "Server", slot: int) -> dict[tuple[int, int], bytes]:
+        """(table, id) -> values of a slot."""
+        held, one = server.store.held, np.array([slot])
+        out = {}
+        for arena in held.registry.arenas:
+            found = arena.collect(one, *held.slots.bounds(one))
+            for code, id_, row in zip(found.codes.tolist(), found.ids.tolist(), found.rows.tolist(), strict=True):
+                out[(int(arena.numbers[code]), id_)] = arena.values[row].tobytes()
+        return out
+
     # -- pushes and pulls
 
     def begin(self, table: int, ids: list[int], column: int) -> None:
@@ -178,6 +186,10 @@ class Checks:
         assert view is not None
         if all(s.incarnation != server.incarnation for s in view.servers):
             self.fail(f"I9: {server.name} answers, and is not in its view")
+        mine = next(i for i, s in enumerate(view.servers) if s.incarnation == server.incarnation)
+        for id_ in share.ids.tolist():
+            if not (view.owners()[self.cluster.slot_of(int(share.tables[0]), id_)] == mine).any():
+                self.fail(f"I7: {server.name} answers a pull of id {id_}, whose slot it does not own")
         newest = self.cluster.log.newest
         me = next((i for i, s in enumerate(newest.servers) if s.incarnation == server.incarnation), -2)
         rows = reply.rows.reshape(len(share.ids), -1)
@@ -210,7 +222,6 @@ class Checks:
         owners = view.owners()
         alive = sum(s.alive for s in view.servers)
         for group in view.groups:
-            wanted = min(alive, self.cluster.replicas if group.replicas != "all" else alive)
             wanted = min(alive, int(group.replicas)) if group.replicas != "all" else alive
             for slot in range(group.first, group.first + group.slots):
                 there = [self.cluster.by_incarnation.get(view.servers[o].incarnation) for o in owners[slot] if o >= 0]
@@ -228,7 +239,7 @@ class Checks:
                     return f"slot {slot} has a learner"
                 if (members.modes[slot] == COPY).any():
                     return f"slot {slot} is being copied"
-        return ""
+        return self.cluster.subscriber.behind()
 
     def end(self) -> None:
         """I4, I5 at rest."""
@@ -238,6 +249,7 @@ class Checks:
             if len({self.content(s, slot) for s in owners}) > 1:
                 self.fail(f"I5: owners of slot {slot} differ at rest")
         self._owners_hold(list(self.acked), "at rest")
+        self.cluster.subscriber.check()
         for key, tried in self.tried.items():
             owner = self.cluster.by_incarnation[view.servers[view.owners()[self.slot_of[key], 0]].incarnation]
             row = self.row(owner, *key)
@@ -249,7 +261,3 @@ def show(position: int) -> str:
     """A position as (term, counter)."""
     return f"({position >> TERM_SHIFT},{position & (2**TERM_SHIFT - 1)})"
 
-
-def token_seed_of(spec: Any) -> int:
-    """The token seed of a table's specification."""
-    return token_seed(int(str(spec["seed"])))

@@ -19,6 +19,7 @@ from tests.sim.faults import Faults
 from tests.sim.network import Network
 from tests.sim.process import Process
 from tests.sim.server import Server
+from tests.sim.subscriber import Subscriber
 from tests.sim.world import Violation, World
 
 COLUMNS = 216
@@ -82,6 +83,7 @@ class Cluster:
         self.controllers.append(Controller(self, "controller0"))
         self._controllers_made = 1
         self.clients = [Client(self, f"client{i}") for i in range(rng.choice((2, 3)))]
+        self.subscriber = Subscriber(self)
         self.column = 0
         self.acked = 0
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 TICK_S = 0.05
-LIMITS = ReplicationLimits(queue_bytes_max=64 * 1024, bulk_bytes_max=16 * 1024, repair_slots=3)
+LIMITS = ReplicationLimits(queue_bytes_max=64 * 1024, bulk_bytes_max=6 * 1024, repair_slots=3, copy_bytes=3000)
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
 
