@@ -7,7 +7,8 @@
     Recover()            lost slots get living owners, in a new term, without their rows
     Enlist(servers)      servers are in the view, and own nothing yet
     Withdraw(slots)      servers leave the owner lists of named slots, but those where they are last
-    Reassign(slots)      slots get the owners that are given, who must hold them; Renew(slots): the same owners, a new term
+    Reassign(slots)      slots get the owners that are given, who must hold them
+    Renew(slots)         a new term under the same owners
     Rebalance()          missing copies and uneven loads are mended, after failures and returns
     CreateTable, AlterTable, TruncateTable, DropTable
 
@@ -485,28 +486,3 @@ def _padded_incarnations(view: View, group: Group, other: Group) -> NDArray[np.o
     wide = np.full((group.slots, width), -1, np.int16)
     wide[:, : group.owners.shape[1]] = group.owners
     return np.array([s.incarnation for s in view.servers] + [-1], object)[wide]
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Weight per living server: max / mean of primaries and of copies, and the mean of each."""
-
-    primaries: float
-    copies: float
-    primaries_mean: float
-    copies_mean: float
-
-
-def balance(view: View, group: Group) -> Balance:
-    """How evenly the living servers share a group's weight."""
-    alive = np.flatnonzero([s.alive for s in view.servers])
-    n = len(view.servers)
-    owners = group.owners.astype(np.int64)
-    weights = np.broadcast_to(group.weights[:, None], owners.shape)
-    held = owners >= 0
-    copies = np.bincount(owners[held], weights[held], minlength=n)[alive]
-    first = held[:, 0]
-    primaries = np.bincount(owners[first, 0], group.weights[first], minlength=n)[alive]
-    ratio = [float(x.max() / x.mean()) if len(x) and x.mean() else 1.0 for x in (primaries, copies)]
-    means = [float(x.mean()) if len(x) else 0.0 for x in (primaries, copies)]
-    return Balance(ratio[0], ratio[1], means[0], means[1])

@@ -52,7 +52,7 @@ class ClientTable:
     """The windows of every client that pushed here. `clock` gives seconds that never go back."""
 
     def __init__(self, slots_max: int, clients_max: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slots_max, self._clients_max, self._clock = slots_max, clients_max, clock
+        self._slots_max, self._clients_max, self.clock = slots_max, clients_max, clock
         self._windows: dict[int, ClientWindow] = {}
         self._used: dict[int, float] = {}
 
@@ -72,7 +72,7 @@ class ClientTable:
                 reserve((self._slots_max,), np.int64, huge=False), reserve((self._slots_max,), np.uint64, huge=False)
             )
             self._windows[client] = window
-        self._used[client] = self._clock()
+        self._used[client] = self.clock()
         return window
 
     def has_room(self, client: int) -> bool:
@@ -81,7 +81,7 @@ class ClientTable:
 
     def idle(self) -> list[int]:
         """Clients that have not pushed for CLIENT_IDLE_S; restarted trainers come as new ones, and would add up."""
-        oldest = self._clock() - CLIENT_IDLE_S
+        oldest = self.clock() - CLIENT_IDLE_S
         return [client for client, used in self._used.items() if used <= oldest]
 
     def window(self, client: int) -> ClientWindow | None:

@@ -239,9 +239,7 @@ class Core:
         finally:
             self._refreshing = False
 
-    def _fetched(
-        self, servers: Sequence[Server], s: int, epoch: int, until: float
-    ) -> Generator[Command, Any, bool]:
+    def _fetched(self, servers: Sequence[Server], s: int, epoch: int, until: float) -> Generator[Command, Any, bool]:
         """Ask one server for its view: whether a view newer than `epoch` is known now."""
         yield from self.fetch_view(servers, s, until)
         return self.routing.epoch > epoch

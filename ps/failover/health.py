@@ -1,4 +1,4 @@
-"""What the controller knows of each server process: pings counted, what it said last. No clock decides anything here."""
+"""What the controller knows of each server process: pings counted, and what it said last. No clock decides."""
 
 from dataclasses import dataclass, field
 

@@ -59,7 +59,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Create the view's epoch in the log, only if it is absent, planned from epoch `after`: then `logged` or `taken`."""
+    """Create the view in the log, only if its epoch is absent; planned from epoch `after`. Then `logged` or `taken`."""
 
     view: View
     after: int
@@ -273,7 +273,7 @@ class Failover:
         return found
 
     def _complaints(self) -> bool:
-        """An owner leaves the slots for which its primary could not reach it; who disputes with most others leaves all."""
+        """An owner leaves the slots for which its primary could not reach it; who disputes with most leaves all."""
         reports = self._reports(COMPLAINT)
         for primary, peer, _ in reports:
             self.disputes.add(primary, peer)

@@ -25,7 +25,7 @@ class ReplicationLimits:
     tick_max_s: what one tick adds to the clock at most, however long the process was stopped.
     owners_min: owners that a slot must have for pushes to be taken.
     refusals_max: blocks that a peer refuses, one after another, before it is complained of.
-    repair_slots: slots in one block of a repair. copy_bytes: rows in one block of a copy, in bytes, before it is closed.
+    repair_slots: slots in one block of a repair. copy_bytes: of rows, in one block of a copy.
     """
 
     queue_bytes_max: int = 64 * 2**20

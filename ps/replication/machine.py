@@ -104,6 +104,8 @@ class Replication:
         self._backup = Backup(store)
         self._last: float | None = None
         self._clock = self._forgot = 0.0
+        # Idle by this clock, which does not go on while the process is stopped with requests unread.
+        store.held.clients.clock = lambda: self._clock
 
     @property
     def members(self) -> Members:

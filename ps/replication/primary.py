@@ -20,6 +20,7 @@ from ps.slots import PRIMARY
 from ps.store import Store
 from ps.store.fork import Undone, tellable
 
+
 @dataclass(slots=True)
 class Wait:
     """An answer that waits until every slot is safe at its position; `at`: the first slot that may not be."""

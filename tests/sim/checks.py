@@ -66,7 +66,9 @@ class Checks:
                 arena.state[rows].tobytes(),
             ]
         windows = sorted(
-            (client, int(w.last[slot]), int(w.mask[slot])) for client, w in held.clients._windows.items() if w.last[slot]
+            (client, int(w.last[slot]), int(w.mask[slot]))
+            for client, w in held.clients._windows.items()
+            if w.last[slot]
         )
         return hash((*parts, *windows))
 
@@ -162,8 +164,8 @@ class Checks:
                 missing = np.flatnonzero(self.acked[key] & (row != 1))
                 if len(missing):
                     self.fail(
-                        f"I1 ({why}): {server.name}, owner of slot {slot} in epoch {view.epoch}, has {row[missing[0]]:g} "
-                        f"times acknowledged push {missing[0]} in id {key[1]}"
+                        f"I1 ({why}): {server.name}, owner of slot {slot} in epoch {view.epoch}, has "
+                        f"{row[missing[0]]:g} times acknowledged push {missing[0]} in id {key[1]}"
                     )
 
     def row(self, server: "Server", table: int, id_: int) -> np.ndarray:
@@ -260,4 +262,3 @@ class Checks:
 def show(position: int) -> str:
     """A position as (term, counter)."""
     return f"({position >> TERM_SHIFT},{position & (2**TERM_SHIFT - 1)})"
-

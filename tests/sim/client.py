@@ -111,7 +111,8 @@ class Client(Process):
             self.undecided -= 1
             done(error)
 
-        Flight(self, self.verbs.push(table, ids, rows, kind, 1.0, PUSH_S), ended)  # type: ignore[arg-type]
+        seconds = 8.0 if self.cluster.forgetful else PUSH_S
+        Flight(self, self.verbs.push(table, ids, rows, kind, 1.0, seconds), ended)  # type: ignore[arg-type]
 
     def pull(self, table: str, ids: np.ndarray, done: Any) -> None:
         Flight(self, self.verbs.pull(table, ids, None, 5.0), done)

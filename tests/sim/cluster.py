@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 import ps.client.core
+import ps.replication.machine
+import ps.window
 from hashring.planner import CreateTable, Enlist, plan
 from hashring.tokens import tokens
 from hashring.view import Server as ServerEntry
@@ -190,6 +192,8 @@ class Cluster:
         self.world.at(rng.expovariate(1 / self.pace), self._work, client)
         if client.undecided >= 6:
             return
+        if self.forgetful and client is self.clients[0] and 2.0 < self.world.now < 17.0:
+            return  # it is away for so long that it is forgotten, and comes back
         x = rng.random()
         if x < 0.7:
             self._push(client)
@@ -239,9 +243,15 @@ class Cluster:
         """Work under faults until every push is sent, then heal, and wait until all is level."""
         report = Report(self.world.seed)
         before = ps.client.core.time
+        idle = ps.window.CLIENT_IDLE_S, ps.replication.machine.FORGET_S
         ps.client.core.time = _Time(self.world)  # type: ignore[assignment]
         try:
             self.pace = self.world.rng.choice((0.01, 0.05, 0.1))
+            self.forgetful = self.world.chance(0.15)
+            ps.window.CLIENT_IDLE_S = 12.0 if self.forgetful else 3600.0
+            ps.replication.machine.FORGET_S = 1.0
+            if self.forgetful:
+                self.pace = 0.2
             for client in self.clients:
                 self._work(client)
             self.world.until(60.0, lambda: self.column >= self.columns)
@@ -256,8 +266,9 @@ class Cluster:
             report.violation = str(violation)
         finally:
             ps.client.core.time = before
+            ps.window.CLIENT_IDLE_S, ps.replication.machine.FORGET_S = idle
         report.acked, report.seconds, report.epochs = self.acked, self.world.now, self.log.newest.epoch
-        report.faults = {k: v for k, v in sorted(self.world.counts.items())}
+        report.faults = dict(sorted(self.world.counts.items()))
         report.cells = sorted(self.faults.cells)
         return report
 

@@ -42,7 +42,6 @@ class Server(Process):
         self.incarnation = incarnation
         self.entry = ServerEntry(name, incarnation, f"host-{name}")
         self.store = CheckedStore(cluster, self, incarnation, STORE_LIMITS, lambda: 1000.0 + self.clock)
-        self.store.held.clients._clock = lambda: self.clock
         self.machine = Replication(self.store, LIMITS)
         self._links: dict[int, Connection] = {}
         self._exports: dict[Hashable, tuple[dict[str, Any], dict[str, Any]]] = {}
