@@ -82,12 +82,27 @@ class Flight:
             self.client.waiting.append(self)
 
 
+class ImpatientVerbs(Verbs):
+    """Verbs whose attempts are short now and then: retries overtake what they repeat."""
+
+    world: Any = None
+    attempt_s = 30.0
+
+    def attempt_until(self, until: float) -> float:
+        """When the attempt that begins now ends."""
+        longest = super().attempt_until(until)
+        if self.world.chance(0.7):
+            return longest
+        return float(min(longest, self.world.now + self.world.between(0.1, 1.0) * self.attempt_s))
+
+
 class Client(Process):
     """One client process."""
 
     def __init__(self, cluster: "Cluster", name: str) -> None:
         super().__init__(cluster, name)
-        self.verbs = Verbs([s.name for s in cluster.log.newest.servers])
+        self.verbs = ImpatientVerbs([s.name for s in cluster.log.newest.servers])
+        self.verbs.world, self.verbs.attempt_s = self.world, cluster.world.rng.choice((0.05, 0.3, 3.0))
         self.verbs.window.client = cluster.world.rng.getrandbits(63) | 1
         self.verbs.window.on_close = self._room
         self.verbs._random = random.Random(cluster.world.rng.getrandbits(32))

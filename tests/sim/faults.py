@@ -27,7 +27,9 @@ class Faults:
         self.weights = {kind: rng.choice((0.3, 1.0, 3.0)) for kind in chosen}
         self.rate = rng.choice((0.5, 1.0, 2.0, 4.0))
         self.aim = rng.choice((0.0, 0.001, 0.002, 0.004))
-        self.aimed_at = rng.choice(STEPS) if rng.random() < 0.5 else None
+        cells = [(kind, step) for step in STEPS for kind in KINDS]
+        first = self.world.seed * 3  # three cells a seed, so that every cell has its turn
+        self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(3)}
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
@@ -54,10 +56,11 @@ class Faults:
         """A step of the protocol is about to be taken: now and then something goes wrong right there."""
         if not self.active:
             return
-        aim = self.aim
-        if self.aimed_at is not None:
-            aim = 0.03 if name == self.aimed_at else 0.0
-        if aim and self.world.rng.random() < aim:
+        for (kind, step), left in self.aimed_at.items():
+            if step == name and left and self.world.rng.random() < 0.15 and self._make(kind, process):
+                self.aimed_at[(kind, step)] -= 1
+                self.cells.add((kind, name))
+        if self.aim and self.world.rng.random() < self.aim:
             kind = self._draw()
             if self._make(kind, process):
                 self.cells.add((kind, name))
@@ -162,5 +165,5 @@ STEPS = (
     *("push arrives", "replicate leaves", "replicate arrives", "replicate taken", "a peer's reply"),
     *("fork leaves", "fork arrives", "fork taken", "repair leaves", "repair arrives", "repair taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
-    *("a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
+    *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
 )

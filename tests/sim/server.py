@@ -9,6 +9,7 @@ from hashring.view import Server as ServerEntry
 from hashring.view import View
 from ps.errors import EmbringError, NotApplied, RequestError, WrongView
 from ps.replication import Answer, Forward, Refuse, Replication, ReplicationLimits, Send, SendView
+from ps.replication.members import ADMITTED
 from ps.rowblock import RowBlock, Watermark
 from ps.share import PullReply, PullShare
 from ps.store import StoreLimits
@@ -43,6 +44,8 @@ class Server(Process):
         self.entry = ServerEntry(name, incarnation, f"host-{name}")
         self.store = CheckedStore(cluster, self, incarnation, STORE_LIMITS, lambda: 1000.0 + self.clock)
         self.machine = Replication(self.store, LIMITS)
+        self._admissions = self.machine._primary._advance
+        self.machine._primary._advance = self._advance  # type: ignore[method-assign]
         self._links: dict[int, Connection] = {}
         self._exports: dict[Hashable, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.every(TICK_S, self.tick)
@@ -59,6 +62,13 @@ class Server(Process):
     def install(self, view: View) -> None:
         self.machine.install(view)
         self.perform()
+
+    def _advance(self, link: Any, slots: np.ndarray) -> None:
+        members = self.machine.members
+        before = int((members.ranks == ADMITTED).sum())
+        self._admissions(link, slots)
+        if int((members.ranks == ADMITTED).sum()) > before:
+            self.cluster.step("a learner is admitted", self)
 
     # -- what comes in
 
