@@ -306,7 +306,8 @@ def _rebalance(view: View) -> View:
 def missing(view: View, unusable: frozenset[str] = frozenset()) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
     """Who should be given which slots so that each has its copies: slots int64[n], servers int16[n] (indexes).
 
-    unusable: names of servers that are given nothing, although the view has them alive. Nothing is taken from anybody.
+    unusable: names of servers that are given nothing, although the view has them alive; nor are slots of which such a
+    one is primary, since it cannot copy them. Nothing is taken from anybody.
     """
     servers = tuple(replace(s, alive=s.alive and s.name not in unusable) for s in view.servers)
     desk = _Desk(replace(view, servers=servers))

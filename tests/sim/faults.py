@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.sim.server import Server
 
 KINDS = (
-    *("crash", "pause", "cut", "block", "one-way", "slow", "jump"),
+    *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
     *("suspicion", "controller crash", "controller pause", "second controller", "old view"),
 )
 
@@ -110,6 +110,12 @@ class Faults:
             for pair in pairs:
                 cluster.network.block(*pair)
                 world.at(seconds, cluster.network.heal, *pair)
+        elif kind == "island":  # cut off from all but the clients: what it applies is to be undone
+            seconds = rng.choice((0.8, 1.6, 2.5))
+            for other in (*others, *cluster.controllers):
+                for pair in ((victim.name, other.name), (other.name, victim.name)):
+                    cluster.network.block(*pair)
+                    world.at(seconds, cluster.network.heal, *pair)
         elif kind == "slow":
             cluster.network.slow[victim.name] = rng.choice((0.02, 0.1))
             world.at(rng.uniform(0.5, 2.0), cluster.network.slow.pop, victim.name, None)

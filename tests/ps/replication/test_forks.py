@@ -13,13 +13,13 @@ from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store
 from tests.ps.store_helpers import LIMITS, push_share, store_of, view_of
 
-SPEC = TableSpec("t", 2, SGD(lr=1.0), Initializer(0.0, 0.0), replicas=2)
+SPEC = TableSpec("t", 2, SGD(lr=1.0), Initializer(0.0, 0.0), placement="whole", replicas=2)
 WHOLE = np.array([0])
 
 
-def pair(slot_bits: int = 0) -> tuple[View, Store, Store]:
-    """Two owners of one slot (of 2**slot_bits), both in the first term."""
-    view = view_of([SPEC], slot_bits=slot_bits, servers=(1, 2))
+def pair() -> tuple[View, Store, Store]:
+    """Two owners of one slot, both in the first term."""
+    view = view_of([SPEC], servers=(1, 2))
     owners = np.tile(np.array([[0, 1]], np.int16), (view.slots_total, 1))
     view = plan(view, Reassign(np.arange(view.slots_total), owners))
     return view, store_of(view, 1), store_of(view, 2)

@@ -105,9 +105,7 @@ def test_a_block_is_taken_once_and_only_at_its_base() -> None:
 def test_forgetting_a_client_is_a_change_that_backups_take() -> None:
     primary, (backup, _), members = trio()
     for client in (5, 6):
-        block = primary.cut(
-            primary.apply(push_share(1, [1], [[4, 9]], np.ones((2, 3)), client=client)), members, 0
-        )
+        block = primary.cut(primary.apply(push_share(1, [1], [[4, 9]], np.ones((2, 3)), client=client)), members, 0)
         assert block is not None
         backup.absorb(block)
     told = primary.forget([5]).block
