@@ -20,6 +20,9 @@ from ps.slots import PRIMARY
 from ps.store import Store
 from ps.store.fork import Undone, tellable
 
+_SLOT_BYTES = 128
+"""What an id and its slot take in a block beside the row, from above."""
+
 
 @dataclass(slots=True)
 class Wait:
@@ -60,7 +63,7 @@ class Primary:
             reply = self.store.push(share)
             self.answer(token, {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new})
             return
-        self._estimate = share.ids.nbytes + len(share.ids) * self._row_bytes()
+        self._estimate = len(share.ids) * (self._row_bytes() + _SLOT_BYTES)
         applied = self.store.apply(share, self._admit, only)
         if applied.written or applied.erased:
             self._stream(applied)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from ps.arena import Arena
 from ps.errors import RequestError
+from ps.kernels import replicate
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, ragged_select
 from ps.slots import NONE, PRIMARY
 from ps.store.holdings import Holdings
@@ -118,7 +119,7 @@ class _Incoming:
     codes: NDArray[np.int32]
     ids: NDArray[np.int64]
     rows: NDArray[np.int32]
-    picked: NDArray[np.bool_]
+    picked: NDArray[np.int32]
     section: Section
     gone_slots: NDArray[np.int32]
     gone: NDArray[np.bool_]
@@ -130,16 +131,20 @@ class _Incoming:
         if arena is None:
             raise RequestError(f"no table here has rows of {section.dim} values with optimizer {section.optimizer!r}")
         counts = np.diff(section.offsets)
-        picked = np.repeat(taken, counts)
-        slots = np.repeat(block.slots, counts)[picked].astype(np.int32)
-        codes, ids = held.registry.codes(section.tables[picked], arena), section.ids[picked]
+        slots = np.repeat(block.slots.astype(np.int32), counts)
+        picked, tables, ids = np.arange(len(slots), dtype=np.int32), section.tables, section.ids
+        if not taken.all():
+            picked = np.flatnonzero(np.repeat(taken, counts)).astype(np.int32)
+            slots, tables, ids = slots[picked], tables[picked], ids[picked]
+        codes = held.registry.codes(tables, arena)
         wrong = arena.slots_of(codes, ids) != slots
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             raise RequestError(f"id {ids[at]} does not belong to slot {slots[at]} of the row block")
-        fresh = np.repeat(taken & (block.full > 0) & (block.part == 0), counts)[picked]
         rows = arena.find(slots, codes, ids)
-        rows[fresh] = -1  # these slots are emptied first
+        if block.full.any():
+            fresh = np.repeat((block.full > 0) & (block.part == 0), counts)[picked]
+            rows[fresh] = -1  # these slots are emptied first
         counts = np.diff(section.gone_offsets)
         return cls(
             arena, slots, codes, ids, rows, picked, section, np.repeat(block.slots, counts).astype(np.int32),
@@ -158,9 +163,7 @@ class _Incoming:
             held.tombstones.add(where, tables, ids, s.gone_versions[gone], held.slots.horizon)
             self.rows = arena.find(self.slots, self.codes, self.ids)
         arena.insert(self.slots, self.codes, self.ids, self.rows)
-        arena.values[self.rows] = s.values[self.picked]
-        arena.state[self.rows] = s.state[self.picked]
-        arena.meta[self.rows] = s.meta[self.picked]
+        replicate.scatter(self.picked, self.rows, s.values, s.state, s.meta, arena.values, arena.state, arena.meta)
         if len(restored):
             again = np.isin(self.slots, restored)
             arena.meta[self.rows[again], 0] = held.slots.positions[self.slots[again]]
