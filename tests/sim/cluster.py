@@ -88,6 +88,8 @@ class Cluster:
         self.subscriber = Subscriber(self)
         self.column = 0
         self.acked = 0
+        if not calm:
+            self.faults.begin()
 
     def _incarnation(self) -> int:
         self._incarnations += 1

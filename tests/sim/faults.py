@@ -33,12 +33,15 @@ class Faults:
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
-        self.active = not calm
+        self.active = False
         self.cells: set[tuple[str, str]] = set()
-        if not calm:
-            self._next()
-        else:
+        if calm:
             self.duplicates = cluster.network.p_late = 0.0
+
+    def begin(self) -> None:
+        """From here on things go wrong."""
+        self.active = True
+        self._next()
 
     def _next(self) -> None:
         self.world.at(self.world.rng.expovariate(self.rate), self._strike)

@@ -175,7 +175,7 @@ def forgotten_by_each_for_itself(patch: Patch) -> None:
 @plant
 def forgotten_too_early(patch: Patch) -> None:
     """Clients are forgotten while they may still retry."""
-    patch(ps.window, "CLIENT_IDLE_S", 0.2)
+    patch(ClientTable, "idle", lambda self: [c for c, used in self._used.items() if used <= self.clock() - 0.02])
 
 
 # -- blocks
