@@ -40,6 +40,11 @@ class ClientEntries:
     mask: NDArray[np.uint64]
     offsets: NDArray[np.int64]
 
+    def names(self) -> NDArray[np.uint64]:
+        """The distinct clients. Blocks of one push have one, which is seen without sorting."""
+        first = self.clients[:1]
+        return first if (self.clients == first).all() else np.unique(self.clients)
+
     @staticmethod
     def none(slots: int) -> "ClientEntries":
         """No entry for any of so many slots."""
@@ -127,11 +132,11 @@ class ClientTable:
         An entry whose `last` is 0 says that the slot forgets the client.
         """
         at = np.repeat(slots, np.diff(entries.offsets))
-        only = entries.clients[:1]
-        for client in only if (entries.clients == only).all() else np.unique(entries.clients):
-            held = slice(None) if len(only) and (entries.clients == client).all() else entries.clients == client
-            window = self.of(int(client))
-            window.last[at[held]], window.mask[at[held]] = entries.last[held], entries.mask[held]
+        names = entries.names()
+        for client in names:
+            held = slice(None) if len(names) == 1 else entries.clients == client
+            window, where = self.of(int(client)), at[held]
+            window.last[where], window.mask[where] = entries.last[held], entries.mask[held]
 
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget what slots have seen."""

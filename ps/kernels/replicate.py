@@ -8,8 +8,11 @@ waited for (from WAITED on); `acked` int64 is the position it has confirmed.
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.kernels import kernel
+from ps.kernels import inline, kernel, prefetch
+from ps.kernels.pool import LINE
 from ps.kernels.window import NEW
+
+_AHEAD = 8
 
 IDLE, STREAM, ASKED, COPY, HOPELESS = 0, 1, 2, 3, 4
 """Modes: nothing is sent; each change is sent as it is made; its fork was asked for; it is being given a copy; it can
@@ -19,6 +22,17 @@ LEARNING, JOINING, ADMITTED, OWNER = 0, 1, 2, 3
 """Ranks of a member: a learner that is copied to, one that is waited for, one that may be named as owner; an owner."""
 
 WAITED = JOINING
+
+
+@inline
+def _ask(values: NDArray[np.float32], state: NDArray[np.float32], meta: NDArray[np.int64], row: int) -> None:
+    """Ask for the lines of a row that is needed soon."""
+    prefetch(meta, 2 * row)
+    d, w = values.shape[1], state.shape[1]
+    for x in range(0, d, LINE):
+        prefetch(values, row * d + x)
+    for x in range(0, w, LINE):
+        prefetch(state, row * w + x)
 
 
 @kernel
@@ -108,14 +122,18 @@ def cut(
     """The rows order[0..n) of a change as they stand now, into arrays of n."""
     d, w = values.shape[1], state.shape[1]
     for j in range(len(out_ids)):
+        if j + _AHEAD < len(out_ids):
+            _ask(values, state, meta, np.int64(rows[order[j + _AHEAD]]))
         i = order[j]
         row = rows[i]
         out_ids[j], out_tables[j] = ids[i], numbers[codes[i]]
         out_meta[j, 0], out_meta[j, 1] = meta[row, 0], meta[row, 1]
+        source, target = values[row], out_values[j]
         for x in range(d):
-            out_values[j, x] = values[row, x]
+            target[x] = source[x]
+        source, target = state[row], out_state[j]
         for x in range(w):
-            out_state[j, x] = state[row, x]
+            target[x] = source[x]
 
 
 @kernel
@@ -132,22 +150,16 @@ def scatter(
     """Write lines picked int32[n] of a section into rows int32[n]."""
     d, w = values.shape[1], state.shape[1]
     for j in range(len(picked)):
+        if j + _AHEAD < len(picked):
+            _ask(values, state, meta, np.int64(rows[j + _AHEAD]))
         i, row = picked[j], rows[j]
         meta[row, 0], meta[row, 1] = in_meta[i, 0], in_meta[i, 1]
+        source, target = in_values[i], values[row]
         for x in range(d):
-            values[row, x] = in_values[i, x]
+            target[x] = source[x]
+        source, target = in_state[i], state[row]
         for x in range(w):
-            state[row, x] = in_state[i, x]
-
-
-@kernel
-def distinct(slots: NDArray[np.int64], marks: NDArray[np.int32], stamp: int) -> bool:
-    """Whether no slot occurs twice; marks int32[slots] remembers the stamp."""
-    for i in range(len(slots)):
-        if marks[slots[i]] == stamp:
-            return False
-        marks[slots[i]] = stamp
-    return True
+            target[x] = source[x]
 
 
 @kernel
@@ -221,7 +233,6 @@ def warmup() -> None:
         one.copy(), slots.copy(), values.copy(), values.copy(), meta.copy(),
     )  # fmt: skip
     scatter(slots, slots, values, values, meta, values.copy(), values.copy(), meta.copy())
-    distinct(one, slots.copy(), 1)
     confirm(one, one, 0, peers, acked)
     first_behind(one, one, 0, peers, modes, acked)
     forks(one, one, np.zeros(2, np.int64), one, one, np.zeros(2, np.int64), one.copy())

@@ -39,20 +39,34 @@ def absorb(
     if allowed is not None:
         taken &= allowed
     work = [_Incoming.of(held, block, section, taken) for section in block.sections]
-    if not held.clients.room_for(np.unique(block.clients.clients)):
+    if not held.clients.room_for(block.clients.names()):
         raise RequestError("the block brings more clients than this server remembers (clients_max)")
     rows_new = [int(np.count_nonzero(w.rows < 0)) for w in work]
     held.check_memory(sum(rows_new), sum(w.arena.bytes_needed(n) for w, n in zip(work, rows_new, strict=True)))
+    if replace_clients:
+        held.clients.clear(block.slots[taken])
+    if block.final.all() and not block.full.any() and not held.slots.filling and taken.all():
+        _follow(held, block, work)
+        return taken
     fresh = block.slots[taken & (block.full > 0) & (block.part == 0)]
     _reset(held, fresh)
     restores = _restores(held, block, taken)
     held.slots.positions[block.slots[restores]] += 1
     for incoming in work:
-        incoming.write(held, fresh, block.slots[restores])
-    if replace_clients:
-        held.clients.clear(block.slots[taken])
+        incoming.write(held, block.slots[restores])
     _close(held, block, taken, restores)
     return taken
+
+
+def _follow(held: Holdings, block: RowBlock, work: "list[_Incoming]") -> None:
+    """Take changes of complete slots, all of them: what a backup does for every push of its primary."""
+    for incoming in work:
+        incoming.write(held, block.slots[:0])
+    told = block.base >> TERM_SHIFT != block.last >> TERM_SHIFT
+    if told.any():
+        held.slots.set_lineage(block.slots[told], *ragged_select(block.lineage, block.lineage_offsets, told))
+    held.slots.positions[block.slots] = block.last
+    held.clients.put(block.slots, block.clients)
 
 
 def _acceptable(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
@@ -101,13 +115,11 @@ def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_], restores: 
     whole = final & (block.full > 0)
     slots.horizon[block.slots[whole]] = slots.positions[block.slots[whole]]
     c = block.clients
-    clients, counts = ragged_select(c.clients, c.offsets, final)
-    held.clients.put(
-        done,
-        ClientEntries(
-            clients, ragged_select(c.last, c.offsets, final)[0], ragged_select(c.mask, c.offsets, final)[0], counts
-        ),
-    )
+    if not final.all():
+        clients, offsets = ragged_select(c.clients, c.offsets, final)
+        last, mask = (ragged_select(values, c.offsets, final)[0] for values in (c.last, c.mask))
+        c = ClientEntries(clients, last, mask, offsets)
+    held.clients.put(done, c)
 
 
 @dataclass(slots=True)
@@ -151,7 +163,7 @@ class _Incoming:
             np.repeat(taken, counts),
         )  # fmt: skip
 
-    def write(self, held: Holdings, fresh: NDArray[np.int64], restored: NDArray[np.int64]) -> None:
+    def write(self, held: Holdings, restored: NDArray[np.int64]) -> None:
         """Delete, then create and overwrite; rows of a restored slot take its new position as their version."""
         s, gone, arena = self.section, self.gone, self.arena
         slots, tables, ids = self.gone_slots[gone], s.gone_tables[gone], s.gone_ids[gone]

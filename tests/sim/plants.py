@@ -39,7 +39,7 @@ from ps.replication.primary import Primary
 from ps.rowblock import RowBlock
 from ps.slots import SlotTable, Tombstones
 from ps.store import Store, transfer
-from ps.window import ClientEntries
+from ps.window import ClientEntries, ClientTable
 
 Patch = Callable[[Any, str, Any], None]
 
