@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hashring.view import View
+from ps.errors import PerhapsApplied
 from ps.kernels.replicate import COPY
+from ps.replication import Refuse
 from ps.rowblock import TERM_SHIFT
 from ps.share import PullReply, PullShare
 from ps.slots import OWNER
@@ -181,6 +183,14 @@ class Checks:
             return np.zeros(self.cluster.columns, np.float32)
         out: np.ndarray = arena.values[row, : self.cluster.columns]
         return out
+
+    def decided(self, server: "Server", token: object, before: np.ndarray) -> None:
+        """I12: a push that is refused as not applied has changed nothing."""
+        refused = [a for a in server.machine._primary.out if isinstance(a, Refuse) and a.token == token]
+        if refused and not isinstance(refused[0].error, PerhapsApplied):
+            after = server.store.held.slots.positions[: len(before)]
+            if (after != before).any():
+                self.fail(f"I12: {server.name} refused a push ({refused[0].error}) after applying it")
 
     def pulled(self, server: "Server", share: PullShare, reply: PullReply) -> None:
         """A server answers a pull of single ids of one table."""

@@ -24,8 +24,11 @@ from tests.sim.server import Server
 from tests.sim.subscriber import Subscriber
 from tests.sim.world import Violation, World
 
-COLUMNS = 216
-"""Pushes of a run that name themselves."""
+COLUMNS = 260
+"""Pushes of a run that name themselves, at most."""
+
+WANTED = 204
+"""Pushes that are to be acknowledged: as many are sent as that takes."""
 
 ACKED_MIN = 200
 IDS = 8
@@ -189,7 +192,7 @@ class Cluster:
 
     def _work(self, client: Client) -> None:
         rng = self.world.rng
-        if self.column >= self.columns:
+        if self.done():
             return
         self.world.at(rng.expovariate(1 / self.pace), self._work, client)
         if client.undecided >= 6:
@@ -214,6 +217,10 @@ class Cluster:
 
     def _pulled(self, _: Any, error: EmbringError | None) -> None:
         self.world.counts["pulls failed" if error else "pulls"] += 1
+
+    def done(self) -> bool:
+        """Whether enough pushes were sent."""
+        return self.acked + sum(c.undecided for c in self.clients) >= WANTED + 4 or self.column >= self.columns
 
     def _push(self, client: Client) -> None:
         rng = self.world.rng
@@ -256,8 +263,12 @@ class Cluster:
                 self.pace = 0.2
             for client in self.clients:
                 self._work(client)
-            self.world.until(60.0, lambda: self.column >= self.columns)
+            self.world.until(60.0, self.done)
             self.world.until(self.world.now + 0.3)
+            while self.acked < WANTED and self.column < self.columns and self.world.now < 80.0:
+                for client in self.clients:
+                    self._work(client)
+                self.world.until(self.world.now + 1.0)
             self.faults.stop()
             began = self.world.now
             self._rest(began)

@@ -173,6 +173,7 @@ class Faults:
 STEPS = (
     *("push arrives", "replicate leaves", "replicate arrives", "replicate taken", "a peer's reply"),
     *("fork leaves", "fork arrives", "fork taken", "repair leaves", "repair arrives", "repair taken"),
+    *("copy leaves", "copy arrives", "copy taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
 )

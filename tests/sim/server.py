@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 TICK_S = 0.05
-LIMITS = ReplicationLimits(queue_bytes_max=64 * 1024, bulk_bytes_max=6 * 1024, repair_slots=3, copy_bytes=3000)
+LIMITS = ReplicationLimits(queue_bytes_max=64 * 1024, bulk_bytes_max=1000, repair_slots=3, copy_bytes=1000)
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
 
@@ -82,7 +82,8 @@ class Server(Process):
 
     def _request(self, connection: Connection, request: Message) -> None:
         token = (connection, request.request)
-        self.cluster.step(f"{request.op} arrives", self)
+        op = "copy" if "full" in request.arrays and request.arrays["full"].any() else request.op
+        self.cluster.step(f"{op} arrives", self)
         if not self.alive:
             return
         try:
@@ -93,7 +94,7 @@ class Server(Process):
         if result is not None:
             self._answer(token, *result)
         if request.op in ("replicate", "repair", "fork"):
-            self.cluster.step(f"{request.op} taken", self)
+            self.cluster.step(f"{op} taken", self)
 
     def _handle(self, token: Hashable, request: Message) -> tuple[dict[str, Any], dict[str, Any]] | None:
         op, fields, arrays = request.op, request.fields, request.arrays
@@ -106,8 +107,10 @@ class Server(Process):
         if op == "pull":
             return self._pull(pull_share(fields, arrays))
         if op == "push":
-            only = arrays.get("only")
+            only, end = arrays.get("only"), self.view.slots_total if self.view else 0
+            before = self.store.held.slots.positions[:end].copy()
             self.machine.push(token, push_share(fields, arrays), fields.get("acks", "all"), only)
+            self.cluster.checks.decided(self, token, before)
             return None
         if op == "install":
             self.machine.install(view_of(fields, arrays))
@@ -188,13 +191,16 @@ class Server(Process):
             return
         if isinstance(action, Send):
             op, fields, arrays = action.op, action.fields, action.arrays
+            label = "copy" if "full" in arrays and arrays["full"].any() else op
         elif isinstance(action, SendView):
             op, (fields, arrays) = "install", view_message(action.view)
+            label = op
         else:
             op, (fields, arrays) = "push", push_message(action.share)
+            label = op
             fields["acks"], arrays["only"] = action.acks, action.only
             self.cluster.world.counts["forwarded"] += 1
-        self.cluster.step(f"{op} leaves", self)
+        self.cluster.step(f"{label} leaves", self)
         if self.alive:
             self._send(connection, Message(op, action.number, fields, dict(arrays)))
 

@@ -38,7 +38,8 @@ def test_a_seed_runs_the_same_again() -> None:
 def test_without_faults_every_push_is_acknowledged() -> None:
     report, _ = run(1, calm=True)
     assert not report.violation
-    assert report.acked == 216
+    assert report.acked >= 200
+    assert not any("given up" in what for what in report.faults)
 
 
 @pytest.mark.parametrize("name", QUICK)
