@@ -18,7 +18,7 @@ from tests.sim.checks import Checks
 from tests.sim.client import Client
 from tests.sim.controller import Controller, Log
 from tests.sim.faults import Faults
-from tests.sim.network import Network
+from tests.sim.network import Connection, Network
 from tests.sim.process import Process
 from tests.sim.server import Server
 from tests.sim.subscriber import Subscriber
@@ -135,10 +135,10 @@ class Cluster:
 
     # -- what happens to processes
 
-    def step(self, name: str, process: Process) -> None:
-        """A step of the protocol."""
+    def step(self, name: str, process: Process, connection: Connection | None = None) -> None:
+        """A step of the protocol, at a process and by a connection."""
         self.world.counts["step " + name] += 1
-        self.faults.step(name, process)
+        self.faults.step(name, process, connection)
 
     def may_die(self, victim: Server) -> bool:
         """Whether every slot has a living owner without it: the loss of all is another matter."""

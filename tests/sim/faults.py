@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hashring.planner import Withdraw
+from tests.sim.network import Connection
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -48,27 +49,27 @@ class Faults:
 
     def _strike(self) -> None:
         if self.active:
-            self._make(self._draw(), None)
+            self._make(self._draw(), None, None)
             self._next()
 
     def _draw(self) -> str:
         kinds = sorted(self.weights)
         return self.world.rng.choices(kinds, [self.weights[k] for k in kinds])[0]
 
-    def step(self, name: str, process: Process) -> None:
+    def step(self, name: str, process: Process, connection: Connection | None) -> None:
         """A step of the protocol is about to be taken: now and then something goes wrong right there."""
         if not self.active:
             return
         for (kind, step), left in self.aimed_at.items():
-            if step == name and left and self.world.rng.random() < 0.15 and self._make(kind, process):
+            if step == name and left and self.world.rng.random() < 0.15 and self._make(kind, process, connection):
                 self.aimed_at[(kind, step)] -= 1
                 self.cells.add((kind, name))
         if self.aim and self.world.rng.random() < self.aim:
             kind = self._draw()
-            if self._make(kind, process):
+            if self._make(kind, process, connection):
                 self.cells.add((kind, name))
 
-    def _make(self, kind: str, process: Process | None) -> bool:
+    def _make(self, kind: str, process: Process | None, connection: Connection | None) -> bool:
         """Make a fault, at a process where it can be; whether it was made."""
         cluster, world = self.cluster, self.world
         rng = world.rng
@@ -79,13 +80,13 @@ class Faults:
             from tests.sim.server import Server as ServerProcess
 
             victim = process if isinstance(process, ServerProcess) and process.alive else rng.choice(servers)
-            made = self._server(kind, victim, [s for s in servers if s is not victim])
+            made = self._server(kind, victim, [s for s in servers if s is not victim], connection)
         if made:
             world.counts[kind] += 1
             world.say(f"FAULT {kind}")
         return made
 
-    def _server(self, kind: str, victim: "Server", others: "list[Server]") -> bool:
+    def _server(self, kind: str, victim: "Server", others: "list[Server]", connection: Connection | None) -> bool:
         cluster, world, rng = self.cluster, self.world, self.world.rng
         if kind == "crash":
             if not cluster.may_die(victim):
@@ -102,7 +103,7 @@ class Faults:
             mine = [c for c in cluster.network.connections if victim in (c.caller, c.called)]
             if not mine:
                 return False
-            cluster.network.cut(rng.choice(mine))
+            cluster.network.cut(connection if connection in mine and rng.random() < 0.7 else rng.choice(mine))
         elif kind in ("block", "one-way"):
             names = [p.name for p in (*others, *cluster.controllers, *cluster.clients)]
             other = rng.choice(names)

@@ -83,7 +83,7 @@ class Server(Process):
     def _request(self, connection: Connection, request: Message) -> None:
         token = (connection, request.request)
         op = "copy" if "full" in request.arrays and request.arrays["full"].any() else request.op
-        self.cluster.step(f"{op} arrives", self)
+        self.cluster.step(f"{op} arrives", self, connection)
         if not self.alive:
             return
         try:
@@ -94,7 +94,7 @@ class Server(Process):
         if result is not None:
             self._answer(token, *result)
         if request.op in ("replicate", "repair", "fork"):
-            self.cluster.step(f"{op} taken", self)
+            self.cluster.step(f"{op} taken", self, connection)
 
     def _handle(self, token: Hashable, request: Message) -> tuple[dict[str, Any], dict[str, Any]] | None:
         op, fields, arrays = request.op, request.fields, request.arrays
@@ -149,7 +149,7 @@ class Server(Process):
                 error = caught
         elif "view" in reply.arrays:
             view = view_of(reply.fields, reply.arrays)
-        self.cluster.step("a peer's reply", self)
+        self.cluster.step("a peer's reply", self, connection)
         if self.alive:
             self.machine.replied(peer, link, reply.request, reply.fields, reply.arrays, error, view)
 
@@ -200,9 +200,13 @@ class Server(Process):
             label = op
             fields["acks"], arrays["only"] = action.acks, action.only
             self.cluster.world.counts["forwarded"] += 1
-        self.cluster.step(f"{label} leaves", self)
+        first = self.world.chance(0.5)
+        if first:
+            self.cluster.step(f"{label} leaves", self, connection)
         if self.alive:
             self._send(connection, Message(op, action.number, fields, dict(arrays)))
+            if not first:
+                self.cluster.step(f"{label} leaves", self, connection)
 
     def _unreachable(self, peer: int, link: int) -> None:
         if self.alive:
