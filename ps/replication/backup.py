@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.view import View
-from ps.errors import NotApplied, RequestError
+from ps.errors import MemoryFull, NotApplied, RequestError
 from ps.replication.actions import Arrays
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.slots import NONE, PRIMARY
@@ -68,7 +68,15 @@ class Backup:
         allowed = verdicts == TAKEN
         if block.full.any():
             allowed &= (block.full == 0) | (slots.named[block.slots] == NONE)
-        taken = self.store.absorb(block, op == "repair", allowed)
+        try:
+            taken = self.store.absorb(block, op == "repair", allowed)
+        except MemoryFull:
+            raise
+        except RequestError:  # tables come and go without new terms: the two may know of different ones
+            theirs, mine = int(fields.get("at", 0)), self.store.epoch
+            if theirs == mine:
+                raise
+            return {}, {"verdicts": np.full(len(block.slots), BEHIND if theirs > mine else OLD, np.uint8)}
         if taken.all():
             return {}, {}
         verdicts[allowed & ~taken] = APART

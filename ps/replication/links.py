@@ -80,4 +80,5 @@ class Link:
         self.bytes = self.bulk_bytes = 0
         self.resting = self.untidy = True
         self.copies = []
+        self.asked_for = 0
         return lost

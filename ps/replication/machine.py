@@ -168,7 +168,8 @@ class Replication:
                 link = Link(server.incarnation, len(primary.by_index))
                 primary.links[server.incarnation] = link
                 primary.by_index.append(link)
-            numbers[i] = link.index
+            if server.alive or (view.owners() == i).any():
+                numbers[i] = link.index
         known = {s.incarnation for s in view.servers}
         for gone in [link for key, link in primary.links.items() if key not in known]:
             primary.lost(gone)

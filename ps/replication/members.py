@@ -27,7 +27,8 @@ LEARNERS = 2
 class Members:
     """Arrays[slots, C]: the columns of other owners, then LEARNERS columns (see ps.kernels.replicate).
 
-    targets int64: the position from which a learner that is waited for is level.
+    targets int64: the position from which a learner that is waited for is level. any, learning: whether there may be
+    members, and learners, at all.
     """
 
     def __init__(self, slots: int, owners: int) -> None:
@@ -38,13 +39,13 @@ class Members:
         self.ranks: NDArray[np.uint8] = np.zeros(shape, np.uint8)
         self.acked: NDArray[np.int64] = np.full(shape, -1, np.int64)
         self.targets: NDArray[np.int64] = np.zeros(shape, np.int64)
-        self.any = False
+        self.any = self.learning = False
 
     @classmethod
     def of(
         cls, view: View, me: int, numbers: NDArray[np.int16], before: "Members", same: NDArray[np.bool_]
     ) -> "Members":
-        """Members of the slots whose primary is server `me` of the view; numbers int16[servers + 1]: of each server.
+        """Members of the slots whose primary is server `me`; numbers int16[servers + 1]: of each living server of the view.
 
         same bool[slots]: slots whose term goes on, which keep what is known of them.
         """
@@ -57,11 +58,16 @@ class Members:
         new.modes[fresh, :n] = STREAM
         new.ranks[fresh, :n] = OWNER
         shared = min(n, before.owner_columns)
+        present = np.unique(numbers)
         for name in ("peers", "modes", "ranks", "acked", "targets"):
             old, now = getattr(before, name), getattr(new, name)
             now[kept, :shared] = old[kept, :shared]
             now[kept, n:] = old[kept, before.owner_columns :]
+        gone = (new.peers >= 0) & ~np.isin(new.peers, present)
+        gone[:, :n] = False  # a learner whose process is dead can be named by no view
+        new.drop(*np.nonzero(gone))
         new.any = bool((new.peers >= 0).any())
+        new.learning = bool((new.peers[:, n:] >= 0).any())
         return new
 
     def column_of(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
@@ -83,7 +89,8 @@ class Members:
         self.modes[slots, columns] = IDLE
         self.ranks[slots, columns] = LEARNING
         self.acked[slots, columns] = -1
-        self.any |= len(slots) > 0
+        if len(slots):
+            self.any = self.learning = True
         return slots
 
     def drop(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:

@@ -144,7 +144,7 @@ class Primary:
 
     def _send(self, link: Link, op: str, flight: Flight, fields: dict[str, Any], arrays: Arrays) -> None:
         number = link.depart(flight)
-        fields = {"from": self.store.incarnation, "link": link.number, **fields}
+        fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
         self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
 
     def _send_block(self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False) -> None:
@@ -271,10 +271,10 @@ class Primary:
     def _advance(self, link: Link, slots: NDArray[np.int64]) -> None:
         """Learners that have their copy are waited for from then on, and admitted once they hold all from before."""
         m = self.members
+        if not m.learning:
+            return
         columns = m.column_of(slots, link.index)
         learners = columns >= m.owner_columns
-        if not learners.any():
-            return
         s, c = slots[learners], columns[learners]
         whole = (m.ranks[s, c] == LEARNING) & (m.modes[s, c] == STREAM)
         m.ranks[s[whole], c[whole]] = JOINING

@@ -1,9 +1,11 @@
 """The replication machine of a server, event by event: three machines, and a shell that carries what they send."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from hashring.planner import Reassign, Renew, Withdraw, plan
+from hashring.planner import CreateTable, DropTable, Fail, Reassign, Renew, Withdraw, plan
 from hashring.view import View
 from ps.errors import NotApplied, Overloaded, PerhapsApplied, WrongView
 from ps.replication import (
@@ -321,6 +323,42 @@ def test_copies_on_their_way_are_bounded_in_bytes() -> None:
     assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
     assert 0 < most < 1200 + 1500
     trio.equal(1, 3)
+
+
+def test_a_table_that_one_side_does_not_know_yet_is_no_error() -> None:
+    trio = Trio()
+    spec = replace(SPEC, name="u")
+    view = plan(trio.view, CreateTable("u", spec.to_plain(), replicas=2))
+    trio.install(view, 1)
+    assert view.terms().tolist() == Trio().view.terms().tolist()
+    trio.machines[1].push("new", push_share(1, [2], [IDS], np.full((12, 2), -1.0)))
+    trio.deliver()
+    assert "new" in trio.answers
+    assert trio.machines[2].store.epoch == view.epoch
+    trio.equal(1, 2)
+    dropped = plan(view, DropTable("u"))
+    trio.install(dropped, 2)
+    trio.machines[1].push("late", push_share(2, [2], [IDS], np.full((12, 2), -1.0)))
+    trio.deliver()
+    trio.tick(1)
+    trio.deliver()
+    assert trio.machines[1].store.epoch == dropped.epoch
+    assert "late" in trio.answers
+    trio.equal(1, 2)
+
+
+def test_an_admitted_learner_that_died_is_not_waited_for() -> None:
+    trio = Trio()
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.down = {3}
+    token = trio.push(1, 1, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    trio.install(plan(trio.view, Fail("s2")), 1, 2)
+    trio.deliver()
+    assert token in trio.answers
 
 
 def test_a_silent_learner_is_dropped() -> None:
