@@ -45,7 +45,7 @@ class Members:
     def of(
         cls, view: View, me: int, numbers: NDArray[np.int16], before: "Members", same: NDArray[np.bool_]
     ) -> "Members":
-        """Members of the slots whose primary is server `me`; numbers int16[servers + 1]: of each living server of the view.
+        """Members of the slots whose primary is server `me`; numbers int16[servers + 1]: of the living ones.
 
         same bool[slots]: slots whose term goes on, which keep what is known of them.
         """
