@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= test
 ARGS ?=
+SEEDS ?= 500
+PLANT ?=
 
-.PHONY: setup demo test test-fast lint format types bench clean
+.PHONY: setup demo test test-fast sim lint format types bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     set up, then train, serve and check MovieLens-100k on a local cluster (ARGS=\"--json out.json\")"
 	@echo "make test     set up, then run the whole test suite (ARGS are passed to pytest)"
+	@echo "make sim      whole clusters in one thread under faults (SEEDS=10000; PLANT=name or all: a planted bug must be found)"
 	@echo "make lint     ruff (lint and format) and mypy"
 	@echo "make bench    kernels and pulls against their peers (peers: apt-get install redis-server)"
 
@@ -32,6 +35,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+sim: $(STAMP)
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --plant "$(PLANT)" --json $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

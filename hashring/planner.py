@@ -5,6 +5,10 @@
     Fail(name)           a dead server leaves every owner list but those where it is last: such slots are lost
     Return(server)       a name comes back as a new process: it owns nothing of what its predecessor held
     Recover()            lost slots get living owners, in a new term, without their rows
+    Enlist(servers)      servers are in the view, and own nothing yet
+    Withdraw(slots)      servers leave the owner lists of named slots, but those where they are last
+    Reassign(slots)      slots get the owners that are given, who must hold them
+    Renew(slots)         a new term under the same owners
     Rebalance()          missing copies and uneven loads are mended, after failures and returns
     CreateTable, AlterTable, TruncateTable, DropTable
 
@@ -26,6 +30,7 @@ from numpy.typing import NDArray
 
 from hashring.placement import Owners, Sites, even_primaries, fill, fresh, join, spread, without
 from hashring.ring import distances
+from hashring.succession import reassign, renew, withdraw
 from hashring.view import Group, Placement, Server, Table, View
 from hashring.whole import WholeTables
 
@@ -71,6 +76,38 @@ class Recover:
 
 
 @dataclass(frozen=True)
+class Enlist:
+    """Servers that are new to the view, and own nothing until slots have been copied to them."""
+
+    servers: tuple[Server, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Withdraw:
+    """Slots (global numbers, int64[k]) that servers, by name, no longer own; each keeps those where it is last."""
+
+    slots: Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Reassign:
+    """New owner lists int16[k, c] (indexes of the view's servers, -1 behind the last) of slots int64[k].
+
+    Only owners, and learners admitted in the present term, may be named: they are primary or owner at once.
+    """
+
+    slots: NDArray[np.int64]
+    owners: NDArray[np.int16]
+
+
+@dataclass(frozen=True, eq=False)
+class Renew:
+    """Slots int64[k] that begin a new term under the same owners: what learners were promised is void."""
+
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Rebalance:
     """Missing copies and uneven loads are to be mended. Moves rows between any servers."""
 
@@ -108,7 +145,8 @@ class DropTable:
     name: str
 
 
-Change = Join | Leave | Fail | Return | Recover | Rebalance | CreateTable | AlterTable | TruncateTable | DropTable
+Membership = Join | Leave | Fail | Return | Recover | Rebalance | Enlist | Withdraw | Reassign | Renew
+Change = Membership | CreateTable | AlterTable | TruncateTable | DropTable
 
 
 def plan(view: View, change: Change) -> View:
@@ -128,6 +166,17 @@ def plan(view: View, change: Change) -> View:
             after = _recover(view)
         case Rebalance():
             after = _rebalance(view)
+        case Enlist(servers):
+            after = view
+            for server in servers:
+                _check_new(after, server)
+                after = replace(after, servers=(*after.servers, server))
+        case Withdraw(slots):
+            after = withdraw(view, slots)
+        case Reassign(slots, owners):
+            after = reassign(view, slots, owners)
+        case Renew(slots):
+            after = renew(view, slots)
         case CreateTable():
             after = _create(view, change)
         case AlterTable(name, spec):
@@ -143,13 +192,17 @@ def plan(view: View, change: Change) -> View:
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
-def _join(view: View, server: Server) -> View:
+def _check_new(view: View, server: Server) -> None:
     if view.server_index(server.name) is not None:
         raise PlanError(f"server {server.name!r} is in the view already")
     if any(s.incarnation == server.incarnation for s in view.servers):
         raise PlanError(f"server {server.name!r} has incarnation {server.incarnation}, which is in the view already")
     if len(view.servers) >= SERVERS_MAX:
         raise PlanError(f"the view has {len(view.servers)} servers; the limit is {SERVERS_MAX}")
+
+
+def _join(view: View, server: Server) -> View:
+    _check_new(view, server)
     newcomer = len(view.servers)
     desk = _Desk(replace(view, servers=(*view.servers, server)))
     for group in desk.sharded():
@@ -248,6 +301,30 @@ def _rebalance(view: View) -> View:
     for server in sorted(desk.sites.servers, key=lambda s: (whole.loads[s], s)):
         whole.spread(server)
     return _bury(desk.done(whole))
+
+
+def missing(view: View, unusable: frozenset[str] = frozenset()) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
+    """Who should be given which slots so that each has its copies: slots int64[n], servers int16[n] (indexes).
+
+    unusable: names of servers that are given nothing, although the view has them alive; nor are slots of which such a
+    one is primary, since it cannot copy them. Nothing is taken from anybody.
+    """
+    servers = tuple(replace(s, alive=s.alive and s.name not in unusable) for s in view.servers)
+    desk = _Desk(replace(view, servers=servers))
+    if not desk.sites.servers:
+        return np.empty(0, np.int64), np.empty(0, np.int16)
+    whole = desk.whole()
+    found = [(group, fill(**desk.of(group))) for group in desk.sharded()]
+    for i, group in enumerate(desk.whole_groups):
+        whole.fill(i, desk.copies(group), desk.sites.servers)
+        found.append((group, np.array([whole.rows[i] or [-1]], np.int16)))
+    slots, given = [], []
+    for group, owners in found:
+        new = owners >= 0
+        new[:, : group.owners.shape[1]] &= group.owners[:, : owners.shape[1]] < 0
+        slots.append(group.first + np.nonzero(new)[0])
+        given.append(owners[new])
+    return np.concatenate(slots or [np.empty(0, np.int64)]), np.concatenate(given or [np.empty(0, np.int16)])
 
 
 def _bury(view: View) -> View:
@@ -406,7 +483,8 @@ def _with_terms(before: View, after: View) -> View:
             groups.append(group)
             continue
         changed = _padded_incarnations(before, old, group) != _padded_incarnations(after, group, old)
-        groups.append(replace(group, terms=np.where(changed.any(axis=1), before.epoch + 1, old.terms)))
+        renewed = changed.any(axis=1) | (group.terms != old.terms)
+        groups.append(replace(group, terms=np.where(renewed, before.epoch + 1, old.terms)))
     return replace(after, groups=tuple(groups))
 
 
@@ -415,28 +493,3 @@ def _padded_incarnations(view: View, group: Group, other: Group) -> NDArray[np.o
     wide = np.full((group.slots, width), -1, np.int16)
     wide[:, : group.owners.shape[1]] = group.owners
     return np.array([s.incarnation for s in view.servers] + [-1], object)[wide]
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Weight per living server: max / mean of primaries and of copies, and the mean of each."""
-
-    primaries: float
-    copies: float
-    primaries_mean: float
-    copies_mean: float
-
-
-def balance(view: View, group: Group) -> Balance:
-    """How evenly the living servers share a group's weight."""
-    alive = np.flatnonzero([s.alive for s in view.servers])
-    n = len(view.servers)
-    owners = group.owners.astype(np.int64)
-    weights = np.broadcast_to(group.weights[:, None], owners.shape)
-    held = owners >= 0
-    copies = np.bincount(owners[held], weights[held], minlength=n)[alive]
-    first = held[:, 0]
-    primaries = np.bincount(owners[first, 0], group.weights[first], minlength=n)[alive]
-    ratio = [float(x.max() / x.mean()) if len(x) and x.mean() else 1.0 for x in (primaries, copies)]
-    means = [float(x.mean()) if len(x) else 0.0 for x in (primaries, copies)]
-    return Balance(ratio[0], ratio[1], means[0], means[1])

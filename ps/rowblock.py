@@ -11,7 +11,7 @@ Invariants, checked by `RowBlock.check` where a block enters, and trusted inside
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,22 @@ class RowBlock:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.to_arrays()[1].values())
 
+    def select(self, keep: NDArray[np.bool_]) -> "RowBlock":
+        """The same block with only some of its slots, bool[s]."""
+        c = self.clients
+        clients, offsets = ragged_select(c.clients, c.offsets, keep)
+        last, mask = (ragged_select(values, c.offsets, keep)[0] for values in (c.last, c.mask))
+        lineage, lineage_offsets = ragged_select(self.lineage, self.lineage_offsets, keep)
+        own = {name: getattr(self, name)[keep] for name in ("slots", "base", "last", "full", "part", "final")}
+        return replace(
+            self,
+            **own,
+            lineage=lineage,
+            lineage_offsets=lineage_offsets,
+            clients=ClientEntries(clients, last, mask, offsets),
+            sections=tuple(_select_section(section, keep) for section in self.sections),
+        )
+
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Fields (plain scalars) and named arrays: what a frame or a file carries. Nothing is copied."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _SLOT_ARRAYS}
@@ -135,7 +151,7 @@ class RowBlock:
         s = len(self.slots)
         for name in ("slots", "base", "last", "full", "part", "final"):
             _shape(name, getattr(self, name), (s,))
-        if s and (self.slots.min() < 0 or len(np.unique(self.slots)) != s):
+        if s and (self.slots.min() < 0 or not _distinct(self.slots)):
             raise RequestError("slots of a row block must be distinct and not negative")
         if (self.last < self.base).any() or (self.base < 0).any() or (self.part < 0).any():
             raise RequestError("a row block must not lead back: base >= 0, last >= base and part >= 0")
@@ -172,11 +188,42 @@ _SECTION_ARRAYS: dict[str, type] = {
 }
 
 
+def ragged_select(
+    values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The values of the kept lists, and their offsets."""
+    counts = np.diff(offsets)
+    out = np.zeros(int(keep.sum()) + 1, np.int64)
+    np.cumsum(counts[keep], out=out[1:])
+    return values[np.repeat(keep, counts)], out
+
+
+def _select_section(section: Section, keep: NDArray[np.bool_]) -> Section:
+    kept: dict[str, Any] = {}
+    for offsets, names in (
+        ("offsets", ("ids", "tables", "values", "state", "meta")),
+        ("gone_offsets", ("gone_ids", "gone_tables", "gone_versions")),
+    ):
+        for name in names:
+            kept[name], kept[offsets] = ragged_select(getattr(section, name), getattr(section, offsets), keep)
+    return replace(section, **kept)
+
+
 def _take(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type) -> NDArray[Any]:
     array = arrays[name]
     if array.dtype != np.dtype(dtype):
         raise ValueError(f"{name} has dtype {array.dtype}; it must be {np.dtype(dtype)}")
     return as_input(array, dtype)
+
+
+def _distinct(slots: NDArray[np.int64]) -> bool:
+    """Whether no slot stands twice (they are not negative). Marking is ten times faster than sorting."""
+    highest = int(slots.max())
+    if highest >= 2**20:
+        return len(np.unique(slots)) == len(slots)
+    marks = np.zeros(highest + 1, np.bool_)
+    marks[slots] = True
+    return int(np.count_nonzero(marks)) == len(slots)
 
 
 def _shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:

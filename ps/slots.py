@@ -40,15 +40,18 @@ class SlotTable:
         self.named: NDArray[np.uint8] = reserve((slots_max,), np.uint8, huge=False)
         self.positions: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self.horizon: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
+        self.terms: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self._lineage: NDArray[np.int64] = reserve((slots_max, LINEAGE), np.int64, huge=False)
         self.spans: tuple[Span, ...] = ()
         self.filling: dict[int, tuple[int, int]] = {}
         """Slots that are being copied here: (copy, next part). They are neither read nor written meanwhile."""
 
     def install(self, view: View, incarnation: int) -> NDArray[np.int64]:
-        """Take roles and terms from a view; returns the slots that are no longer named here, int64[k].
+        """Take roles and terms from a view; returns the slots whose copies are to be freed, int64[k].
 
-        `named` is the role that the view gives, `roles` the same save for slots that are still being filled.
+        `named` is the role that the view gives, `roles` the same save for slots that are still being filled. A copy
+        that the view does not name (a former owner's, or a learner's) is kept, unread, through its term, and beyond
+        while the slot has fewer owners than it should: whoever returns with it needs only what it missed.
         """
         if view.slots_total > self.slots_max:
             raise RequestError(f"the view has {view.slots_total} slots; a server takes {self.slots_max} (slots_max)")
@@ -61,7 +64,12 @@ class SlotTable:
         owners = view.owners()
         named = np.where((owners == me).any(axis=1), OWNER, NONE).astype(np.uint8)
         named[owners[:, 0] == me] = PRIMARY
-        lost = np.flatnonzero((self.named[: len(named)] != NONE) & (named == NONE))
+        held = (self.positions[: len(named)] > 0) | (self.named[: len(named)] != NONE)
+        for slot in self.filling:
+            held[slot] = True
+        renewed = self.terms[: len(named)] != view.terms()
+        gone = np.flatnonzero((named == NONE) & held & renewed & _complete(view, owners))
+        self.terms[: len(named)] = view.terms()
         self.named[: len(named)] = named
         self.roles[: len(named)] = named
         for slot in self.filling:
@@ -69,7 +77,7 @@ class SlotTable:
         terms = view.terms() << TERM_SHIFT
         opened = np.flatnonzero((named == PRIMARY) & (terms > self.positions[: len(terms)]))
         self._open(opened, terms[opened])
-        return lost
+        return gone
 
     def _open(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Begin terms at counter 0; the positions reached so far join the lineage."""
@@ -124,6 +132,15 @@ class SlotTable:
                 starts[inside] = (slots[inside] - span.first).astype(np.uint64) << np.uint64(64 - span.bits)
             bits[inside] = span.bits
         return starts, bits
+
+
+def _complete(view: View, owners: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """Slots that have as many owners as their group asks for, bool[slots]; those of no group any more too."""
+    wanted = np.zeros(len(owners), np.int64)
+    for g in view.groups:
+        wanted[g.first : g.first + g.slots] = len(view.servers) if g.replicas == "all" else g.replicas
+    enough: NDArray[np.bool_] = (owners >= 0).sum(axis=1) >= wanted
+    return enough
 
 
 class Tombstones:

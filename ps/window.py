@@ -40,6 +40,11 @@ class ClientEntries:
     mask: NDArray[np.uint64]
     offsets: NDArray[np.int64]
 
+    def names(self) -> NDArray[np.uint64]:
+        """The distinct clients. Blocks of one push have one, which is seen without sorting."""
+        first = self.clients[:1]
+        return first if (self.clients == first).all() else np.unique(self.clients)
+
     @staticmethod
     def none(slots: int) -> "ClientEntries":
         """No entry for any of so many slots."""
@@ -52,7 +57,7 @@ class ClientTable:
     """The windows of every client that pushed here. `clock` gives seconds that never go back."""
 
     def __init__(self, slots_max: int, clients_max: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slots_max, self._clients_max, self._clock = slots_max, clients_max, clock
+        self._slots_max, self._clients_max, self.clock = slots_max, clients_max, clock
         self._windows: dict[int, ClientWindow] = {}
         self._used: dict[int, float] = {}
 
@@ -60,10 +65,10 @@ class ClientTable:
         return len(self._windows)
 
     def of(self, client: int) -> ClientWindow:
-        """The windows of a client; Overloaded where `clients_max` others are remembered (idle ones are forgotten)."""
+        """The windows of a client; Overloaded where `clients_max` others are remembered."""
         window = self._windows.get(client)
         if window is None:
-            self._forget_idle()
+            self._drop_empty()
             if len(self._windows) >= self._clients_max:
                 raise Overloaded(
                     f"client {client} is one too many: a server remembers {self._clients_max} (clients_max)"
@@ -72,14 +77,27 @@ class ClientTable:
                 reserve((self._slots_max,), np.int64, huge=False), reserve((self._slots_max,), np.uint64, huge=False)
             )
             self._windows[client] = window
-        self._used[client] = self._clock()
+        self._used[client] = self.clock()
         return window
 
-    def _forget_idle(self) -> None:
-        """Forget who has not pushed for CLIENT_IDLE_S; restarted trainers come as new clients, and would add up."""
-        oldest = self._clock() - CLIENT_IDLE_S
-        for client in [c for c, used in self._used.items() if used <= oldest]:
-            del self._windows[client], self._used[client]
+    def has_room(self, client: int) -> bool:
+        """Whether the client is known, or one more may be."""
+        return client in self._windows or len(self._windows) < self._clients_max
+
+    def idle(self) -> list[int]:
+        """Clients that have not pushed for CLIENT_IDLE_S; restarted trainers come as new ones, and would add up."""
+        oldest = self.clock() - CLIENT_IDLE_S
+        return [client for client, used in self._used.items() if used <= oldest]
+
+    def window(self, client: int) -> ClientWindow | None:
+        """The windows of a client that is remembered."""
+        return self._windows.get(client)
+
+    def _drop_empty(self) -> None:
+        """Give back the arrays of idle clients that no slot remembers any more."""
+        for client in self.idle():
+            if len(self._windows) >= self._clients_max and not self._windows[client].last.any():
+                del self._windows[client], self._used[client]
 
     def entries(self, slots: NDArray[np.int64]) -> ClientEntries:
         """The windows of some slots."""
@@ -103,16 +121,22 @@ class ClientTable:
 
     def room_for(self, clients: NDArray[np.uint64]) -> bool:
         """Whether the windows of these clients can be taken."""
-        self._forget_idle()
+        if len(self._windows) + len(clients) <= self._clients_max:
+            return True
+        self._drop_empty()
         return len(self._windows.keys() | {int(c) for c in clients}) <= self._clients_max
 
     def put(self, slots: NDArray[np.int64], entries: ClientEntries) -> None:
-        """Take the windows of slots as they stand at another owner (Overloaded where there are too many clients)."""
+        """Take the windows of slots as they stand at another owner (Overloaded where there are too many clients).
+
+        An entry whose `last` is 0 says that the slot forgets the client.
+        """
         at = np.repeat(slots, np.diff(entries.offsets))
-        for client in np.unique(entries.clients):
-            held = entries.clients == client
-            window = self.of(int(client))
-            window.last[at[held]], window.mask[at[held]] = entries.last[held], entries.mask[held]
+        names = entries.names()
+        for client in names:
+            held = slice(None) if len(names) == 1 else entries.clients == client
+            window, where = self.of(int(client)), at[held]
+            window.last[where], window.mask[where] = entries.last[held], entries.mask[held]
 
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget what slots have seen."""

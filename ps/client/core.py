@@ -224,16 +224,28 @@ class Core:
             return
         self._refreshing = True
         try:
-            order = sorted(told, key=lambda s: -told[s]) or (yield from self._newer(epoch, until))
-            for s in order:
-                error = yield from self.fetch_view(self.routing.servers, s, until)
-                if error is None and self.routing.epoch > epoch:
+            for s in sorted(told, key=lambda s: -told[s]):  # a process that died since tells of views, and gives none
+                if (yield from self._fetched(self.routing.servers, s, epoch, until)):
                     return
+            newer, answered = yield from self._newer(epoch, until)
+            for s in newer:
+                if (yield from self._fetched(self.routing.servers, s, epoch, until)):
+                    return
+            if not answered:  # every process of this view may be gone: who listens at their addresses now?
+                seeds = [Server(address, 0, "", addresses=(address,)) for address in self.addresses]
+                for s in range(len(seeds)):
+                    if (yield from self._fetched(seeds, s, epoch, until)):
+                        return
         finally:
             self._refreshing = False
 
-    def _newer(self, epoch: int, until: float) -> Generator[Command, Any, list[int]]:
-        """Servers that know a view newer than `epoch`, the newest first."""
+    def _fetched(self, servers: Sequence[Server], s: int, epoch: int, until: float) -> Generator[Command, Any, bool]:
+        """Ask one server for its view: whether a view newer than `epoch` is known now."""
+        yield from self.fetch_view(servers, s, until)
+        return self.routing.epoch > epoch
+
+    def _newer(self, epoch: int, until: float) -> Generator[Command, Any, tuple[list[int], bool]]:
+        """Servers that know a view newer than `epoch`, the newest first; whether any server answered."""
         servers = self.routing.servers
         epochs: dict[int, int] = {}
         calls = [Call(s, s, "ping", {}, {}) for s, server in enumerate(servers) if server.alive]
@@ -243,7 +255,7 @@ class Core:
 
         if calls:
             yield Ask(servers, calls, absorb, min(until, time.monotonic() + PROBE_S))
-        return sorted((s for s in epochs if epochs[s] > epoch), key=lambda s: -epochs[s])
+        return sorted((s for s in epochs if epochs[s] > epoch), key=lambda s: -epochs[s]), bool(epochs)
 
     def fetch_view(
         self, servers: Sequence[Server], s: int, until: float

@@ -247,8 +247,8 @@ class PushRequest(_Request):
         self.rows_new = 0
 
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
-        """The calls to make, to primaries alone."""
-        plan = self._plan(routing, routing.primaries, load)
+        """The calls to make: to primaries, or to the next in line where those are in `left_out`."""
+        plan = self._plan(routing, routing.pushed_to(left_out), load)
         fields = {
             "client": self.client,
             "sequence": self.sequence,

@@ -90,6 +90,14 @@ class Routing:
             self._without[left_out] = self._readers(left_out)
         return self._without[left_out]
 
+    def pushed_to(self, left_out: frozenset[int]) -> NDArray[np.int16]:
+        """`primaries`, but where the primary lately failed the next owner that did not: it hands the push on."""
+        if not left_out:
+            return self.primaries
+        next_in_line = self.readers_without(left_out)[:, :1]
+        failed = np.isin(self.primaries, list(left_out)) & (next_in_line >= 0)
+        return np.where(failed, next_in_line, self.primaries)
+
     def table(self, name: str) -> TableInfo:
         """The table of this name, or RequestError naming those there are."""
         info = self.tables.get(name)

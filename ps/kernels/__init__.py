@@ -69,7 +69,9 @@ inline = kernel
 BATCH = 64
 """Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""
 
-KERNEL_MODULES = ("index", "plan", "scan", "pool", "update", "optimize", "window", "batch", "split", "merge")
+KERNEL_MODULES = (
+    "index", "plan", "scan", "pool", "update", "optimize", "window", "batch", "split", "merge", "replicate",
+)  # fmt: skip
 
 
 def _prefetch(typingctx: Any, array: Any, position: Any) -> Any:

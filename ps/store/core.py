@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.view import View
-from ps.arena import Arena
 from ps.errors import RequestError
 from ps.kernels import as_input, index, optimize, pool, update
 from ps.kernels import window as win
-from ps.memory import physical_memory
+from ps.memory import physical_memory, reserve
 from ps.rowblock import RowBlock, Watermark
 from ps.share import TABLE, PullReply, PullShare, PushReply, PushShare
-from ps.slots import OWNER, PRIMARY, SlotTable, Tombstones
-from ps.store import transfer
+from ps.slots import NONE, OWNER, PRIMARY, SlotTable, Tombstones
+from ps.store import absorption, fork, stream, transfer
+from ps.store.changes import NOTHING_APPLIED, Applied, Changed, Forgotten, Streams
 from ps.store.holdings import Holdings
 from ps.store.registry import Planned, Registry
-from ps.window import ClientTable
+from ps.window import ClientTable, ClientWindow
 
 _MEMORY_SHARE = 0.7
 _NAMED_MAX = 5
@@ -85,6 +85,7 @@ class Store:
         )
         self._marks = np.zeros(slots_max, np.int32)
         self._verdicts = np.zeros(slots_max, np.uint8)
+        self._local: NDArray[np.int32] = reserve((slots_max,), np.int32, huge=False)
         self._stamp = 0
         self._counts = dict.fromkeys(("pulls", "ids_pulled", "ids_absent", "pushes", "pushes_seen", "rows_new"), 0)
 
@@ -148,17 +149,17 @@ class Store:
         self._counts["ids_absent"] += absent
         return PullReply(out, absent)
 
-    def _find(self, work: Planned) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Slots and rows of a push's ids, int32[n] each; WrongView unless this is every slot's primary."""
+    def _find(self, work: Planned, role: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Slots and rows of a push's ids, int32[n] each; WrongView unless every slot has the role here."""
         slots, rows = np.empty(len(work.ids), np.int32), np.empty(len(work.ids), np.int32)
         for number in work.arenas:
             found = self.held.registry.arenas[number].index
             bad = index.find(
-                work.plan, number, work.ids, self.held.slots.roles, PRIMARY,
+                work.plan, number, work.ids, self.held.slots.roles, role,
                 found.directory, found.nodes, found.entries, slots, rows,
             )  # fmt: skip
             if bad >= 0:
-                raise self.held.wrong_view(int(slots[bad]), PRIMARY)
+                raise self.held.wrong_view(int(slots[bad]), role)
         return slots, rows
 
     # -- push
@@ -169,21 +170,42 @@ class Store:
         Slots that have seen the sequence are skipped. Refused whole: RequestError (malformed, unknown table, NaN or
         infinity, a sequence more than 64 behind), MemoryFull, Overloaded (too many clients), WrongView.
         """
+        return self.apply(share).reply
+
+    assign = push
+    delete = push
+
+    def apply(
+        self,
+        share: PushShare,
+        admit: Callable[[NDArray[np.int64], NDArray[np.uint8]], None] | None = None,
+        only: NDArray[np.int64] | None = None,
+    ) -> Applied:
+        """`push`, with what it changed: valid until the next one.
+
+        admit: called with the touched slots and their verdicts (by slot number) before anything is changed, where
+        anything will be; may raise. only: slots int64[k] to be decided here; every other one is left alone (another
+        server is primary of it).
+        """
         work = self.held.registry.plan(share)
         values = _check_push(share, work)
-        slots, rows = self._find(work)
+        slots, rows = self._find(work, PRIMARY if only is None else NONE)
         if not len(work.ids):
-            return PushReply(0, 0, 0)
+            return NOTHING_APPLIED
         touched = self._touched(slots)
-        window = self.held.clients.of(share.client)
+        window = self._window(share.client)
         new, old = win.decide(touched, share.sequence, window.last, window.mask, self._verdicts)
+        if only is not None:
+            touched, new, old = self._narrowed(touched, only)
         if old:
             raise RequestError(
                 f"sequence {share.sequence} of client {share.client} is {win.WINDOW} or more behind the newest"
             )
         if not new:
             self._counts["pushes_seen"] += 1
-            return PushReply(0, len(touched), 0)
+            return Applied(PushReply(0, len(touched), 0), touched, self._verdicts, [], [])
+        if admit is not None:
+            admit(touched, self._verdicts)
         changes = [self._change(a, work, slots, rows) for a in work.arenas]
         if share.kind != "delete":
             self._check_memory(changes)
@@ -192,10 +214,29 @@ class Store:
         self._counts["pushes"] += 1
         self._counts["pushes_seen"] += new < len(touched)
         self._counts["rows_new"] += made
-        return PushReply(new, len(touched) - new, made)
+        reply = PushReply(new, len(touched) - new, made)
+        rows_kept, gone = (changes, []) if share.kind != "delete" else ([], changes)
+        return Applied(reply, touched, self._verdicts, rows_kept, gone, share.client)
 
-    assign = push
-    delete = push
+    def _window(self, client: int) -> ClientWindow:
+        """The client's windows; idle clients make room where there is none (Overloaded where none is idle)."""
+        if not self.held.clients.has_room(client):
+            self.forget(self.held.clients.idle())
+        return self.held.clients.of(client)
+
+    def _narrowed(self, touched: NDArray[np.int64], only: NDArray[np.int64]) -> tuple[NDArray[np.int64], int, int]:
+        """The touched slots to be decided here, how many are new and too old; the others' verdict becomes: seen."""
+        mine = np.isin(touched, only)
+        self._verdicts[touched[~mine]] = win.SEEN
+        touched = touched[mine]
+        self.held.require(touched, PRIMARY)
+        verdicts = self._verdicts[touched]
+        return touched, int(np.count_nonzero(verdicts == win.NEW)), int(np.count_nonzero(verdicts == win.TOO_OLD))
+
+    def slots_of(self, share: PushShare) -> NDArray[np.int64]:
+        """The distinct slots that a share touches, wherever they are owned."""
+        slots, _ = self._find(self.held.registry.plan(share), NONE)
+        return self._touched(slots)
 
     def _touched(self, slots: NDArray[np.int32]) -> NDArray[np.int64]:
         self._stamp += 1
@@ -205,7 +246,7 @@ class Store:
         out = np.empty(len(slots), np.int64)
         return out[: win.touch(slots, self._stamp, self._marks, out)]
 
-    def _change(self, number: int, work: Planned, slots: NDArray[np.int32], rows: NDArray[np.int32]) -> "_Change":
+    def _change(self, number: int, work: Planned, slots: NDArray[np.int32], rows: NDArray[np.int32]) -> Changed:
         """What a push changes in one arena: its distinct ids, in slots that have not seen it."""
         plan = work.of(number)
         n = int((plan[:, index.P_IDS_END] - plan[:, index.P_IDS]).sum())
@@ -214,15 +255,15 @@ class Store:
         first, codes = np.empty(n, np.int32), np.empty(n, np.int32)
         u = update.dedupe(plan, work.ids, slots, self._verdicts, scratch, inverse, first, codes)
         first = first[:u]
-        return _Change(
+        return Changed(
             self.held.registry.arenas[number], plan, inverse, codes[:u], work.ids[first], slots[first], rows[first]
         )
 
-    def _check_memory(self, changes: "list[_Change]") -> None:
+    def _check_memory(self, changes: list[Changed]) -> None:
         new = [int(np.count_nonzero(c.rows < 0)) for c in changes]
         self.held.check_memory(sum(new), sum(c.arena.bytes_needed(n) for c, n in zip(changes, new, strict=True)))
 
-    def _apply(self, change: "_Change", share: PushShare, work: Planned, values: NDArray[np.float32]) -> int:
+    def _apply(self, change: Changed, share: PushShare, work: Planned, values: NDArray[np.float32]) -> int:
         """Write one arena's part of a push; returns how many rows were made."""
         arena, now = change.arena, int(self.held.clock())
         positions = self.held.slots.positions
@@ -253,9 +294,45 @@ class Store:
         """Blocks with all that slots hold, or (since) all that changed after a watermark (see transfer.export)."""
         return transfer.export(self.held, np.asarray(slots, np.int64), since, rows_max)
 
-    def absorb(self, block: RowBlock) -> NDArray[np.bool_]:
-        """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.store.transfer.absorb`."""
-        return transfer.absorb(self.held, block)
+    def absorb(
+        self, block: RowBlock, replace_clients: bool = False, allowed: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.bool_]:
+        """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.store.absorb`."""
+        return absorption.absorb(self.held, block, replace_clients, allowed)
+
+    # -- replication
+
+    def cut(self, applied: Applied, members: Streams, peer: int) -> RowBlock | None:
+        """What a push changed, for one peer that it is streamed to: see `ps.store.stream.cut`."""
+        return stream.cut(self.held, applied, members, peer, self._local)
+
+    def opening(self, slots: NDArray[np.int64], base: NDArray[np.int64]) -> RowBlock:
+        """The empty block that opens the slots' terms: from where they stood to where they stand, with the lineage."""
+        return stream.opening(self.held, slots, base)
+
+    def copy(self, slots: NDArray[np.int64], number: int, rows_max: int) -> Iterator[RowBlock]:
+        """Blocks with all that slots hold, as copy `number` (see transfer.export)."""
+        return transfer.export(self.held, slots, None, rows_max, number)
+
+    def forks(
+        self,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        lineage: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+    ) -> fork.Forks:
+        """How the copies here and those of another server part: see `ps.store.fork.find`."""
+        return fork.find(self.held, slots, positions, lineage, offsets)
+
+    def repair(
+        self, slots: NDArray[np.int64], base: NDArray[np.int64], forks: NDArray[np.int64], undone: fork.Undone
+    ) -> RowBlock:
+        """What brings copies at `base`, which part at `forks`, to where the slots stand: see `ps.store.fork.repair`."""
+        return fork.repair(self.held, slots, base, forks, undone)
+
+    def forget(self, clients: list[int]) -> Forgotten:
+        """Forget clients in the slots of which this server is primary, as a change of each: see `ps.store.stream`."""
+        return stream.forget(self.held, clients)
 
     def drop(self, slots: NDArray[np.int64]) -> None:
         """Free copies of slots that the view does not name here; RequestError for one that it does."""
@@ -313,20 +390,7 @@ class Store:
         return self.view.slots_total if self.view else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What a push changes in one arena: plan and inverse as `dedupe` left them; codes, ids, slots, rows of u ids."""
-
-    arena: Arena
-    plan: NDArray[np.int64]
-    inverse: NDArray[np.int32]
-    codes: NDArray[np.int32]
-    ids: NDArray[np.int64]
-    slots: NDArray[np.int32]
-    rows: NDArray[np.int32]
-
-
-def _summed(change: _Change, work: Planned, values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _summed(change: Changed, work: Planned, values: NDArray[np.float32]) -> NDArray[np.float32]:
     """The gradient of each distinct id, float32[u, dim], which the optimizer may change in place."""
     u, dim = len(change.ids), change.arena.key.dim
     modified = change.arena.settings[change.plan[:, index.P_CODE], optimize.DECAY : optimize.CLIP + 1].any()

@@ -1,8 +1,6 @@
-"""Rows on their way out of a store and into one: token ranges, exports, absorption."""
+"""Rows on their way out of a store: token ranges and exports."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +8,7 @@ from numpy.typing import NDArray
 from ps.arena import Arena, Entries
 from ps.errors import RequestError
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
-from ps.slots import NONE, NOTHING_GONE, OWNER, PRIMARY, Gone
+from ps.slots import NOTHING_GONE, OWNER, PRIMARY, Gone
 from ps.store.holdings import Holdings
 from ps.window import ClientEntries
 
@@ -77,7 +75,9 @@ def _interval(held: Holdings, slots: NDArray[np.int64], part: int, parts: int) -
 # -- exports
 
 
-def export(held: Holdings, slots: NDArray[np.int64], since: Watermark | None, rows_max: int) -> Iterator[RowBlock]:
+def export(
+    held: Holdings, slots: NDArray[np.int64], since: Watermark | None, rows_max: int, copy: int | None = None
+) -> Iterator[RowBlock]:
     """Blocks that bring an empty copy, or one that stands at `since`, to where the slots stand.
 
     A slot whose `since` is off its lineage, or older than the deletions kept, is sent whole; one of a later term, or
@@ -90,7 +90,8 @@ def export(held: Holdings, slots: NDArray[np.int64], since: Watermark | None, ro
     if len(slots) and (slots.min() < 0 or slots.max() >= held.slots.slots_max or len(np.unique(slots)) != len(slots)):
         raise RequestError("slots of an export must be distinct slot numbers")
     held.require(slots, PRIMARY)
-    copy = int(np.random.default_rng().integers(2**62))
+    if copy is None:
+        copy = int(np.random.default_rng().integers(2**62))
     for batch, part, parts in _pieces(held.registry.arenas, slots, rows_max):
         held.require(batch, PRIMARY)
         if part == 0:
@@ -196,160 +197,3 @@ def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: 
         gone_versions=versions[away],
         gone_offsets=offsets,
     )
-
-
-# -- absorption
-
-
-def absorb(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
-    """Take a block: bool[s], which of its slots were taken.
-
-    A slot is taken when it stands exactly at `base`, or when the block is its whole content; of a slot in parts, the
-    parts of one copy in order, and until the last of them the slot is neither read nor written. A primary that takes
-    a whole slot older than its own term (a restore) numbers it as a change of its term.
-
-    RequestError (nothing is taken) for another cluster's changes, an unknown table, or an id outside its slot;
-    MemoryFull where the rows do not fit.
-    """
-    block.check()
-    if block.cluster != held.cluster and not block.full.all():
-        raise RequestError(f"the block changes slots of cluster {block.cluster}; this is cluster {held.cluster}")
-    if len(block.slots) and block.slots.max() >= held.slots.slots_max:
-        raise RequestError(
-            f"slot {block.slots.max()} is beyond the {held.slots.slots_max} slots of a server (slots_max)"
-        )
-    taken = _acceptable(held, block)
-    work = [_Incoming.of(held, block, section, taken) for section in block.sections]
-    if not held.clients.room_for(np.unique(block.clients.clients)):
-        raise RequestError("the block brings more clients than this server remembers (clients_max)")
-    rows_new = [int(np.count_nonzero(w.rows < 0)) for w in work]
-    held.check_memory(sum(rows_new), sum(w.arena.bytes_needed(n) for w, n in zip(work, rows_new, strict=True)))
-    fresh = block.slots[taken & (block.full > 0) & (block.part == 0)]
-    _reset(held, fresh)
-    restores = _restores(held, block, taken)
-    held.slots.positions[block.slots[restores]] += 1
-    for incoming in work:
-        incoming.write(held, fresh, block.slots[restores])
-    _close(held, block, taken, restores)
-    return taken
-
-
-def _acceptable(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
-    filling = held.slots.filling
-    taken = np.zeros(len(block.slots), np.bool_)
-    begins = (block.part == 0) & ((block.full > 0) | (block.base == held.slots.positions[block.slots]))
-    for s in np.flatnonzero(~begins | (block.full == 0)) if filling else np.flatnonzero(block.part > 0):
-        slot = int(block.slots[s])
-        if block.part[s] > 0:
-            taken[s] = filling.get(slot) == (block.copy, int(block.part[s]))
-        else:
-            begins[s] &= slot not in filling
-    return taken | begins
-
-
-def _reset(held: Holdings, slots: NDArray[np.int64]) -> None:
-    """Empty slots that are about to be given whole; a primary's position stays, for it never falls."""
-    for arena in held.registry.arenas:
-        arena.drop(slots)
-    held.clients.clear(slots)
-
-
-def _restores(held: Holdings, block: RowBlock, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    named = held.slots.named[block.slots] == PRIMARY
-    return taken & (block.full > 0) & named & (block.last < held.slots.positions[block.slots])
-
-
-def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_], restores: NDArray[np.bool_]) -> None:
-    """Positions, lineages and client windows of slots that are complete; a note of those that are not."""
-    slots = held.slots
-    final = taken & (block.final > 0)
-    for s in np.flatnonzero(taken & (block.final == 0)):
-        slots.filling[int(block.slots[s])] = (block.copy, int(block.part[s]) + 1)
-        slots.roles[block.slots[s]] = NONE
-    for s in np.flatnonzero(final) if slots.filling else ():
-        slots.filling.pop(int(block.slots[s]), None)
-    done = block.slots[final]
-    slots.roles[done] = slots.named[done]
-    lineage, offsets = _ragged_select(block.lineage, block.lineage_offsets, final)
-    slots.set_lineage(done, lineage, offsets)
-    plain = final & ~restores
-    slots.positions[block.slots[plain]] = block.last[plain]
-    again = final & restores
-    slots.add_lineage(block.slots[again], block.last[again])
-    whole = final & (block.full > 0)
-    slots.horizon[block.slots[whole]] = slots.positions[block.slots[whole]]
-    c = block.clients
-    clients, counts = _ragged_select(c.clients, c.offsets, final)
-    held.clients.put(
-        done,
-        ClientEntries(
-            clients, _ragged_select(c.last, c.offsets, final)[0], _ragged_select(c.mask, c.offsets, final)[0], counts
-        ),
-    )
-
-
-def _ragged_select(
-    values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The values of the kept lists, and their offsets."""
-    counts = np.diff(offsets)
-    out = np.zeros(int(keep.sum()) + 1, np.int64)
-    np.cumsum(counts[keep], out=out[1:])
-    return values[np.repeat(keep, counts)], out
-
-
-@dataclass(slots=True)
-class _Incoming:
-    """One section, of the slots that are taken: rows to write (rows int32[n], -1 = new), and ids to delete."""
-
-    arena: Arena
-    slots: NDArray[np.int32]
-    codes: NDArray[np.int32]
-    ids: NDArray[np.int64]
-    rows: NDArray[np.int32]
-    picked: NDArray[np.bool_]
-    section: Section
-    gone_slots: NDArray[np.int32]
-    gone: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, held: Holdings, block: RowBlock, section: Section, taken: NDArray[np.bool_]) -> "_Incoming":
-        """Look the rows up; RequestError for an unknown table, or an id that does not belong to its slot."""
-        arena = held.registry.find_arena(section.dim, section.optimizer)
-        if arena is None:
-            raise RequestError(f"no table here has rows of {section.dim} values with optimizer {section.optimizer!r}")
-        counts = np.diff(section.offsets)
-        picked = np.repeat(taken, counts)
-        slots = np.repeat(block.slots, counts)[picked].astype(np.int32)
-        codes, ids = held.registry.codes(section.tables[picked], arena), section.ids[picked]
-        wrong = arena.slots_of(codes, ids) != slots
-        if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            raise RequestError(f"id {ids[at]} does not belong to slot {slots[at]} of the row block")
-        fresh = np.repeat(taken & (block.full > 0) & (block.part == 0), counts)[picked]
-        rows = arena.find(slots, codes, ids)
-        rows[fresh] = -1  # these slots are emptied first
-        counts = np.diff(section.gone_offsets)
-        return cls(
-            arena, slots, codes, ids, rows, picked, section, np.repeat(block.slots, counts).astype(np.int32),
-            np.repeat(taken, counts),
-        )  # fmt: skip
-
-    def write(self, held: Holdings, fresh: NDArray[np.int64], restored: NDArray[np.int64]) -> None:
-        """Delete, then create and overwrite; rows of a restored slot take its new position as their version."""
-        s, gone, arena = self.section, self.gone, self.arena
-        slots, tables, ids = self.gone_slots[gone], s.gone_tables[gone], s.gone_ids[gone]
-        if len(ids):
-            codes = arena.codes_of(tables)
-            known = codes >= 0
-            arena.erase(slots[known], codes[known], ids[known])
-            where = slots.astype(np.int64)
-            held.tombstones.add(where, tables, ids, s.gone_versions[gone], held.slots.horizon)
-            self.rows = arena.find(self.slots, self.codes, self.ids)
-        arena.insert(self.slots, self.codes, self.ids, self.rows)
-        arena.values[self.rows] = s.values[self.picked]
-        arena.state[self.rows] = s.state[self.picked]
-        arena.meta[self.rows] = s.meta[self.picked]
-        if len(restored):
-            again = np.isin(self.slots, restored)
-            arena.meta[self.rows[again], 0] = held.slots.positions[self.slots[again]]

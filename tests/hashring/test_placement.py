@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hashring.balance import balance
 from hashring.placement import Sites, fresh
-from hashring.planner import CreateTable, Fail, Join, Leave, PlanError, Rebalance, Recover, Return, balance, plan
+from hashring.planner import CreateTable, Fail, Join, Leave, PlanError, Rebalance, Recover, Return, plan
 from hashring.ring import distances
 from hashring.view import Server, View
 

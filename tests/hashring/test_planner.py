@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hashring.balance import balance
 from hashring.planner import (
     AlterTable,
     CreateTable,
@@ -22,7 +23,6 @@ from hashring.planner import (
     Recover,
     Return,
     TruncateTable,
-    balance,
     plan,
 )
 from hashring.view import Group, Server, View

@@ -1,0 +1,65 @@
+"""What the controller knows of each server process: pings counted, and what it said last. No clock decides."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.replication import Standing
+
+NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+@dataclass(slots=True)
+class Health:
+    """One process. missed: pings unanswered, one after another. heard: whether it ever answered this controller."""
+
+    incarnation: int
+    missed: int = 0
+    awaiting: bool = False
+    heard: bool = False
+    epoch: int = 0
+    standing: Standing = NOTHING
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last ping but the present one was answered: what it said holds."""
+        return self.heard and self.missed == 0
+
+
+@dataclass(slots=True)
+class Disputes:
+    """Who complained of whom, and for how much longer that counts (in rounds of pings)."""
+
+    rounds: int
+    left: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, one: int, other: int) -> None:
+        """`one` complains of `other`."""
+        self.left[(one, other)] = self.rounds
+
+    def age(self) -> None:
+        """A round has passed."""
+        self.left = {pair: n - 1 for pair, n in self.left.items() if n > 1}
+
+    def between(self, one: int, other: int) -> bool:
+        """Whether either complained of the other lately."""
+        return (one, other) in self.left or (other, one) in self.left
+
+    def opponents(self, one: int) -> set[int]:
+        """Everybody whom it is in dispute with."""
+        return {b if a == one else a for a, b in self.left if one in (a, b)}
+
+
+def silent(servers: dict[int, Health], limit: int) -> set[int]:
+    """Processes that have left `limit` pings unanswered; none where more than half of all are quiet at once: then the
+    fault is likely the controller's own, and only Ray's word counts."""
+    quiet = [h for h in servers.values() if h.missed > limit // 2]
+    if 2 * len(quiet) > len(servers):
+        return set()
+    return {h.incarnation for h in quiet if h.missed >= limit}
+
+
+def incarnations(view_servers: tuple[object, ...]) -> NDArray[np.uint64]:
+    """uint64[servers + 1] of a view's servers; 0 for "no owner"."""
+    return np.array([s.incarnation for s in view_servers] + [0], np.uint64)  # type: ignore[attr-defined]

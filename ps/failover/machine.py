@@ -1,0 +1,376 @@
+"""`Failover`: who owns what, decided by one controller. Events in, actions out; no clock, no disk, no Ray.
+
+    tick()                          a round of pings begins (every 200 ms)
+    answered(incarnation, ...)      a ping's answer, with what the server has to say
+    died(incarnation)               Ray's word (or the operator's) that a process is dead
+    started(server)                 a new process listens
+    change(token, change)           an administrator's wish
+    logged(view), taken()           what came of `Append`
+
+A view is logged before anybody hears of it; whoever cannot log the next is controller no more. Nobody is asked for
+positions: every owner in the newest view holds every acknowledged push, so the next in line follows.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.planner import Change, Enlist, Fail, PlanError, Reassign, Renew, Return, Withdraw, missing, plan
+from hashring.view import Server, View
+from ps.errors import EmbringError, RequestError
+from ps.failover.health import Disputes, Health, incarnations, silent
+from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverLimits:
+    """Limits of the controller, in rounds of pings (200 ms) where they are of time.
+
+    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long after a failure lost copies
+    are made anew: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what is
+    missing. dispute_rounds: how long two servers that could not reach each other are kept apart.
+    learn_max: slots on their way from one primary at a time.
+    """
+
+    pings_max: int = 5
+    wait_rounds: int = 25
+    learn_rounds: int = 5
+    dispute_rounds: int = 300
+    learn_max: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask a process how it is: its answer goes to `answered`."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Hand a process the view."""
+
+    incarnation: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Create the view in the log, only if its epoch is absent; planned from epoch `after`. Then `logged` or `taken`."""
+
+    view: View
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Tell a primary to copy slots to a learner."""
+
+    primary: int
+    slots: NDArray[np.int64]
+    learner: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """An administrator's wish is in the log."""
+
+    token: Hashable
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It cannot be."""
+
+    token: Hashable
+    error: EmbringError
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Another controller has taken over: end."""
+
+
+Action = Ping | Deliver | Append | Learn | Changed | Refused | Retire
+
+
+class Failover:
+    """One controller's mind, from the newest view of the log on."""
+
+    def __init__(self, view: View, limits: FailoverLimits | None = None) -> None:
+        self.view = view
+        self.limits = limits or FailoverLimits()
+        self.retired = False
+        self.servers: dict[int, Health] = {s.incarnation: Health(s.incarnation) for s in view.servers if s.alive}
+        self.disputes = Disputes(self.limits.dispute_rounds)
+        self._dead: set[int] = set()
+        self._new: dict[str, Server] = {}
+        self._wishes: list[tuple[Hashable, Change]] = []
+        self._logging: tuple[View, Hashable] | None = None
+        self._late: set[int] = set()
+        self._round = self._changed_round = self._learned_round = 0
+        self.out: list[Action] = []
+
+    def actions(self) -> list[Action]:
+        """What is to be done, in order; empties the list."""
+        out, self.out = self.out, []
+        return out
+
+    # -- events
+
+    def tick(self) -> None:
+        """A round: count who did not answer the last ping, ask again, hand on what was late, decide."""
+        if self.retired:
+            return
+        self._round += 1
+        self.disputes.age()
+        for health in self.servers.values():
+            health.missed += health.awaiting
+            health.awaiting = True
+            self.out.append(Ping(health.incarnation))
+        self._late = set()
+        self._deliver()
+        self._decide(admissions=True)
+        if self._logging is None and self._round - self._learned_round >= self.limits.learn_rounds:
+            self._learned_round = self._round
+            self._teach()
+
+    def answered(self, incarnation: int, epoch: int, standing: Standing) -> None:
+        """A process answers."""
+        health = self.servers.get(incarnation)
+        if health is None or self.retired:
+            return
+        health.missed, health.awaiting, health.heard = 0, False, True
+        health.epoch, health.standing = max(health.epoch, epoch), standing
+        if epoch > self.view.epoch:  # another controller has logged a view, and may be gone: the log must be read again
+            self.taken()
+        self._decide()
+
+    def died(self, incarnation: int) -> None:
+        """A process is dead, by the word of who started it."""
+        self._dead.add(incarnation)
+        self._decide()
+
+    def started(self, server: Server) -> None:
+        """A new process listens; one of the same name before it is dead."""
+        self._new[server.name] = server
+        self._decide()
+
+    def change(self, token: Hashable, change: Change) -> None:
+        """Make a change as soon as it is its turn."""
+        self._wishes.append((token, change))
+        self._decide()
+
+    def logged(self, view: View) -> None:
+        """The view is in the log: now everybody may hear of it."""
+        if self._logging is None or self.retired:
+            return
+        token = self._logging[1]
+        self._logging = None
+        old, self.view = self.view, view
+        if token is not None:
+            self.out.append(Changed(token, view.epoch))
+        alive = {s.incarnation for s in view.servers if s.alive}
+        self.servers = {i: self.servers.get(i) or Health(i) for i in sorted(alive)}
+        self._late = self._flipped(old, view)
+        self._deliver()
+        self._decide()
+
+    def taken(self) -> None:
+        """Somebody else has logged that epoch."""
+        self.retired = True
+        self.out = [Retire()]
+
+    # -- views
+
+    def _flipped(self, old: View, new: View) -> set[int]:
+        """New primaries of slots whose old primary is alive: it hears of the view first, and hands it on behind its
+        last block."""
+        n = old.slots_total
+        before, after = incarnations(old.servers)[old.owners()[:, 0]], incarnations(new.servers)[new.owners()[:n, 0]]
+        moved = (before != after) & (old.terms() != new.terms()[:n])
+        there = {i for i, h in self.servers.items() if h.fresh}
+        pairs = {(int(a), int(b)) for a, b in zip(before[moved], after[moved], strict=True)}
+        return {b for a, b in pairs if a in there}
+
+    def _deliver(self) -> None:
+        for health in self.servers.values():
+            if health.epoch < self.view.epoch and health.incarnation not in self._late and self.view.epoch:
+                self.out.append(Deliver(health.incarnation, self.view))
+
+    def _append(self, change: Change, token: Hashable = None) -> bool:
+        """Plan the next view and ask for it to be logged; False where it would change nothing."""
+        view = plan(self.view, change)
+        if (
+            token is None
+            and isinstance(change, Withdraw | Reassign | Renew)
+            and (view.terms() == self.view.terms()).all()
+        ):
+            return False
+        self._logging = (view, token)
+        if isinstance(change, Withdraw | Fail):
+            self._changed_round = self._round
+        self.out.append(Append(view, self.view.epoch))
+        return True
+
+    def _decide(self, admissions: bool = False) -> None:
+        """The most urgent change, if there is any and none is under way."""
+        if self.retired or self._logging is not None:
+            return
+        steps: list[Callable[[], bool]] = [self._deaths, self._births, self._silence, self._complaints]
+        if admissions:
+            steps += [self._admissions]
+        for step in (*steps, self._wish):
+            if step():
+                return
+
+    def _deaths(self) -> bool:
+        for server in self.view.servers:
+            if server.alive and server.incarnation in self._dead:
+                return self._append(Fail(server.name))
+        return False
+
+    def _births(self) -> bool:
+        for name, server in list(self._new.items()):
+            at = self.view.server_index(name)
+            if any(s.incarnation == server.incarnation for s in self.view.servers):
+                del self._new[name]
+                continue
+            if at is None:
+                return self._append(Enlist((server,)))
+            return self._append(Fail(name) if self.view.servers[at].alive else Return(server))
+        return False
+
+    def _silence(self) -> bool:
+        gone = silent(self.servers, self.limits.pings_max)
+        everything = np.arange(self.view.slots_total)
+        return self._withdraw(dict.fromkeys(sorted(gone), everything))
+
+    def _withdraw(self, slots: dict[int, NDArray[np.int64]]) -> bool:
+        names = {s.incarnation: s.name for s in self.view.servers if s.alive}
+        leaving = {names[i]: left for i, left in slots.items() if i in names}
+        return bool(leaving) and self._append(Withdraw(leaving))
+
+    def _reports(self, kind: int) -> list[tuple[int, int, NDArray[np.int64]]]:
+        """(primary, peer, slots) of what holds in the present terms, from servers that answer."""
+        terms, owners = self.view.terms(), self.view.owners()
+        ids = incarnations(self.view.servers)
+        found = []
+        for primary, health in self.servers.items():
+            said = health.standing
+            if not health.fresh or not len(said.kinds) or primary in self._dead:
+                continue
+            good = (said.kinds == kind) & (said.slots < len(terms))
+            slots, peers, when = said.slots[good], said.peers[good], said.terms[good]
+            now = (terms[slots] == when) & (ids[owners[slots, 0]] == np.uint64(primary))
+            for peer in np.unique(peers[now]):
+                found.append((primary, int(peer), slots[now & (peers == peer)]))
+        return found
+
+    def _complaints(self) -> bool:
+        """An owner leaves the slots for which its primary could not reach it; who disputes with most leaves all."""
+        reports = self._reports(COMPLAINT)
+        for primary, peer, _ in reports:
+            self.disputes.add(primary, peer)
+        leaving: dict[int, list[NDArray[np.int64]]] = {}
+        renewed = []
+        for primary, peer, slots in reports:
+            for suspect in (primary, peer):
+                if len(self.disputes.opponents(suspect)) > max(1, (len(self.servers) - 1) / 2):
+                    leaving.setdefault(suspect, []).append(np.arange(self.view.slots_total))
+                    break
+            else:
+                owned = self._owned(peer, slots)
+                leaving.setdefault(peer, []).append(slots[owned])
+                renewed.append(slots[~owned])  # an admitted learner: its promise ends with the term
+        if leaving and self._withdraw({i: np.unique(np.concatenate(s)) for i, s in sorted(leaving.items())}):
+            return True
+        again = np.unique(np.concatenate(renewed)) if renewed else np.empty(0, np.int64)
+        return bool(len(again)) and self._append(Renew(again))
+
+    def _owned(self, incarnation: int, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        ids = incarnations(self.view.servers)
+        owned: NDArray[np.bool_] = (ids[self.view.owners()[slots]] == np.uint64(incarnation)).any(axis=1)
+        return owned
+
+    def _admissions(self) -> bool:
+        """Learners that were admitted in the present term become owners, behind the others."""
+        owners = self.view.owners()
+        wide = np.full((len(owners), owners.shape[1] + 2), -1, np.int16)
+        wide[:, : owners.shape[1]] = owners
+        index = {s.incarnation: i for i, s in enumerate(self.view.servers) if s.alive}
+        changed = np.zeros(len(owners), np.bool_)
+        for _, learner, slots in self._reports(ADMISSION):
+            health = self.servers.get(learner)
+            if learner not in index or health is None or not health.fresh or learner in self._dead:
+                continue
+            slots = slots[~self._owned(learner, slots)]
+            room = (wide[slots] >= 0).sum(axis=1)
+            slots, room = slots[room < wide.shape[1]], room[room < wide.shape[1]]
+            wide[slots, room] = index[learner]
+            changed[slots] = True
+        slots = np.flatnonzero(changed)
+        return bool(len(slots)) and self._append(Reassign(slots, _trimmed(wide[slots])))
+
+    def _wish(self) -> bool:
+        while self._wishes:
+            token, change = self._wishes.pop(0)
+            try:
+                return self._append(change, token)
+            except PlanError as error:
+                self.out.append(Refused(token, RequestError(str(error))))
+        return False
+
+    # -- copies that are missing
+
+    def _teach(self) -> None:
+        """Have missing copies made, some at a time."""
+        if self._round - self._changed_round < self.limits.wait_rounds or not self.view.groups:
+            return
+        unusable = frozenset(
+            s.name for s in self.view.servers if s.incarnation in self._dead or not self._usable(s.incarnation)
+        )
+        slots, servers = missing(self.view, unusable)
+        if not len(slots):
+            return
+        ids = incarnations(self.view.servers)
+        primaries = ids[self.view.owners()[slots, 0]]
+        busy = self._busy()
+        for primary in np.unique(primaries):
+            health = self.servers.get(int(primary))
+            if health is None or not health.fresh:
+                continue
+            room = self.limits.learn_max - int((busy[:, 0] == primary).sum())
+            for learner in np.unique(servers[primaries == primary]):
+                other = int(ids[learner])
+                if self.disputes.between(int(primary), other):
+                    continue
+                wanted = slots[(primaries == primary) & (servers == learner)]
+                under_way = busy[busy[:, 0] == primary]
+                wanted = wanted[~np.isin(wanted, under_way[:, 2])][: max(0, room)]
+                room -= len(wanted)
+                if len(wanted):
+                    self.out.append(Learn(int(primary), wanted, other, self.view.epoch))
+
+    def _usable(self, incarnation: int) -> bool:
+        health = self.servers.get(incarnation)
+        return health is not None and health.fresh
+
+    def _busy(self) -> NDArray[Any]:
+        """(primary, learner, slot) of copies under way, uint64[n, 3]."""
+        lines = [
+            (primary, learner, slot)
+            for kind in (LESSON, ADMISSION)
+            for primary, learner, slots in self._reports(kind)
+            for slot in slots.tolist()
+        ]
+        return np.array(lines, np.uint64).reshape(-1, 3)
+
+
+def _trimmed(owners: NDArray[np.int16]) -> NDArray[np.int16]:
+    return owners[:, : max(1, int((owners >= 0).any(axis=0).sum()))]

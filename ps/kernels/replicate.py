@@ -1,0 +1,238 @@
+"""Replication: cutting the rows that a push changed into a block for each backup, and counting who holds what.
+
+Members are the other holders of a slot: arrays[s, C] over slot numbers and columns. `peers` int16 names each by a
+number, -1 where there is none; `modes` uint8 says whether changes are streamed to it; `ranks` uint8 whether it is
+waited for (from WAITED on); `acked` int64 is the position it has confirmed.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.kernels import inline, kernel, prefetch
+from ps.kernels.pool import LINE
+from ps.kernels.window import NEW
+
+_AHEAD = 8
+
+IDLE, STREAM, ASKED, COPY, HOPELESS = 0, 1, 2, 3, 4
+"""Modes: nothing is sent; each change is sent as it is made; its fork was asked for; it is being given a copy; it can
+only return by a full copy."""
+
+LEARNING, JOINING, ADMITTED, OWNER = 0, 1, 2, 3
+"""Ranks of a member: a learner that is copied to, one that is waited for, one that may be named as owner; an owner."""
+
+WAITED = JOINING
+
+
+@inline
+def _ask(values: NDArray[np.float32], state: NDArray[np.float32], meta: NDArray[np.int64], row: int) -> None:
+    """Ask for the lines of a row that is needed soon."""
+    prefetch(meta, 2 * row)
+    d, w = values.shape[1], state.shape[1]
+    for x in range(0, d, LINE):
+        prefetch(values, row * d + x)
+    for x in range(0, w, LINE):
+        prefetch(state, row * w + x)
+
+
+@kernel
+def count_peers(
+    touched: NDArray[np.int64],
+    verdicts: NDArray[np.uint8],
+    peers: NDArray[np.int16],
+    modes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+) -> None:
+    """counts int64[P]: how many of the touched slots that are NEW are streamed to each peer."""
+    for i in range(len(touched)):
+        slot = touched[i]
+        if verdicts[slot] == NEW:
+            for c in range(peers.shape[1]):
+                if peers[slot, c] >= 0 and modes[slot, c] == STREAM:
+                    counts[peers[slot, c]] += 1
+
+
+@kernel
+def choose(
+    touched: NDArray[np.int64],
+    verdicts: NDArray[np.uint8],
+    peers: NDArray[np.int16],
+    modes: NDArray[np.uint8],
+    peer: int,
+    local: NDArray[np.int32],
+    out: NDArray[np.int64],
+) -> int:
+    """The touched slots that are NEW and streamed to `peer`, into out int64[<= k]; local[slot] = its place there, or
+    -1. Returns how many."""
+    n = 0
+    for i in range(len(touched)):
+        slot = touched[i]
+        local[slot] = -1
+        if verdicts[slot] == NEW:
+            for c in range(peers.shape[1]):
+                if peers[slot, c] == peer and modes[slot, c] == STREAM:
+                    local[slot] = np.int32(n)
+                    out[n] = slot
+                    n += 1
+    return n
+
+
+@kernel
+def group(
+    slots: NDArray[np.int32], local: NDArray[np.int32], offsets: NDArray[np.int64], order: NDArray[np.int32]
+) -> int:
+    """A counting sort of u rows by the place of their slot: offsets int64[k + 1], order int32[u] (those left out, with
+    place -1, are not in it). Returns how many are."""
+    k = len(offsets) - 1
+    offsets[:] = 0
+    for i in range(len(slots)):
+        place = local[slots[i]]
+        if place >= 0:
+            offsets[place + 1] += 1
+    for j in range(k):
+        offsets[j + 1] += offsets[j]
+    n = offsets[k]
+    for j in range(k, 0, -1):  # shifted by one, to count up again while filling
+        offsets[j] = offsets[j - 1]
+    for i in range(len(slots)):
+        place = local[slots[i]]
+        if place >= 0:
+            order[offsets[place + 1]] = np.int32(i)
+            offsets[place + 1] += 1
+    offsets[0] = 0
+    return n
+
+
+@kernel
+def cut(
+    order: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    codes: NDArray[np.int32],
+    ids: NDArray[np.int64],
+    numbers: NDArray[np.int32],
+    values: NDArray[np.float32],
+    state: NDArray[np.float32],
+    meta: NDArray[np.int64],
+    out_ids: NDArray[np.int64],
+    out_tables: NDArray[np.int32],
+    out_values: NDArray[np.float32],
+    out_state: NDArray[np.float32],
+    out_meta: NDArray[np.int64],
+) -> None:
+    """The rows order[0..n) of a change as they stand now, into arrays of n."""
+    d, w = values.shape[1], state.shape[1]
+    for j in range(len(out_ids)):
+        if j + _AHEAD < len(out_ids):
+            _ask(values, state, meta, np.int64(rows[order[j + _AHEAD]]))
+        i = order[j]
+        row = rows[i]
+        out_ids[j], out_tables[j] = ids[i], numbers[codes[i]]
+        out_meta[j, 0], out_meta[j, 1] = meta[row, 0], meta[row, 1]
+        source, target = values[row], out_values[j]
+        for x in range(d):
+            target[x] = source[x]
+        source, target = state[row], out_state[j]
+        for x in range(w):
+            target[x] = source[x]
+
+
+@kernel
+def scatter(
+    picked: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    in_values: NDArray[np.float32],
+    in_state: NDArray[np.float32],
+    in_meta: NDArray[np.int64],
+    values: NDArray[np.float32],
+    state: NDArray[np.float32],
+    meta: NDArray[np.int64],
+) -> None:
+    """Write lines picked int32[n] of a section into rows int32[n]."""
+    d, w = values.shape[1], state.shape[1]
+    for j in range(len(picked)):
+        if j + _AHEAD < len(picked):
+            _ask(values, state, meta, np.int64(rows[j + _AHEAD]))
+        i, row = picked[j], rows[j]
+        meta[row, 0], meta[row, 1] = in_meta[i, 0], in_meta[i, 1]
+        source, target = in_values[i], values[row]
+        for x in range(d):
+            target[x] = source[x]
+        source, target = in_state[i], state[row]
+        for x in range(w):
+            target[x] = source[x]
+
+
+@kernel
+def confirm(
+    slots: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    peer: int,
+    peers: NDArray[np.int16],
+    acked: NDArray[np.int64],
+) -> None:
+    """A peer stands at these positions."""
+    for i in range(len(slots)):
+        for c in range(peers.shape[1]):
+            if peers[slots[i], c] == peer and acked[slots[i], c] < positions[i]:
+                acked[slots[i], c] = positions[i]
+
+
+@kernel
+def first_behind(
+    slots: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    start: int,
+    peers: NDArray[np.int16],
+    ranks: NDArray[np.uint8],
+    acked: NDArray[np.int64],
+) -> int:
+    """The first i >= start whose slot somebody who is waited for does not hold at positions[i]; len(slots) if none."""
+    for i in range(start, len(slots)):
+        slot = slots[i]
+        for c in range(peers.shape[1]):
+            if peers[slot, c] >= 0 and ranks[slot, c] >= WAITED and acked[slot, c] < positions[i]:
+                return i
+    return len(slots)
+
+
+@kernel
+def forks(
+    mine: NDArray[np.int64],
+    mine_lineage: NDArray[np.int64],
+    mine_offsets: NDArray[np.int64],
+    theirs: NDArray[np.int64],
+    their_lineage: NDArray[np.int64],
+    their_offsets: NDArray[np.int64],
+    out: NDArray[np.int64],
+) -> None:
+    """The newest position on both lineages of each slot, out int64[s]; -1 where there is none.
+
+    A lineage is the last position of each earlier term, newest first, before which the present position stands. Who
+    holds nothing (position 0) stands where every history begins.
+    """
+    for s in range(len(out)):
+        out[s] = 0 if mine[s] == 0 else -1
+        for i in range(mine_offsets[s] - 1, mine_offsets[s + 1]):
+            a = mine[s] if i < mine_offsets[s] else mine_lineage[i]
+            for j in range(their_offsets[s] - 1, their_offsets[s + 1]):
+                b = theirs[s] if j < their_offsets[s] else their_lineage[j]
+                if a >> 40 == b >> 40 and min(a, b) > out[s]:
+                    out[s] = min(a, b)
+
+
+def warmup() -> None:
+    """Compile this module's kernels."""
+    one, slots, verdicts = np.zeros(1, np.int64), np.zeros(1, np.int32), np.ones(1, np.uint8)
+    peers, modes, acked = np.zeros((1, 1), np.int16), np.ones((1, 1), np.uint8), np.zeros((1, 1), np.int64)
+    values, meta, offsets = np.zeros((1, 1), np.float32), np.zeros((1, 2), np.int64), np.zeros(2, np.int64)
+    count_peers(one, verdicts, peers, modes, one.copy())
+    choose(one, verdicts, peers, modes, 0, slots, one.copy())
+    group(slots, slots, offsets, slots.copy())
+    cut(
+        slots, slots, slots, one, slots, values, values, meta,
+        one.copy(), slots.copy(), values.copy(), values.copy(), meta.copy(),
+    )  # fmt: skip
+    scatter(slots, slots, values, values, meta, values.copy(), values.copy(), meta.copy())
+    confirm(one, one, 0, peers, acked)
+    first_behind(one, one, 0, peers, modes, acked)
+    forks(one, one, np.zeros(2, np.int64), one, one, np.zeros(2, np.int64), one.copy())

@@ -1,0 +1,19 @@
+"""Replication of a server's slots, sans-IO: `Replication` is what a service drives."""
+
+from ps.replication.actions import Action, Answer, Forward, Refuse, ReplicationLimits, Send, SendView
+from ps.replication.machine import ADMISSION, COMPLAINT, LESSON, Replication, Standing
+
+__all__ = [
+    "ADMISSION",
+    "COMPLAINT",
+    "LESSON",
+    "Action",
+    "Answer",
+    "Forward",
+    "Refuse",
+    "Replication",
+    "ReplicationLimits",
+    "Send",
+    "SendView",
+    "Standing",
+]

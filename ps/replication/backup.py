@@ -1,0 +1,97 @@
+"""The receiving side: blocks from primaries are taken exactly at their base, and forks are told."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import View
+from ps.errors import MemoryFull, NotApplied, RequestError
+from ps.replication.actions import Arrays
+from ps.rowblock import TERM_SHIFT, RowBlock
+from ps.slots import NONE, PRIMARY
+from ps.store import Store
+
+TAKEN, BEHIND, OLD, APART = 1, 2, 3, 4
+"""What became of a slot of a request: taken; this server's view is older than the request's term; the term is over;
+this copy does not stand at the block's base (or may not be replaced)."""
+
+Reply = tuple[dict[str, Any], Arrays]
+
+
+class Backup:
+    """Answers `replicate`, `repair` and `fork`."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._heard: dict[int, int] = {}
+
+    def forget(self, view: View) -> None:
+        """Forget connections of processes that the view does not know."""
+        known = {s.incarnation for s in view.servers}
+        self._heard = {peer: link for peer, link in self._heard.items() if peer in known}
+
+    def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        """Answer a request of a peer. Raises EmbringError."""
+        sender, link = fields.get("from"), fields.get("link")
+        if not isinstance(sender, int) or not isinstance(link, int):
+            raise RequestError(f"{op} comes from no server: it must say from whom, and on which connection")
+        if link < self._heard.get(sender, 0):
+            raise NotApplied(f"{op} came on connection {link}, after connection {self._heard[sender]} had begun")
+        self._heard[sender] = link
+        if op == "fork":
+            return self._fork(sender, arrays)
+        return self._absorb(sender, op, fields, arrays)
+
+    def _verdicts(self, sender: int, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8[s] by term: may the sender, as primary, bring these slots here?"""
+        view = self.store.view
+        out = np.full(len(slots), BEHIND, np.uint8)
+        if view is None:
+            return out
+        known = slots < view.slots_total
+        at = slots[known]
+        terms, theirs = view.terms()[at], positions[known] >> TERM_SHIFT
+        primaries = view.owners()[at, 0]
+        incarnations = np.array([s.incarnation for s in view.servers] + [0], np.uint64)
+        rightful = incarnations[primaries] == np.uint64(sender)
+        out[known] = np.where(theirs > terms, BEHIND, np.where((theirs < terms) | ~rightful, OLD, TAKEN))
+        return out
+
+    def _absorb(self, sender: int, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        plain = fields.get("block")
+        if not isinstance(plain, dict):
+            raise RequestError("a row block's fields must be a map")
+        block = RowBlock.from_arrays(plain, arrays)
+        verdicts = self._verdicts(sender, block.slots, block.last)
+        slots = self.store.held.slots
+        allowed = verdicts == TAKEN
+        if block.full.any():
+            allowed &= (block.full == 0) | (slots.named[block.slots] == NONE)
+        try:
+            taken = self.store.absorb(block, op == "repair", allowed)
+        except MemoryFull:
+            raise
+        except RequestError:  # tables come and go without new terms: the two may know of different ones
+            theirs, mine = int(fields.get("at", 0)), self.store.epoch
+            if theirs == mine:
+                raise
+            return {}, {"verdicts": np.full(len(block.slots), BEHIND if theirs > mine else OLD, np.uint8)}
+        if taken.all():
+            return {}, {}
+        verdicts[allowed & ~taken] = APART
+        return {}, {"verdicts": verdicts}
+
+    def _fork(self, sender: int, arrays: Arrays) -> Reply:
+        slots, positions = arrays["slots"], arrays["positions"]
+        verdicts = self._verdicts(sender, slots, positions)
+        verdicts[self.store.held.slots.named[slots] == PRIMARY] = OLD
+        told = self.store.forks(slots, positions, arrays["lineage"], arrays["offsets"])
+        return {}, {
+            "verdicts": verdicts,
+            "positions": told.positions,
+            "forks": told.forks,
+            "undone.tables": told.undone.tables,
+            "undone.ids": told.undone.ids,
+            "undone.offsets": told.undone.offsets,
+        }

@@ -1,0 +1,84 @@
+"""The ordered connection to one peer, as the machine sees it: what is on its way, how long an answer is owed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.rowblock import RowBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A request on its way. slots and positions: where the peer stands once it has taken them; bytes of its arrays.
+
+    bulk: a part of a copy. complete: whether its slots are whole then.
+    """
+
+    op: str
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    bytes: int = 0
+    bulk: bool = False
+    complete: bool = True
+    token: object = None
+    acks: str = "all"
+
+
+NO_SLOTS = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class Link:
+    """One peer. index: its number in `Members`. number: of the connection, which rises whenever one broke.
+
+    resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
+    """
+
+    incarnation: int
+    index: int
+    number: int = 1
+    requests: int = 0
+    flights: dict[int, Flight] = field(default_factory=dict)
+    bytes: int = 0
+    bulk_bytes: int = 0
+    resting: bool = False
+    untidy: bool = False
+    silent: float = 0.0
+    refusals: int = 0
+    epoch: int = 0
+    asked_for: int = 0
+    copies: list[Iterator[RowBlock]] = field(default_factory=list)
+
+    def depart(self, flight: Flight) -> int:
+        """Note a request as sent; its number."""
+        self.requests += 1
+        self.flights[self.requests] = flight
+        if flight.bulk:
+            self.bulk_bytes += flight.bytes
+        else:
+            self.bytes += flight.bytes
+        return self.requests
+
+    def arrive(self, number: int) -> Flight | None:
+        """The request that is answered; None for one that nobody waits for."""
+        flight = self.flights.pop(number, None)
+        if flight is not None:
+            self.silent = 0.0
+            if flight.bulk:
+                self.bulk_bytes -= flight.bytes
+            else:
+                self.bytes -= flight.bytes
+        return flight
+
+    def cut(self) -> list[Flight]:
+        """The connection is gone, with all that was on its way."""
+        lost = list(self.flights.values())
+        self.flights = {}
+        self.number += 1
+        self.bytes = self.bulk_bytes = 0
+        self.resting = self.untidy = True
+        self.copies = []
+        self.asked_for = 0
+        return lost

@@ -1,0 +1,337 @@
+"""`Replication`: what one server does about other copies of its slots. Events in, actions out.
+
+The shell calls a method for each event, in the order in which they happen, on the data thread, and then carries out
+`actions()` in order. There is no clock, socket or Ray in here.
+
+    install(view)                        a newer view                 push(token, share, ...)     a client's push
+    request(op, fields, arrays)          a peer's replicate, repair, fork: the reply
+    replied(peer, link, number, ...)     a peer's reply               broken(peer, link)          a connection ended
+    learn(slots, learner, epoch)         the controller's command     standing()                  for its pings
+    hold(token, slots, positions)        an export that leaves when all owners hold it
+    tick(now)                            about every 50 ms
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import View
+from ps.errors import EmbringError, PerhapsApplied, WrongView
+from ps.kernels.replicate import ADMITTED, COPY, HOPELESS, IDLE, JOINING
+from ps.replication.actions import Action, Arrays, ReplicationLimits
+from ps.replication.backup import Backup, Reply
+from ps.replication.links import Flight, Link
+from ps.replication.members import Members
+from ps.replication.primary import Primary
+from ps.share import PushShare
+from ps.slots import OWNER, PRIMARY
+from ps.store import Store
+
+FORGET_S = 60.0
+"""Seconds between two looks for clients that are idle."""
+
+COMPLAINT, ADMISSION, LESSON = 1, 2, 3
+"""What a server tells the controller of a slot: an owner that must leave it, a learner that may be named as owner, a
+learner that is on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What holds until a view changes it: kinds uint8[n], peers uint64[n] (incarnations), slots and terms int64[n]."""
+
+    kinds: NDArray[np.uint8]
+    peers: NDArray[np.uint64]
+    slots: NDArray[np.int64]
+    terms: NDArray[np.int64]
+
+    def to_arrays(self) -> Arrays:
+        """As arrays of a ping's reply."""
+        return {"kinds": self.kinds, "peers": self.peers, "slots": self.slots, "terms": self.terms}
+
+
+class _Parts:
+    """A push of which several servers decide a part: one answer, once all have answered."""
+
+    def __init__(self, token: Hashable, parts: int) -> None:
+        self.token, self.left = token, parts
+        self.fields = {"applied": 0, "seen": 0, "rows_new": 0}
+        self.error: EmbringError | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    parts: _Parts
+
+
+class _Gathering(Primary):
+    """A `Primary` whose answers to parts of a push become one answer."""
+
+    def answer(self, token: Hashable, fields: dict[str, Any]) -> None:
+        if not isinstance(token, _Part):
+            super().answer(token, fields)
+            return
+        for name in token.parts.fields:
+            token.parts.fields[name] += int(fields.get(name, 0))
+        self._part_done(token.parts)
+
+    def refuse(self, token: Hashable, error: EmbringError) -> None:
+        if not isinstance(token, _Part):
+            super().refuse(token, error)
+            return
+        token.parts.error = token.parts.error or PerhapsApplied(f"a part of the push was refused: {error}")
+        self._part_done(token.parts)
+
+    def _part_done(self, parts: _Parts) -> None:
+        parts.left -= 1
+        if parts.left:
+            return
+        if parts.error is not None:
+            super().refuse(parts.token, parts.error)
+        else:
+            super().answer(parts.token, parts.fields)
+
+
+class Replication:
+    """The replication of one server, around its store."""
+
+    def __init__(self, store: Store, limits: ReplicationLimits | None = None) -> None:
+        self.store = store
+        self.limits = limits or ReplicationLimits()
+        self._primary = _Gathering(store, self.limits)
+        self._backup = Backup(store)
+        self._last: float | None = None
+        self._clock = self._forgot = 0.0
+        # Idle by this clock, which does not go on while the process is stopped with requests unread.
+        store.held.clients.clock = lambda: self._clock
+
+    @property
+    def members(self) -> Members:
+        """Who else holds the slots of which this server is primary."""
+        return self._primary.members
+
+    def actions(self) -> list[Action]:
+        """What is to be done, in order; empties the list."""
+        out, self._primary.out = self._primary.out, []
+        return out
+
+    # -- views
+
+    def install(self, view: View) -> None:
+        """Judge by a newer view; an older one is ignored."""
+        primary, store, old = self._primary, self.store, self.store.view
+        if old is not None and view.epoch <= old.epoch:
+            return
+        before = store.held.slots.positions[: view.slots_total].copy()
+        store.install(view)
+        same = np.zeros(view.slots_total, np.bool_)
+        if old is not None:
+            same[: old.slots_total] = old.terms() == view.terms()[: old.slots_total]
+        told = self._pass_on(view, same)
+        me = next((i for i, s in enumerate(view.servers) if s.incarnation == store.incarnation), -2)
+        primary.members = Members.of(view, me, self._links(view), primary.members, same)
+        copying = primary.members.modes == COPY
+        primary.members.modes[copying] = IDLE
+        for link in primary.by_index:
+            link.copies = []
+            link.untidy |= bool(copying.any())
+            if link.index in told:
+                link.epoch = max(link.epoch, view.epoch)
+        opened = np.flatnonzero((view.owners()[:, 0] == me) & ~same)
+        primary.open(opened, before, view)
+        self._end_waits()
+        self._backup.forget(view)
+        primary.release()
+
+    def _pass_on(self, view: View, same: NDArray[np.bool_]) -> set[int]:
+        """Hand the view to the members of slots whose term ends here, behind the last block of it."""
+        members = self._primary.members
+        n = min(len(members.peers), len(same))
+        peers = set(np.unique(members.peers[:n][~same[:n]]).tolist()) - {-1}
+        for index in peers:
+            link = self._primary.by_index[index]
+            if not link.resting and link.epoch < view.epoch:
+                self._primary.send_view(link, view)
+        return peers
+
+    def _links(self, view: View) -> NDArray[np.int16]:
+        """The number of each server's link, int16[servers + 1]; links of servers that are gone end."""
+        primary = self._primary
+        numbers = np.full(len(view.servers) + 1, -1, np.int16)
+        for i, server in enumerate(view.servers):
+            if server.incarnation == self.store.incarnation:
+                continue
+            link = primary.links.get(server.incarnation)
+            if link is None:
+                link = Link(server.incarnation, len(primary.by_index))
+                primary.links[server.incarnation] = link
+                primary.by_index.append(link)
+            if server.alive or (view.owners() == i).any():
+                numbers[i] = link.index
+        known = {s.incarnation for s in view.servers}
+        for gone in [link for key, link in primary.links.items() if key not in known]:
+            primary.lost(gone)
+            del primary.links[gone.incarnation]
+        return numbers
+
+    def _end_waits(self) -> None:
+        """Whoever waits for a slot that has another primary now must ask there."""
+        named = self.store.held.slots.named
+        kept = []
+        for wait in self._primary.waits:
+            if (named[wait.slots] == PRIMARY).all():
+                kept.append(wait)
+            else:
+                self._primary.refuse(wait.token, PerhapsApplied("a slot got another primary meanwhile"))
+        self._primary.waits = kept
+
+    # -- pushes and exports
+
+    def push(self, token: Hashable, share: PushShare, acks: str = "all", only: NDArray[np.int64] | None = None) -> None:
+        """Decide a push. only: the slots that another owner has forwarded; such a push is not forwarded again."""
+        try:
+            self._primary.push(token, share, acks, only)
+        except WrongView as error:
+            if only is not None or not self._forward(token, share, acks):
+                self._primary.refuse(token, error)
+        except EmbringError as error:
+            self._primary.refuse(token, error)
+
+    def _forward(self, token: Hashable, share: PushShare, acks: str) -> bool:
+        """Hand the slots of a push to their primaries, where this server owns all of them; else nothing is done."""
+        view = self.store.view
+        slots = self.store.slots_of(share)
+        if view is None or not len(slots) or (self.store.held.slots.roles[slots] < OWNER).any():
+            return False
+        primaries = view.owners()[slots, 0]
+        parts = _Parts(token, len(np.unique(primaries)))
+        for p in np.unique(primaries):
+            some = slots[primaries == p]
+            peer = view.servers[p].incarnation
+            if peer == self.store.incarnation:
+                self.push(_Part(parts), share, acks, some)
+            else:
+                self._primary.forward(self._primary.links[peer], _Part(parts), share, some, acks)
+        return True
+
+    def hold(self, token: Hashable, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Answer `token` once every owner holds these slots at these positions: an export may leave then."""
+        self._primary.hold(token, slots, positions, {})
+
+    # -- peers
+
+    def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        """The reply to a peer's `replicate`, `repair` or `fork`. Raises EmbringError."""
+        return self._backup.request(op, fields, arrays)
+
+    def replied(
+        self,
+        peer: int,
+        link: int,
+        number: int,
+        fields: dict[str, Any],
+        arrays: Arrays,
+        error: EmbringError | None = None,
+        view: View | None = None,
+    ) -> None:
+        """A peer's reply, or its error. view: what a `view` request brought."""
+        known = self._primary.links.get(peer)
+        if known is None or known.number != link:
+            return
+        flight = known.arrive(number)
+        known.epoch = max(known.epoch, int(fields.get("epoch", 0)))
+        if flight is None or self.store.view is None:
+            return
+        if error is not None:
+            self._failed(known, flight, error)
+        elif flight.op in ("replicate", "repair"):
+            self._primary.taken(known, flight, arrays.get("verdicts"), self.store.view)
+        elif flight.op == "fork":
+            self._primary.forked(known, flight, arrays, self.store.view)
+        elif flight.op == "push":
+            self._primary.answer(flight.token, fields)
+        if view is not None:
+            self.install(view)
+        if known.epoch > self.store.epoch:
+            self._primary.fetch_view(known)
+
+    def _failed(self, link: Link, flight: Flight, error: EmbringError) -> None:
+        if flight.op == "push":
+            self._primary.refuse(flight.token, error)
+        elif flight.op == "fork":
+            self._primary.set_back_asked(link, flight.slots)
+        elif flight.op in ("replicate", "repair"):
+            self._primary.refused(link, flight)
+
+    def broken(self, peer: int, link: int) -> None:
+        """A connection ended, or could not be made."""
+        known = self._primary.links.get(peer)
+        if known is not None and known.number == link:
+            self._primary.lost(known)
+
+    # -- time and the controller
+
+    def tick(self, now: float) -> None:
+        """Time goes by. It counts only as far as ticks come: a process that was stopped does not call others silent."""
+        elapsed = 0.0 if self._last is None else min(max(0.0, now - self._last), self.limits.tick_max_s)
+        self._last = now
+        self._clock += elapsed
+        primary = self._primary
+        for link in list(primary.links.values()):
+            link.resting = False
+            if link.untidy:
+                primary.tidy(link)
+            primary.pump(link)
+            link.silent = link.silent + elapsed if link.flights else 0.0
+            if self._accused(link):
+                self._drop_learner(link)
+        if self._clock - self._forgot >= FORGET_S:
+            self._forgot = self._clock
+            primary.forget_idle()
+
+    def _accused(self, link: Link) -> bool:
+        return link.silent >= self.limits.silent_s or link.refusals >= self.limits.refusals_max
+
+    def _drop_learner(self, link: Link) -> None:
+        """A learner that does not answer is no longer waited for, unless it was promised as an owner."""
+        members = self.members
+        slots, columns = members.where(link.index)
+        free = members.ranks[slots, columns] <= JOINING
+        if free.any():
+            members.drop(slots[free], columns[free])
+            self._primary.release()
+
+    def learn(self, slots: NDArray[np.int64], learner: int, epoch: int) -> None:
+        """Begin to copy slots to a learner (its incarnation); those whose term began after `epoch` are left out."""
+        view = self.store.view
+        link = self._primary.links.get(learner)
+        if view is None or link is None or epoch > view.epoch:
+            return
+        slots = slots[slots < view.slots_total]
+        mine = (self.store.held.slots.named[slots] == PRIMARY) & (view.terms()[slots] <= epoch)
+        if len(self.members.add_learner(slots[mine], link.index)):
+            link.refusals = 0
+            link.untidy = True
+            self._primary.tidy(link)
+
+    def standing(self) -> Standing:
+        """What the controller should know, told again with every ping until a view answers it."""
+        members, positions = self.members, self.store.held.slots.positions
+        kinds, peers, slots = [], [], []
+        for link in self._primary.links.values():
+            at, columns = members.where(link.index)
+            ranks, modes = members.ranks[at, columns], members.modes[at, columns]
+            bad = (modes == HOPELESS) | (self._accused(link) & (members.acked[at, columns] < positions[at]))
+            kind = np.where(ranks == ADMITTED, ADMISSION, np.where(ranks < ADMITTED, LESSON, 0)).astype(np.uint8)
+            kind[bad & (ranks >= ADMITTED)] = COMPLAINT
+            some = kind > 0
+            kinds.append(kind[some])
+            peers.append(np.full(int(some.sum()), link.incarnation, np.uint64))
+            slots.append(at[some])
+        if not kinds or self.store.view is None:
+            nothing = np.empty(0, np.int64)
+            return Standing(nothing.astype(np.uint8), nothing.astype(np.uint64), nothing, nothing)
+        where = np.concatenate(slots)
+        return Standing(np.concatenate(kinds), np.concatenate(peers), where, self.store.view.terms()[where])

@@ -1,0 +1,101 @@
+"""Who else holds the slots of which this server is primary: owners by the view, and learners."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import View
+from ps.kernels.replicate import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, OWNER, STREAM, WAITED
+
+__all__ = [
+    "ADMITTED",
+    "ASKED",
+    "COPY",
+    "HOPELESS",
+    "IDLE",
+    "JOINING",
+    "LEARNING",
+    "OWNER",
+    "STREAM",
+    "WAITED",
+    "Members",
+]
+
+LEARNERS = 2
+"""Learners of one slot at a time."""
+
+
+class Members:
+    """Arrays[slots, C]: the columns of other owners, then LEARNERS columns (see ps.kernels.replicate).
+
+    targets int64: the position from which a learner that is waited for is level. any, learning: whether there may be
+    members, and learners, at all.
+    """
+
+    def __init__(self, slots: int, owners: int) -> None:
+        shape = (slots, owners + LEARNERS)
+        self.owner_columns = owners
+        self.peers: NDArray[np.int16] = np.full(shape, -1, np.int16)
+        self.modes: NDArray[np.uint8] = np.zeros(shape, np.uint8)
+        self.ranks: NDArray[np.uint8] = np.zeros(shape, np.uint8)
+        self.acked: NDArray[np.int64] = np.full(shape, -1, np.int64)
+        self.targets: NDArray[np.int64] = np.zeros(shape, np.int64)
+        self.any = self.learning = False
+
+    @classmethod
+    def of(
+        cls, view: View, me: int, numbers: NDArray[np.int16], before: "Members", same: NDArray[np.bool_]
+    ) -> "Members":
+        """Members of the slots whose primary is server `me`; numbers int16[servers + 1]: of the living ones.
+
+        same bool[slots]: slots whose term goes on, which keep what is known of them.
+        """
+        owners = view.owners()
+        new = cls(len(owners), owners.shape[1] - 1)
+        mine = owners[:, 0] == me
+        fresh, kept = mine & ~same, np.flatnonzero(mine & same)
+        n = new.owner_columns
+        new.peers[fresh, :n] = numbers[owners[fresh, 1:]]
+        new.modes[fresh, :n] = STREAM
+        new.ranks[fresh, :n] = OWNER
+        shared = min(n, before.owner_columns)
+        present = np.unique(numbers)
+        for name in ("peers", "modes", "ranks", "acked", "targets"):
+            old, now = getattr(before, name), getattr(new, name)
+            now[kept, :shared] = old[kept, :shared]
+            now[kept, n:] = old[kept, before.owner_columns :]
+        gone = (new.peers >= 0) & ~np.isin(new.peers, present)
+        gone[:, :n] = False  # a learner whose process is dead can be named by no view
+        new.drop(*np.nonzero(gone))
+        new.any = bool((new.peers >= 0).any())
+        new.learning = bool((new.peers[:, n:] >= 0).any())
+        return new
+
+    def column_of(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
+        """The column of a peer in each slot, -1 where it is no member."""
+        at = self.peers[slots] == peer
+        return np.where(at.any(axis=1), at.argmax(axis=1), -1)
+
+    def where(self, peer: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(slots, columns) of a peer."""
+        slots, columns = np.nonzero(self.peers == peer)
+        return slots, columns
+
+    def add_learner(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
+        """Give a peer a learner's column in slots where it is no member and one is free; those slots."""
+        slots = slots[(self.peers[slots] != peer).all(axis=1)]
+        free = self.peers[slots, self.owner_columns :] < 0
+        slots, columns = slots[free.any(axis=1)], free[free.any(axis=1)].argmax(axis=1) + self.owner_columns
+        self.peers[slots, columns] = peer
+        self.modes[slots, columns] = IDLE
+        self.ranks[slots, columns] = LEARNING
+        self.acked[slots, columns] = -1
+        if len(slots):
+            self.any = self.learning = True
+        return slots
+
+    def drop(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """Forget learners."""
+        self.peers[slots, columns] = -1
+        self.modes[slots, columns] = IDLE
+        self.ranks[slots, columns] = LEARNING
+        self.acked[slots, columns] = -1

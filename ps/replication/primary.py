@@ -1,0 +1,334 @@
+"""The sending side: pushes are applied, streamed to the other owners, and answered once all of them hold them."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import View
+from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
+from ps.kernels import replicate
+from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
+from ps.replication.backup import BEHIND, TAKEN
+from ps.replication.links import NO_SLOTS, Flight, Link
+from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
+from ps.rowblock import TERM_SHIFT, RowBlock
+from ps.share import PushShare
+from ps.slots import PRIMARY
+from ps.store import Store
+from ps.store.fork import Undone, tellable
+
+_SLOT_BYTES = 128
+"""What an id and its slot take in a block beside the row, from above."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """An answer that waits until every slot is safe at its position; `at`: the first slot that may not be."""
+
+    token: Hashable
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    fields: dict[str, Any]
+    at: int = 0
+
+
+class Primary:
+    """Streams, positions of others, and answers that wait for them."""
+
+    def __init__(self, store: Store, limits: ReplicationLimits) -> None:
+        self.store = store
+        self.limits = limits
+        self.links: dict[int, Link] = {}
+        self.by_index: list[Link] = []
+        self.members = Members(0, 0)
+        self.waits: list[Wait] = []
+        self.out: list[Action] = []
+        self.copies_made = 0
+        self._estimate = 0
+
+    @property
+    def _positions(self) -> NDArray[np.int64]:
+        return self.store.held.slots.positions
+
+    # -- pushes
+
+    def push(self, token: Hashable, share: PushShare, acks: str, only: NDArray[np.int64] | None) -> None:
+        """Apply, stream, and answer at once or when it is safe. Raises EmbringError where nothing was applied."""
+        if not self.store.held.clients.has_room(share.client):
+            self.forget_idle()
+        if not self.members.any and self.limits.owners_min <= 1 and only is None:
+            reply = self.store.push(share)
+            self.answer(token, {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new})
+            return
+        self._estimate = len(share.ids) * (self._row_bytes() + _SLOT_BYTES)
+        applied = self.store.apply(share, self._admit, only)
+        if applied.written or applied.erased:
+            self._stream(applied)
+        reply = applied.reply
+        fields = {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}
+        if acks == "primary":
+            self.answer(token, fields)
+        else:
+            self.hold(token, applied.touched, self._positions[applied.touched], fields)
+
+    def _row_bytes(self) -> int:
+        return max((arena.key.row_bytes for arena in self.store.held.registry.arenas), default=0)
+
+    def _admit(self, touched: NDArray[np.int64], verdicts: NDArray[np.uint8]) -> None:
+        """Refuse a push for which an owner is missing, or a queue too full, before anything is applied."""
+        if self.limits.owners_min > 1:
+            assert self.store.view is not None
+            owners = (self.store.view.owners()[touched] >= 0).sum(axis=1)
+            if owners.min() < self.limits.owners_min:
+                slot = touched[owners.argmin()]
+                raise NotApplied(f"slot {slot} has {owners.min()} owners; pushes need {self.limits.owners_min}")
+        full = [n for n in self.by_index if n.bytes and n.bytes + self._estimate > self.limits.queue_bytes_max]
+        if full:
+            counts = np.zeros(len(self.by_index), np.int64)
+            replicate.count_peers(touched, verdicts, self.members.peers, self.members.modes, counts)
+            for link in full:
+                if counts[link.index]:
+                    raise Overloaded(f"{link.bytes} bytes of changes are on their way to another owner; try again")
+
+    def _stream(self, applied: Any) -> None:
+        counts = np.zeros(len(self.by_index), np.int64)
+        replicate.count_peers(applied.touched, applied.verdicts, self.members.peers, self.members.modes, counts)
+        for index in np.flatnonzero(counts):
+            block = self.store.cut(applied, self.members, int(index))
+            if block is not None:
+                self._send_block(self.by_index[index], block)
+
+    def hold(
+        self, token: Hashable, slots: NDArray[np.int64], positions: NDArray[np.int64], fields: dict[str, Any]
+    ) -> None:
+        """Answer once every owner, and every learner that is waited for, holds the slots at these positions."""
+        wait = Wait(token, slots, positions, fields)
+        if not self._safe(wait):
+            self.waits.append(wait)
+
+    def _safe(self, wait: Wait) -> bool:
+        m = self.members
+        wait.at = replicate.first_behind(wait.slots, wait.positions, wait.at, m.peers, m.ranks, m.acked)
+        if wait.at < len(wait.slots):
+            return False
+        self.answer(wait.token, wait.fields)
+        return True
+
+    def release(self) -> None:
+        """Answer what has become safe."""
+        if self.waits:
+            self.waits = [wait for wait in self.waits if not self._safe(wait)]
+
+    def answer(self, token: Hashable, fields: dict[str, Any]) -> None:
+        self.out.append(Answer(token, fields))
+
+    def refuse(self, token: Hashable, error: EmbringError) -> None:
+        self.out.append(Refuse(token, error))
+
+    def forget_idle(self) -> None:
+        """Forget idle clients, as a change that is streamed like any other."""
+        clients = self.store.held.clients.idle()
+        block = self.store.forget(clients).block if clients else None
+        if block is None:
+            return
+        for link in self.by_index:
+            column = self.members.column_of(block.slots, link.index)
+            chosen = (column >= 0) & (self.members.modes[block.slots, np.maximum(column, 0)] == STREAM)
+            if chosen.any():
+                self._send_block(link, block.select(chosen))
+
+    # -- sending
+
+    def _send(self, link: Link, op: str, flight: Flight, fields: dict[str, Any], arrays: Arrays) -> None:
+        number = link.depart(flight)
+        fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
+        self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
+
+    def _send_block(self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False) -> None:
+        fields, arrays = block.to_arrays()
+        size = sum(array.nbytes for array in arrays.values())
+        flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
+        self._send(link, op, flight, {"block": fields}, arrays)
+
+    def send_view(self, link: Link, view: View) -> None:
+        """Hand a view on, behind all that was sent before."""
+        number = link.depart(Flight("install", NO_SLOTS, NO_SLOTS))
+        self.out.append(SendView(link.incarnation, link.number, number, view))
+
+    def fetch_view(self, link: Link) -> None:
+        """Ask a peer that knows a newer view for it."""
+        if link.asked_for < link.epoch and not link.resting:
+            link.asked_for = link.epoch
+            self._send(link, "view", Flight("view", NO_SLOTS, NO_SLOTS), {}, {})
+
+    def forward(self, link: Link, token: Hashable, share: PushShare, only: NDArray[np.int64], acks: str) -> None:
+        """Hand slots of a push to their primary."""
+        if link.resting:
+            self.refuse(token, NotApplied("the primary of the slots cannot be reached from here"))
+            return
+        number = link.depart(Flight("push", only, NO_SLOTS, token=token))
+        self.out.append(Forward(link.incarnation, link.number, number, share, only, acks))
+
+    def open(self, slots: NDArray[np.int64], before: NDArray[np.int64], view: View) -> None:
+        """Begin the terms of slots that stood at `before`: an empty block for each other owner."""
+        m = self.members
+        for link in self.by_index:
+            mine = slots[m.column_of(slots, link.index) >= 0]
+            if not len(mine):
+                continue
+            if link.resting:
+                m.modes[mine, m.column_of(mine, link.index)] = IDLE
+                link.untidy = True
+                continue
+            if link.epoch < view.epoch:
+                self.send_view(link, view)
+            self._send_block(link, self.store.opening(mine, before[mine]))
+
+    def tidy(self, link: Link) -> None:
+        """See to the slots that a peer is sent nothing of: what is level streams on, of the rest the fork is asked."""
+        m = self.members
+        if link.resting:
+            return
+        link.untidy = False
+        slots, columns = m.where(link.index)
+        idle = m.modes[slots, columns] == IDLE
+        slots, columns = slots[idle], columns[idle]
+        if not len(slots):
+            return
+        level = m.acked[slots, columns] == self._positions[slots]
+        m.modes[slots, columns] = np.where(level, STREAM, ASKED)
+        asked = slots[~level]
+        if len(asked):
+            positions = self._positions[asked]
+            lineage, offsets = self.store.held.slots.lineage(asked)
+            arrays: Arrays = {"slots": asked, "positions": positions, "lineage": lineage, "offsets": offsets}
+            size = sum(array.nbytes for array in arrays.values())
+            self._send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
+
+    def pump(self, link: Link) -> None:
+        """Send parts of copies while not too much of them is on its way."""
+        m = self.members
+        while link.copies and link.bulk_bytes < self.limits.bulk_bytes_max and not link.resting:
+            try:
+                block = next(link.copies[0], None)
+            except EmbringError:
+                block = None
+            if block is None:
+                link.copies.pop(0)
+                continue
+            columns = m.column_of(block.slots, link.index)
+            wanted = (columns >= 0) & (m.modes[block.slots, np.maximum(columns, 0)] == COPY)
+            if not wanted.all():
+                block = block.select(wanted)
+                columns = columns[wanted]
+            if not len(block.slots):
+                continue
+            if block.final.all():
+                m.modes[block.slots, columns] = STREAM
+            self._send_block(link, block, bulk=True)
+
+    # -- what peers answer
+
+    def taken(self, link: Link, flight: Flight, verdicts: NDArray[np.uint8] | None, view: View) -> None:
+        """A block was answered; without verdicts all of it was taken."""
+        m = self.members
+        good = np.ones(len(flight.slots), np.bool_) if verdicts is None else verdicts == TAKEN
+        link.refusals = 0
+        if flight.complete:
+            slots = flight.slots[good]
+            replicate.confirm(slots, flight.positions[good], link.index, m.peers, m.acked)
+            self._advance(link, slots)
+        if verdicts is not None and not good.all():
+            self._set_back(link, flight.slots[~good])
+            if (verdicts == BEHIND).any():
+                self.send_view(link, view)
+            self.tidy(link)
+        self.release()
+        self.pump(link)
+
+    def set_back_asked(self, link: Link, slots: NDArray[np.int64]) -> None:
+        """Slots whose fork the peer did not tell."""
+        self._set_back(link, slots, (ASKED,))
+
+    def _set_back(self, link: Link, slots: NDArray[np.int64], modes: tuple[int, ...] = (STREAM, COPY)) -> None:
+        """Slots of which the peer did not take what it was sent."""
+        m = self.members
+        columns = m.column_of(slots, link.index)
+        known = columns >= 0
+        slots, columns = slots[known], columns[known]
+        again = np.isin(m.modes[slots, columns], modes)
+        m.modes[slots[again], columns[again]] = IDLE
+        link.untidy = True
+
+    def refused(self, link: Link, flight: Flight) -> None:
+        """A block was answered with an error: the peer cannot take it (it is full, or of another mind)."""
+        link.refusals += 1
+        self._set_back(link, flight.slots)
+
+    def _advance(self, link: Link, slots: NDArray[np.int64]) -> None:
+        """Learners that have their copy are waited for from then on, and admitted once they hold all from before."""
+        m = self.members
+        if not m.learning:
+            return
+        columns = m.column_of(slots, link.index)
+        learners = columns >= m.owner_columns
+        s, c = slots[learners], columns[learners]
+        whole = (m.ranks[s, c] == LEARNING) & (m.modes[s, c] == STREAM)
+        m.ranks[s[whole], c[whole]] = JOINING
+        m.targets[s[whole], c[whole]] = self._positions[s[whole]]
+        level = (m.ranks[s, c] == JOINING) & (m.acked[s, c] >= m.targets[s, c])
+        m.ranks[s[level], c[level]] = ADMITTED
+
+    def forked(self, link: Link, flight: Flight, arrays: Arrays, view: View) -> None:
+        """A fork was told: repair what can be repaired, copy to learners what cannot."""
+        m, slots, verdicts = self.members, flight.slots, arrays["verdicts"]
+        columns = m.column_of(slots, link.index)
+        named = self.store.held.slots.named[slots] == PRIMARY
+        same = named & (self._positions[slots] >> TERM_SHIFT == flight.positions >> TERM_SHIFT)
+        asked = same & (columns >= 0) & (m.modes[slots, np.maximum(columns, 0)] == ASKED)
+        later = asked & (verdicts != TAKEN)
+        m.modes[slots[later], columns[later]] = IDLE
+        if (asked & (verdicts == BEHIND)).any():
+            self.send_view(link, view)
+            self.tidy(link)
+        link.untidy |= bool(later.any())
+        now = np.flatnonzero(asked & (verdicts == TAKEN))
+        forks, learner = arrays["forks"][now], columns[now] >= m.owner_columns
+        good = (forks >= 0) & tellable(self.store.held, slots[now], forks) & ~(learner & (forks == 0))
+        s, c = slots[now[~good]], columns[now[~good]]
+        m.modes[s, c] = np.where(learner[~good], COPY, HOPELESS)
+        if learner[~good].any():
+            self._begin_copy(link, s[learner[~good]])
+        self._repair(link, slots, columns, now[good], arrays)
+        self.pump(link)
+
+    def _begin_copy(self, link: Link, slots: NDArray[np.int64]) -> None:
+        self.copies_made += 1
+        rows_max = max(1, self.limits.copy_bytes // max(1, self._row_bytes()))
+        link.copies.append(self.store.copy(slots, self.copies_made, rows_max))
+
+    def _repair(
+        self, link: Link, slots: NDArray[np.int64], columns: NDArray[np.int64], some: NDArray[np.int64], told: Arrays
+    ) -> None:
+        starts = told["undone.offsets"]
+        for at in range(0, len(some), self.limits.repair_slots):
+            part = some[at : at + self.limits.repair_slots]
+            counts = np.diff(starts)[part]
+            lines = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in part] or [NO_SLOTS])
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            undone = Undone(told["undone.tables"][lines], told["undone.ids"][lines], offsets)
+            block = self.store.repair(slots[part], told["positions"][part], told["forks"][part], undone)
+            self.members.modes[slots[part], columns[part]] = STREAM
+            self._send_block(link, block, "repair")
+
+    def lost(self, link: Link) -> None:
+        """The connection broke: what was on its way is lost or not, and every slot of the peer is set back."""
+        for flight in link.cut():
+            if flight.op == "push":
+                self.refuse(flight.token, PerhapsApplied("the connection to the primary broke"))
+        slots, columns = self.members.where(link.index)
+        moving = self.members.modes[slots, columns] != HOPELESS
+        self.members.modes[slots[moving], columns[moving]] = IDLE

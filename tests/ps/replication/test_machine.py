@@ -1,0 +1,436 @@
+"""The replication machine of a server, event by event: three machines, and a shell that carries what they send."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hashring.planner import CreateTable, DropTable, Fail, Reassign, Renew, Withdraw, plan
+from hashring.view import View
+from ps.errors import NotApplied, Overloaded, PerhapsApplied, WrongView
+from ps.replication import (
+    ADMISSION,
+    COMPLAINT,
+    LESSON,
+    Answer,
+    Forward,
+    Refuse,
+    Replication,
+    ReplicationLimits,
+    Send,
+    SendView,
+)
+from ps.spec import SGD, Initializer, TableSpec
+from ps.store import Store
+from tests.ps.store_helpers import LIMITS, push_share, view_of
+
+SPEC = TableSpec("t", 2, SGD(lr=1.0), Initializer(0.0, 0.0), replicas=2)
+
+
+class Trio:
+    """Servers 1, 2 and 3; every slot is owned by 1 and 2. What they send waits in `wires` until it is delivered."""
+
+    def __init__(self, limits: ReplicationLimits | None = None, owners: tuple[int, ...] = (0, 1)) -> None:
+        view = view_of([SPEC], slot_bits=2, servers=(1, 2, 3))
+        self.view = self.owned_by(view, *owners)
+        self.machines = {i: Replication(Store(i, LIMITS), limits) for i in (1, 2, 3)}
+        self.wires: dict[tuple[int, int], list] = {}
+        self.answers: dict[object, object] = {}
+        self.down: set[int] = set()
+        self.sent: list = []
+        for i in (2, 3, 1):
+            self.machines[i].install(self.view)
+        self.deliver()
+
+    @staticmethod
+    def owned_by(view: View, *owners: int) -> View:
+        return plan(view, Reassign(np.arange(4), np.tile(np.array([owners], np.int16), (4, 1))))
+
+    def collect(self) -> None:
+        for i, machine in self.machines.items():
+            for action in machine.actions():
+                if isinstance(action, Answer):
+                    self.answers[action.token] = action.fields
+                elif isinstance(action, Refuse):
+                    self.answers[action.token] = action.error
+                else:
+                    self.sent.append((i, action))
+                    self.wires.setdefault((i, action.peer), []).append(action)
+
+    def deliver(self) -> None:
+        """Until nothing moves; what is sent to a server that is down stays on its wire."""
+        while True:
+            self.collect()
+            ready = [(wire, queue) for wire, queue in self.wires.items() if queue and wire[1] not in self.down]
+            if not ready:
+                return
+            (source, target), queue = ready[0]
+            self._carry(source, target, queue.pop(0))
+
+    def _carry(self, source: int, target: int, action: Send | SendView | Forward) -> None:
+        sender, receiver = self.machines[source], self.machines[target]
+        fields: dict = {}
+        arrays: dict = {}
+        view = None
+        error = None
+        try:
+            if isinstance(action, SendView):
+                receiver.install(action.view)
+            elif isinstance(action, Forward):
+                receiver.push(("forwarded", target), action.share, action.acks, action.only)
+                self.deliver()
+                fields = self.answers.pop(("forwarded", target))  # type: ignore[assignment]
+            elif action.op == "view":
+                view = receiver.store.view
+            else:
+                fields, arrays = receiver.request(action.op, action.fields, action.arrays)
+        except NotApplied as caught:
+            error = caught
+        fields = {**fields, "epoch": receiver.store.epoch}
+        sender.replied(target, action.link, action.number, fields, arrays, error, view)
+
+    def push(self, at: int, sequence: int, ids: list[int], token: object = None, **more: object) -> object:
+        token = token or ("push", sequence)
+        share = push_share(sequence, [1], [ids], np.full((len(ids), 2), -1.0))
+        self.machines[at].push(token, share, **more)  # type: ignore[arg-type]
+        self.collect()
+        return token
+
+    def install(self, view: View, *servers: int) -> None:
+        self.view = view
+        for i in servers:
+            self.machines[i].install(view)
+        self.collect()
+
+    def tick(self, *servers: int, times: int = 1) -> None:
+        for i in servers:
+            machine = self.machines[i]
+            for _ in range(times):
+                machine.tick((machine._last or 0.0) + 0.05)
+        self.collect()
+
+    def kinds(self, at: int) -> dict[int, set[int]]:
+        """{kind: slots} of what a server tells the controller."""
+        s = self.machines[at].standing()
+        return {k: set(s.slots[s.kinds == k].tolist()) for k in set(s.kinds.tolist())}
+
+    def equal(self, *servers: int) -> None:
+        slots = np.arange(4)
+        first = self.machines[servers[0]].store
+        for i in servers[1:]:
+            other = self.machines[i].store
+            assert (first.watermark(slots) == other.watermark(slots)).all()
+            assert (first.digest(slots) == other.digest(slots)).all()
+
+
+IDS = list(range(12))
+
+
+def test_a_push_is_answered_when_every_owner_holds_it() -> None:
+    trio = Trio()
+    token = trio.push(1, 1, IDS)
+    assert token not in trio.answers
+    trio.deliver()
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
+    trio.equal(1, 2)
+    blocks = [a for i, a in trio.sent if i == 1 and isinstance(a, Send) and "0.ids" in a.arrays]
+    assert len(blocks) == 1  # for all slots of the push
+
+
+def test_a_retry_waits_like_the_first_try() -> None:
+    trio = Trio()
+    first = trio.push(1, 1, IDS)
+    again = trio.push(1, 1, IDS, token="again")
+    assert not {first, again} & trio.answers.keys()
+    trio.deliver()
+    assert trio.answers["again"] == {"applied": 0, "seen": 4, "rows_new": 0}
+
+
+def test_acks_of_the_primary_wait_for_nobody() -> None:
+    trio = Trio()
+    trio.down = {2}
+    token = trio.push(1, 1, IDS, acks="primary")
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
+
+
+def test_an_owner_hands_a_push_to_the_primary_once() -> None:
+    trio = Trio()
+    token = trio.push(2, 1, IDS)
+    trio.deliver()
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
+    trio.equal(1, 2)
+    stranger = trio.push(3, 2, IDS)
+    assert isinstance(trio.answers[stranger], WrongView)
+    forwarded = trio.push(2, 3, IDS, only=np.arange(4))
+    assert isinstance(trio.answers[forwarded], WrongView)
+
+
+def test_a_push_of_several_primaries_is_decided_part_by_part() -> None:
+    trio = Trio()
+    mixed = plan(trio.view, Reassign(np.array([0, 1]), np.array([[1, 0], [1, 0]], np.int16)))
+    trio.install(mixed, 1, 2, 3)
+    trio.deliver()
+    token = trio.push(2, 1, IDS)
+    trio.deliver()
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
+    trio.equal(1, 2)
+
+
+def test_full_queues_refuse_before_anything_is_applied() -> None:
+    trio = Trio(ReplicationLimits(queue_bytes_max=1500))
+    trio.down = {2}
+    trio.push(1, 1, IDS)
+    before = trio.machines[1].store.watermark(np.arange(4))
+    token = trio.push(1, 2, IDS)
+    assert isinstance(trio.answers[token], Overloaded)
+    assert (trio.machines[1].store.watermark(np.arange(4)) == before).all()
+    trio.down = set()
+    trio.deliver()
+    token = trio.push(1, 2, IDS)
+    trio.deliver()
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 0}
+
+
+def test_below_owners_min_pushes_are_refused() -> None:
+    trio = Trio(ReplicationLimits(owners_min=2))
+    trio.install(plan(trio.view, Withdraw({"s1": np.array([2])})), 1, 2)
+    token = trio.push(1, 1, IDS)
+    assert isinstance(trio.answers[token], NotApplied)
+    assert "owners" in str(trio.answers[token])
+
+
+def test_what_a_broken_connection_lost_is_made_up_for() -> None:
+    trio = Trio()
+    trio.push(1, 1, IDS)
+    lost = trio.wires[(1, 2)]
+    late = lost.pop(0)
+    lost.clear()
+    trio.machines[1].broken(2, late.link)
+    token = trio.push(1, 2, IDS[:3])
+    trio.tick(1)
+    trio.deliver()
+    assert token in trio.answers
+    assert ("push", 1) in trio.answers
+    trio.equal(1, 2)
+    with pytest.raises(NotApplied, match="after connection"):
+        trio.machines[2].request(late.op, late.fields, late.arrays)
+
+
+def test_a_new_primary_undoes_what_only_the_old_one_has() -> None:
+    trio = Trio()
+    trio.push(1, 1, IDS)
+    trio.deliver()
+    trio.down = {2, 3}
+    tail = trio.push(1, 2, [0, 100])
+    trio.wires[(1, 2)].clear()
+    view = trio.owned_by(trio.view, 1)
+    trio.install(view, 2)
+    trio.down = set()
+    trio.push(2, 3, [1, 2])
+    trio.deliver()
+    again = trio.owned_by(view, 1, 0)
+    trio.install(again, 2, 1)
+    trio.deliver()
+    assert isinstance(trio.answers[tail], PerhapsApplied)
+    trio.equal(1, 2)
+    retried = trio.push(2, 2, [0, 100])
+    trio.deliver()
+    assert trio.answers[retried]["applied"] > 0  # type: ignore[index]
+    trio.equal(1, 2)
+
+
+def test_a_block_of_an_older_term_is_refused_and_the_view_fetched() -> None:
+    trio = Trio()
+    trio.install(plan(trio.view, Renew(np.arange(4))), 2)
+    token = trio.push(1, 1, IDS)
+    trio.deliver()
+    trio.tick(1)
+    trio.deliver()
+    assert trio.machines[1].store.epoch == trio.view.epoch
+    assert token in trio.answers
+    trio.equal(1, 2)
+
+
+def test_an_owner_that_is_behind_is_handed_the_view() -> None:
+    trio = Trio()
+    trio.install(plan(trio.view, Renew(np.arange(4))), 1)
+    trio.deliver()
+    assert trio.machines[2].store.epoch == trio.view.epoch
+    trio.push(1, 1, IDS)
+    trio.deliver()
+    trio.equal(1, 2)
+
+
+def test_a_silent_owner_is_complained_of_and_time_counts_by_ticks() -> None:
+    trio = Trio()
+    trio.down = {2}
+    trio.tick(1)
+    trio.push(1, 1, IDS)
+    trio.machines[1].tick(1000.0)  # it was stopped for long: that is no silence of others
+    assert COMPLAINT not in trio.kinds(1)
+    trio.tick(1, times=12)
+    assert trio.kinds(1)[COMPLAINT] == {0, 1, 2, 3}
+    trio.install(plan(trio.view, Withdraw({"s1": np.arange(4)})), 1)
+    assert trio.answers[("push", 1)]
+    assert trio.kinds(1) == {}
+
+
+def test_a_learner_is_copied_to_admitted_and_waited_for() -> None:
+    trio = Trio(ReplicationLimits(copy_bytes=64, bulk_bytes_max=600))
+    trio.push(1, 1, list(range(60)))
+    trio.deliver()
+    trio.down = {3}
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.collect()
+    assert trio.kinds(1) == {LESSON: {0, 1, 2, 3}}
+    quick = trio.push(1, 2, IDS)
+    trio.deliver()
+    assert quick in trio.answers  # nobody waits for a learner that is not level
+    trio.down = set()
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.equal(1, 2, 3)
+    trio.down = {3}
+    token = trio.push(1, 3, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    trio.tick(1, times=20)
+    assert token not in trio.answers  # it was promised as an owner
+    assert trio.kinds(1)[COMPLAINT] == {0, 1, 2, 3}
+    trio.down = set()
+    trio.deliver()
+    assert token in trio.answers
+    trio.install(trio.owned_by(trio.view, 2, 0), 1, 3, 2)
+    trio.deliver()
+    trio.equal(1, 3)
+
+
+def test_copies_on_their_way_are_bounded_in_bytes() -> None:
+    limits = ReplicationLimits(copy_bytes=64, bulk_bytes_max=1200)
+    trio = Trio(limits)
+    trio.push(1, 1, list(range(200)))
+    trio.deliver()
+    most = 0
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    for _ in range(3000):
+        trio.collect()
+        link = trio.machines[1]._primary.links[3]
+        most = max(most, link.bulk_bytes)
+        queue = trio.wires.get((1, 3), [])
+        if not queue:
+            break
+        trio._carry(1, 3, queue.pop(0))
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    assert 0 < most < 1200 + 1500
+    trio.equal(1, 3)
+
+
+def test_a_table_that_one_side_does_not_know_yet_is_no_error() -> None:
+    trio = Trio()
+    spec = replace(SPEC, name="u")
+    view = plan(trio.view, CreateTable("u", spec.to_plain(), replicas=2))
+    trio.install(view, 1)
+    assert view.terms().tolist() == Trio().view.terms().tolist()
+    trio.machines[1].push("new", push_share(1, [2], [IDS], np.full((12, 2), -1.0)))
+    trio.deliver()
+    assert "new" in trio.answers
+    assert trio.machines[2].store.epoch == view.epoch
+    trio.equal(1, 2)
+    dropped = plan(view, DropTable("u"))
+    trio.install(dropped, 2)
+    trio.machines[1].push("late", push_share(2, [2], [IDS], np.full((12, 2), -1.0)))
+    trio.deliver()
+    trio.tick(1)
+    trio.deliver()
+    assert trio.machines[1].store.epoch == dropped.epoch
+    assert "late" in trio.answers
+    trio.equal(1, 2)
+
+
+def test_an_admitted_learner_that_died_is_not_waited_for() -> None:
+    trio = Trio()
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.down = {3}
+    token = trio.push(1, 1, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    trio.install(plan(trio.view, Fail("s2")), 1, 2)
+    trio.deliver()
+    assert token in trio.answers
+
+
+def test_a_silent_learner_is_dropped() -> None:
+    trio = Trio()
+    trio.down = {3}
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.tick(1, times=15)
+    assert trio.kinds(1) == {}
+    token = trio.push(1, 1, IDS)
+    trio.deliver()
+    assert token in trio.answers
+
+
+def test_a_lesson_of_an_older_epoch_is_not_begun() -> None:
+    trio = Trio()
+    epoch = trio.view.epoch
+    trio.install(plan(trio.view, Renew(np.arange(4))), 1, 2, 3)
+    trio.machines[1].learn(np.arange(4), 3, epoch)
+    assert trio.kinds(1) == {}
+
+
+def test_a_former_owner_needs_only_what_it_missed() -> None:
+    trio = Trio()
+    trio.push(1, 1, list(range(60)))
+    trio.deliver()
+    trio.install(plan(trio.view, Withdraw({"s1": np.arange(4)})), 1, 2)
+    trio.push(1, 2, [7])
+    trio.deliver()
+    trio.sent.clear()
+    trio.machines[1].learn(np.arange(4), 2, trio.view.epoch)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    brought = [a for _, a in trio.sent if isinstance(a, Send) and "0.ids" in a.arrays]
+    assert [a.op for a in brought] == ["repair"]
+    assert brought[0].arrays["0.ids"].tolist() == [7]
+    trio.equal(1, 2)
+
+
+def test_an_owner_without_a_fork_is_to_leave() -> None:
+    trio = Trio()
+    trio.push(1, 1, IDS)
+    trio.deliver()
+    trio.machines[2].store.held.slots.positions[1] += 5 << 40
+    token = trio.push(1, 2, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    assert trio.kinds(1) == {COMPLAINT: {1}}
+
+
+def test_an_export_leaves_when_all_owners_hold_it() -> None:
+    trio = Trio()
+    trio.down = {2}
+    trio.push(1, 1, IDS)
+    block = next(iter(trio.machines[1].store.export(np.arange(4))))
+    trio.machines[1].hold("export", block.slots, block.last)
+    trio.collect()
+    assert "export" not in trio.answers
+    trio.down = set()
+    trio.deliver()
+    assert "export" in trio.answers
+
+
+def test_waits_end_when_a_slot_gets_another_primary() -> None:
+    trio = Trio()
+    trio.down = {2}
+    token = trio.push(1, 1, IDS)
+    trio.install(trio.owned_by(trio.view, 1, 0), 1)
+    assert isinstance(trio.answers[token], PerhapsApplied)
+
+
+def test_without_other_owners_a_push_is_answered_at_once() -> None:
+    trio = Trio(owners=(0,))
+    token = trio.push(1, 1, IDS)
+    assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
+    assert not any(isinstance(a, Send) for i, a in trio.sent if i == 1)

@@ -1,0 +1,97 @@
+"""A delta subscriber: rows that are kept equal to the cluster's by exports since its watermark, slot by slot."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ps.errors import NotApplied, WrongView
+from ps.rowblock import RowBlock
+from ps.wire import Message
+from tests.sim.network import Connection
+from tests.sim.process import Process, frame, unframe
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+ASK_S = 0.3
+
+
+class Subscriber(Process):
+    """Asks whom it takes for a slot's primary, and applies what comes."""
+
+    def __init__(self, cluster: "Cluster") -> None:
+        super().__init__(cluster, "subscriber")
+        slots = cluster.log.newest.slots_total
+        self.positions = [0] * slots
+        self.rows: list[dict[tuple[int, int], bytes]] = [{} for _ in range(slots)]
+        self.asked: dict[tuple[Connection, int], tuple[int, int]] = {}
+        self.numbers = 0
+        self.targets: Any = None
+        self.every(ASK_S, self.ask)
+
+    def ask(self) -> None:
+        """Ask for the changes of one slot; by an older view now and then, as somebody who has not heard yet."""
+        views = self.cluster.log.views
+        epochs = [epoch for epoch in sorted(views) if views[epoch].slots_total == self.cluster.log.newest.slots_total]
+        view = views[epochs[-1] if self.world.chance(0.7) else self.world.rng.choice(epochs[-4:])]
+        slot = self.world.rng.randrange(view.slots_total)
+        self.ask_for(slot, view.servers[self.choose(view.owners()[slot].tolist())].incarnation)
+
+    def choose(self, owners: list[int]) -> int:
+        """Whom to ask: the primary."""
+        return owners[0]
+
+    def ask_for(self, slot: int, incarnation: int) -> None:
+        try:
+            target = self.cluster.reach(self.cluster.name_of(incarnation), incarnation)
+        except (WrongView, NotApplied):
+            return
+        connection = self.cluster.network.connect(self, target)
+        self.numbers += 1
+        self.asked[(connection, self.numbers)] = (slot, self.positions[slot])
+        arrays = {"slots": np.array([slot])}
+        if self.positions[slot]:
+            arrays["positions"] = np.array([self.positions[slot]])
+        request = Message("export", self.numbers, {"cluster": self.cluster.log.newest.cluster}, arrays)
+        connection.send(self, frame(request))
+
+    def message(self, connection: Connection, data: bytes) -> None:
+        reply = unframe(data)
+        slot, since = self.asked.pop((connection, reply.request), (-1, 0))
+        if slot < 0 or reply.op != "ok" or since != self.positions[slot]:
+            return
+        block = RowBlock.from_arrays(reply.fields["block"], reply.arrays)
+        rows = self.rows[slot]
+        if block.full[0]:
+            rows.clear()
+        for s in block.sections:
+            for table, id_, values in zip(s.tables.tolist(), s.ids.tolist(), s.values, strict=True):
+                rows[(table, id_)] = values.tobytes()
+            for table, id_ in zip(s.gone_tables.tolist(), s.gone_ids.tolist(), strict=True):
+                rows.pop((table, id_), None)
+        self.positions[slot] = int(block.last[0])
+        self.world.counts["whole exports" if block.full[0] else "deltas"] += 1
+
+    def disconnected(self, connection: Connection) -> None:
+        for key in [key for key in self.asked if key[0] is connection]:
+            del self.asked[key]
+
+    def behind(self) -> str:
+        """Empty where every slot is as its primary has it; asks for the others."""
+        view = self.cluster.log.newest
+        for slot in range(view.slots_total):
+            primary = self.cluster.by_incarnation[view.servers[view.owners()[slot, 0]].incarnation]
+            if self.positions[slot] != int(primary.store.held.slots.positions[slot]):
+                self.ask_for(slot, primary.incarnation)
+                return f"the subscriber is behind in slot {slot}"
+        return ""
+
+    def check(self) -> None:
+        """I6: what it holds is what the primaries hold."""
+        view = self.cluster.log.newest
+        for slot in range(view.slots_total):
+            primary = self.cluster.by_incarnation[view.servers[view.owners()[slot, 0]].incarnation]
+            if self.rows[slot] != self.cluster.checks.rows_of(primary, slot):
+                mine, theirs = set(self.rows[slot].items()), set(self.cluster.checks.rows_of(primary, slot).items())
+                different = sorted({key for key, _ in mine ^ theirs})
+                self.cluster.checks.fail(f"I6: a subscriber at the same position differs in slot {slot}: {different}")
