@@ -64,6 +64,14 @@ class ServerConfig:
         256,
         "How many servers `embring up` starts. One for each core that may serve; a server uses one core.",
     )
+    owners_min: int = _setting(
+        1,
+        "servers",
+        1,
+        64,
+        "Owners that a slot must have for pushes to be taken. More refuses pushes where copies are missing, rather"
+        " than risk them on one server; pulls go on.",
+    )
     host: str = _setting(
         "127.0.0.1",
         "address",

@@ -11,7 +11,6 @@ Every reply carries `epoch`, the epoch of the server's view.
 import asyncio
 import gc
 import ssl
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -23,9 +22,12 @@ from numpy.typing import NDArray
 from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
-from ps.errors import NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError
 from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
 from ps.fabric.protocol import Welcome
+from ps.meter import Meter, OpStatistics
+from ps.peers import Peers
+from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock, Watermark
 from ps.spec import TableSpec
 from ps.store import Store, StoreStatistics
@@ -43,9 +45,6 @@ from ps.wire import (
 Control = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 """(verb, fields) -> answer: how administration reaches the controller."""
 
-BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-"""Upper bounds of the latency histogram's buckets, in seconds; one more holds what took longer."""
-
 PART_BYTES = 1024 * 1024
 """Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work."""
 
@@ -58,21 +57,11 @@ EXPORTS_MAX = 16
 NEWER_S = 1.0
 """How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
 
+TICK_S = 0.05
+"""Seconds between two ticks of the machine of replication."""
+
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpStatistics:
-    """Of one operation: requests, those that met an error, seconds in all, and requests in each of BUCKETS_S + 1.
-
-    Time counts from the request's arrival to its reply.
-    """
-
-    requests: int
-    errors: int
-    seconds: float
-    buckets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +84,6 @@ class ServiceStatistics:
     def errors(self) -> int:
         """Those that were answered with an error."""
         return sum(op.errors for op in self.operations.values())
-
-
-class _Meter:
-    """The counters behind OpStatistics."""
-
-    __slots__ = ("buckets", "errors", "requests", "seconds")
-
-    def __init__(self) -> None:
-        self.requests = self.errors = 0
-        self.seconds = 0.0
-        self.buckets = [0] * (len(BUCKETS_S) + 1)
-
-    def add(self, seconds: float, failed: bool) -> None:
-        self.requests += 1
-        self.errors += failed
-        self.seconds += seconds
-        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
 
 
 @dataclass(slots=True)
@@ -137,9 +109,16 @@ class Service:
         self._exports: dict[int, _Export] = {}
         self._export_number = 0
         self._newer = asyncio.Event()
+        self.replication = Replication(store, ReplicationLimits(owners_min=config.server.owners_min))
+        self._peers = Peers(self.replication, config, token, self._perform)
+        self._tokens = 0
+        self._decided: dict[int, Result | EmbringError] = {}
+        self._undecided: dict[int, asyncio.Future[Result]] = {}
+        self._held: dict[Any, Result] = {}
+        self._ticking: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
         self._handlers: dict[str, Callable[[Message], Result | Coroutine[Any, Any, Result]]] = {
-            "ping": lambda request: ({}, {}),
+            "ping": lambda request: ({}, dict(self.replication.standing().to_arrays())),
             "view": lambda request: view_message(self.view),
             "pull": self._pull,
             "push": self._push,
@@ -147,6 +126,10 @@ class Service:
             "export": self._export,
             "absorb": self._absorb,
             "drop": self._drop,
+            "learn": self._learn,
+            "replicate": self._of_peer,
+            "repair": self._of_peer,
+            "fork": self._of_peer,
             "digest": self._digest,
             "watermark": self._watermark,
             "statistics": self._statistics,
@@ -154,7 +137,7 @@ class Service:
             "drain": self._drain,
             "admin": self._admin,
         }
-        self._meters = {op: _Meter() for op in self._handlers}
+        self._meters = {op: Meter() for op in self._handlers}
 
     def welcome(self) -> Welcome:
         """What the handshake says of this server."""
@@ -170,13 +153,85 @@ class Service:
 
     def install(self, view: View) -> int:
         """Judge by this view from now on if it is newer; the epoch that stands afterwards."""
-        if view.epoch > self.view.epoch:
-            self.store.install(view)
+        self.replication.install(view)
+        self._perform()
+        return self.view.epoch
+
+    def _adopt(self) -> None:
+        """Judge by the store's view from now on: the machine may have had a newer one of a peer."""
+        view = self.store.view
+        if view is not None and view.epoch > self.view.epoch:
             self.view = view
             self._newer.set()
             self._newer = asyncio.Event()
             self._tidy_soon()
-        return self.view.epoch
+
+    # -- replication
+
+    def begin(self) -> None:
+        """Let time go by for the machine of replication, until `end`."""
+        loop = asyncio.get_running_loop()
+        self._ticking = loop.call_later(TICK_S, self.begin)
+        self.replication.tick(loop.time())
+        self._perform()
+
+    async def end(self) -> None:
+        """Stop: close the listener, the connections to other servers, and answer nobody any more."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+        await self.listener.close()
+        self._peers.close()
+
+    def _perform(self) -> None:
+        """Carry out what the machine of replication asks for."""
+        self._adopt()
+        while actions := self.replication.actions():
+            for action in actions:
+                if isinstance(action, Answer):
+                    self._decide(action.token, self._held.pop(action.token, (action.fields, {})))
+                elif isinstance(action, Refuse):
+                    self._held.pop(action.token, None)
+                    self._decide(action.token, action.error)
+                else:
+                    self._peers.send(action, self.view)
+
+    def _decide(self, token: Any, result: Result | EmbringError) -> None:
+        future = self._undecided.pop(token, None)
+        if future is None:
+            self._decided[token] = result
+        elif not future.done():
+            if isinstance(result, EmbringError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    def _outcome(self, token: int) -> Result | Coroutine[Any, Any, Result]:
+        """What became of a request that the machine was handed: at once where it is decided already."""
+        self._perform()
+        result = self._decided.pop(token, None)
+        if isinstance(result, EmbringError):
+            raise result
+        if result is not None:
+            return result
+        future = self._undecided[token] = asyncio.get_running_loop().create_future()
+        return _waited(future)
+
+    def _token(self) -> int:
+        self._tokens += 1
+        return self._tokens
+
+    def _of_peer(self, request: Message) -> Result:
+        fields, arrays = self.replication.request(request.op, request.fields, request.arrays)
+        self._perform()
+        return dict(fields), dict(arrays)
+
+    def _learn(self, request: Message) -> Result:
+        """The controller has this server copy slots to another one."""
+        fields = request.fields
+        slots = self._slots(request)
+        self.replication.learn(slots, whole(fields, "learner", 1, 2**64 - 1), whole(fields, "term_epoch"))
+        self._perform()
+        return {}, {}
 
     def _tidy_soon(self) -> None:
         """Give freed memory back, in bounded steps between requests: called where rows may have been freed."""
@@ -190,9 +245,7 @@ class Service:
 
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
-        operations = {
-            op: OpStatistics(m.requests, m.errors, m.seconds, tuple(m.buckets)) for op, m in self._meters.items()
-        }
+        operations = {op: meter.statistics() for op, meter in self._meters.items()}
         return ServiceStatistics(
             epoch=self.view.epoch,
             draining=self.draining,
@@ -230,7 +283,7 @@ class Service:
             if result is None or isinstance(result, tuple):
                 meter.add(perf_counter() - begin, failed)
 
-    async def _finish(self, meter: _Meter, begin: float, result: Coroutine[Any, Any, Result]) -> Result:
+    async def _finish(self, meter: Meter, begin: float, result: Coroutine[Any, Any, Result]) -> Result:
         failed = True
         try:
             fields, arrays = await result
@@ -265,13 +318,18 @@ class Service:
         self._absent_ids += reply.absent
         return {"absent": reply.absent}, {"rows": reply.rows}
 
-    def _push(self, request: Message) -> Result:
+    def _push(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
         self._serving()
         share = push_share(request.fields, request.arrays)
-        reply = self.store.push(share)
+        acks = request.fields.get("acks", "all")
+        if acks not in ("all", "primary"):
+            raise RequestError(f'acks is {str(acks)[:40]!r}; it must be "all" or "primary"')
+        only = vector(request.arrays, "only", "<i8") if "only" in request.arrays else None
         if share.kind == "delete":
             self._tidy_soon()
-        return {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}, {}
+        token = self._token()
+        self.replication.push(token, share, acks, only)
+        return self._outcome(token)
 
     def _range(self, request: Message) -> Result:
         """One part of the rows whose tokens lie in [start, stop); the next begins at `cursor` (None: there is none)."""
@@ -307,7 +365,7 @@ class Service:
             raise RequestError("a slot is named twice")
         return slots
 
-    def _export(self, request: Message) -> Result:
+    def _export(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
         """One part of an export: begun by `slots`, continued by the `cursor` and `part` of the answer before."""
         if "cursor" not in request.fields:
             slots = self._slots(request)
@@ -335,7 +393,10 @@ class Service:
         # Entered anew, so that the first of the dictionary is the one asked for longest ago.
         self._exports[cursor] = export
         fields, arrays = block.to_arrays()
-        return {"more": True, "cursor": cursor, "part": export.part, "block": fields}, arrays
+        token = self._token()
+        self._held[token] = {"more": True, "cursor": cursor, "part": export.part, "block": fields}, arrays
+        self.replication.hold(token, block.slots, block.last)  # it leaves once every owner holds what is in it
+        return self._outcome(token)
 
     def _absorb(self, request: Message) -> Result:
         plain = request.fields.get("block")
@@ -382,6 +443,10 @@ class Service:
         return {**await self._control(verb, fields)}, {}
 
 
+async def _waited(future: asyncio.Future[Result]) -> Result:
+    return await future
+
+
 def _limits(config: Config) -> tuple[FrameLimits, ListenLimits]:
     server = config.server
     return FrameLimits(body_max=server.frame_max_mib << 20), ListenLimits(
@@ -399,5 +464,6 @@ async def serve(service: Service, addresses: Sequence[str], tls: ssl.SSLContext 
 
     Raises ConfigError for an address that is none, is taken, or can be reached from elsewhere while there is no token.
     """
+    service.begin()
     gc.freeze()  # the modules loaded so far stay: no collection walks through them in the middle of a request
     return list(await service.listener.start(addresses, tls))

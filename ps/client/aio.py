@@ -12,12 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.connect import Tls, pick, prepare, where
+from ps.client.connect import Tls, prepare, where
 from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
 from ps.client.ranges import PullRange
 from ps.client.request import Call
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello
 from ps.ragged import RaggedIds

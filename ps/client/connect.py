@@ -48,9 +48,3 @@ def prepare() -> None:
     batch.warmup()
     split.warmup()
     merge.warmup()
-
-
-def pick(addresses: Sequence[str]) -> list[str]:
-    """A server's addresses in the order to try: Unix sockets that exist here first, other hosts' left out."""
-    here = [a for a in addresses if a.startswith("unix:") and os.path.exists(a[len("unix:") :])]
-    return here + [a for a in addresses if not a.startswith("unix:")]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hashring.view import Server
-from ps.client.connect import pick
 from ps.client.core import Ask, Command, Full, Steps, Wait
 from ps.client.request import Call
 from ps.errors import EmbringError, NotApplied
+from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection, wait_for_any
 from ps.fabric.protocol import Hello
 

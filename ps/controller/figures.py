@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ps.service import BUCKETS_S
+from ps.meter import BUCKETS_S
 
 OWN = frozenset({"ping", "statistics", "install"})
 """Operations of the controller itself, not counted as requests."""

@@ -1,6 +1,8 @@
 """Addresses of the fabric: "tcp:HOST:PORT", "unix:/path", or a bare "HOST:PORT", which means tcp."""
 
 import ipaddress
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ps.errors import ConfigError
@@ -42,3 +44,9 @@ def parse_address(given: str) -> Address:
     if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"address {given!r} is none; write tcp:HOST:PORT with a port from 0 to 65535, or unix:/path")
     return Address(host=host, port=int(port))
+
+
+def pick(addresses: Sequence[str]) -> list[str]:
+    """A server's addresses in the order to try: Unix sockets that exist here first, other hosts' left out."""
+    here = [a for a in addresses if a.startswith("unix:") and os.path.exists(a[len("unix:") :])]
+    return here + [a for a in addresses if not a.startswith("unix:")]

@@ -4,7 +4,7 @@ import asyncio
 import os
 import ssl
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self._welcomed: asyncio.Future[None] = self._loop.create_future()
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._why = "was closed"
+        self.on_reply: Callable[[Message], None] | None = None
+        self.on_lost: Callable[[], None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
         self._spoke = 0.0
@@ -112,6 +114,18 @@ class AsyncConnection(asyncio.BufferedProtocol):
             timer.cancel()
             self._waiting.pop(number, None)
 
+    def post(self, op: str, fields: Mapping[str, Any], arrays: dict[str, NDArray[Any]], deadline_ms: int) -> int:
+        """Send a request in the order of these calls, however much waits to be sent; its number.
+
+        Its reply, an error or not, goes to `on_reply`; the end of the connection to `on_lost`. The arrays are not
+        copied: leave them alone. Raises NotApplied where the connection is closed, FrameError beyond a limit.
+        """
+        if self.closed:
+            raise NotApplied(f"the connection to {self.address} {self._why}")
+        number, frame = self._session.request(op, fields, arrays, deadline_ms)
+        self._write(frame)
+        return number
+
     def close(self) -> None:
         """Close the connection; whoever still waits for a reply meets PerhapsApplied."""
         if self._transport is not None:
@@ -187,7 +201,10 @@ class AsyncConnection(asyncio.BufferedProtocol):
             self._keep()
         for reply in replies:
             answer = self._waiting.get(reply.request)
-            if answer is not None and not answer.done():
+            if answer is None:
+                if self.on_reply is not None:
+                    self.on_reply(reply)
+            elif not answer.done():
                 answer.set_result(reply)
 
     def pause_writing(self) -> None:
@@ -207,6 +224,8 @@ class AsyncConnection(asyncio.BufferedProtocol):
             self._ping.cancel()
         self._fail(PerhapsApplied(f"the connection to {self.address} {self._why}"))
         self._transport = None
+        if self.on_lost is not None:
+            self.on_lost()
 
 
 def _after_fork() -> None:

@@ -96,7 +96,7 @@ class LocalCluster:
         """End a server: its connections break and nobody answers any more. known: the view says so."""
         member = self.members[name]
         member.killed = True
-        member.thread.call(member.service.listener.close(), PATIENCE_S)
+        member.thread.call(member.service.end(), PATIENCE_S)
         member.thread.close()
         if known:
             self.change(Fail(name))

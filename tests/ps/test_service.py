@@ -14,8 +14,9 @@ from ps.errors import ConfigError, EmbringError, NotApplied, RequestError, Wrong
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
 from ps.loop import LoopThread
-from ps.service import BUCKETS_S, Service, serve
+from ps.meter import BUCKETS_S
 from ps.service import EXPORTS_MAX as EXPORTS
+from ps.service import Service, serve
 from ps.share import PullShare, PushShare, features_of
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store, StoreLimits
@@ -73,7 +74,7 @@ class Running:
 
     def close(self) -> None:
         self.connection.close()
-        self._loop.call(self.service.listener.close(), WAIT_S)
+        self._loop.call(self.service.end(), WAIT_S)
         self._loop.close()
 
 

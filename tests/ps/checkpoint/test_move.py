@@ -106,7 +106,7 @@ class Cluster:
 
     def close(self) -> None:
         async def end(service: Service) -> None:
-            await service.listener.close()
+            await service.end()
 
         for thread, service in self.services.values():
             thread.call(end(service), 60)

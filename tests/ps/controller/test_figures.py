@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ps.controller.figures import figures, percentile
-from ps.service import BUCKETS_S
+from ps.meter import BUCKETS_S
 
 
 def statistics(requests: int, buckets: list[int]) -> dict:

@@ -1,0 +1,42 @@
+"""Counts of requests by operation, with a histogram of how long they took."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+"""Upper bounds of the latency histogram's buckets, in seconds; one more holds what took longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpStatistics:
+    """Of one operation: requests, those that met an error, seconds in all, and requests in each of BUCKETS_S + 1.
+
+    Time counts from the request's arrival to its reply.
+    """
+
+    requests: int
+    errors: int
+    seconds: float
+    buckets: tuple[int, ...]
+
+
+class Meter:
+    """The counters behind OpStatistics."""
+
+    __slots__ = ("buckets", "errors", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+
+    def add(self, seconds: float, failed: bool) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.errors += failed
+        self.seconds += seconds
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
+
+    def statistics(self) -> OpStatistics:
+        """What was counted so far."""
+        return OpStatistics(self.requests, self.errors, self.seconds, tuple(self.buckets))
