@@ -241,8 +241,14 @@ def test_a_new_primary_undoes_what_only_the_old_one_has() -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [{"slots": np.array([-1])}, {"slots": np.array([2**40])}, {"positions": np.zeros(2, np.int64)}]
-    + [{"offsets": np.array([0, 5])}, {"slots": np.zeros(1)}, {"lineage": np.zeros((1, 1), np.int64)}],
+    [
+        {"slots": np.array([-1])},
+        {"slots": np.array([2**40])},
+        {"slots": np.zeros(1)},
+        {"positions": np.zeros(2, np.int64)},
+        {"offsets": np.array([0, 5])},
+        {"lineage": np.zeros((1, 1), np.int64)},
+    ],
 )
 def test_a_malformed_fork_is_refused_in_a_sentence(broken: dict) -> None:
     whole = {"slots": np.array([1]), "positions": np.array([1 << 40]), "lineage": np.empty(0, np.int64)}
