@@ -93,9 +93,7 @@ class Backup:
             raise RequestError("the arrays of a fork must be int64, of one dimension")
         slots, positions, lineage, offsets = (as_input(array, np.int64) for array in found)
         if len(positions) != len(slots) or len(offsets) != len(slots) + 1:
-            raise RequestError(
-                f"a fork of {len(slots)} slots has {len(positions)} positions, {len(offsets)} offsets"
-            )
+            raise RequestError(f"a fork of {len(slots)} slots has {len(positions)} positions, {len(offsets)} offsets")
         check_offsets(offsets, len(lineage), "offsets of a fork's lineage")
         if len(slots) and not 0 <= slots.min() <= slots.max() < self.store.held.slots.slots_max:
             raise RequestError(f"slots of a fork are {slots.min()} to {slots.max()}, beyond what a server holds")
