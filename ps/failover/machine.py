@@ -280,10 +280,9 @@ class Failover:
         leaving: dict[int, list[NDArray[np.int64]]] = {}
         renewed = []
         for primary, peer, slots in reports:
-            for suspect in (primary, peer):
-                if len(self.disputes.opponents(suspect)) > max(1, (len(self.servers) - 1) / 2):
-                    leaving.setdefault(suspect, []).append(np.arange(self.view.slots_total))
-                    break
+            sick = max((peer, primary), key=self._opponents)  # of equals the primary is believed
+            if self._opponents(sick) > max(1, (len(self.servers) - 1) / 2):
+                leaving.setdefault(sick, []).append(np.arange(self.view.slots_total))
             else:
                 owned = self._owned(peer, slots)
                 leaving.setdefault(peer, []).append(slots[owned])
@@ -292,6 +291,10 @@ class Failover:
             return True
         again = np.unique(np.concatenate(renewed)) if renewed else np.empty(0, np.int64)
         return bool(len(again)) and self._append(Renew(again))
+
+    def _opponents(self, incarnation: int) -> int:
+        """With how many that answer it is in dispute: whoever is dead is in dispute with everybody."""
+        return sum(self._usable(other) for other in self.disputes.opponents(incarnation))
 
     def _owned(self, incarnation: int, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         ids = incarnations(self.view.servers)

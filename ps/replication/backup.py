@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import MemoryFull, NotApplied, RequestError
+from ps.kernels import as_input
+from ps.ragged import check_offsets
 from ps.replication.actions import Arrays
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.slots import NONE, PRIMARY
@@ -15,6 +17,8 @@ from ps.store import Store
 TAKEN, BEHIND, OLD, APART = 1, 2, 3, 4
 """What became of a slot of a request: taken; this server's view is older than the request's term; the term is over;
 this copy does not stand at the block's base (or may not be replaced)."""
+
+_NONE = np.empty(0, np.int64)
 
 Reply = tuple[dict[str, Any], Arrays]
 
@@ -82,11 +86,24 @@ class Backup:
         verdicts[allowed & ~taken] = APART
         return {}, {"verdicts": verdicts}
 
+    def _asked(self, arrays: Arrays) -> tuple[NDArray[np.int64], ...]:
+        """slots, positions, lineage and offsets of a `fork`, checked against each other."""
+        found = tuple(arrays.get(name, _NONE) for name in ("slots", "positions", "lineage", "offsets"))
+        if any(array.dtype != np.int64 or array.ndim != 1 for array in found):
+            raise RequestError("the arrays of a fork must be int64, of one dimension")
+        slots, positions, lineage, offsets = (as_input(array, np.int64) for array in found)
+        if len(positions) != len(slots) or len(offsets) != len(slots) + 1:
+            raise RequestError(f"a fork of {len(slots)} slots has {len(positions)} positions, {len(offsets)} offsets")
+        check_offsets(offsets, len(lineage), "offsets of a fork's lineage")
+        if len(slots) and not 0 <= slots.min() <= slots.max() < self.store.held.slots.slots_max:
+            raise RequestError(f"slots of a fork are {slots.min()} to {slots.max()}, beyond what a server holds")
+        return slots, positions, lineage, offsets
+
     def _fork(self, sender: int, arrays: Arrays) -> Reply:
-        slots, positions = arrays["slots"], arrays["positions"]
+        slots, positions, lineage, offsets = self._asked(arrays)
         verdicts = self._verdicts(sender, slots, positions)
         verdicts[self.store.held.slots.named[slots] == PRIMARY] = OLD
-        told = self.store.forks(slots, positions, arrays["lineage"], arrays["offsets"])
+        told = self.store.forks(slots, positions, lineage, offsets)
         return {}, {
             "verdicts": verdicts,
             "positions": told.positions,

@@ -23,12 +23,13 @@ def absorb(
     parts of one copy in order, and until the last of them the slot is neither read nor written. A primary that takes
     a whole slot older than its own term (a restore) numbers it as a change of its term. replace_clients: the block's
     windows are all that its slots remember from then on (else those in it are set, and the others stay). allowed
-    bool[s]: slots that may be taken.
+    bool[s]: slots that may be taken, of a block that was checked when it was decoded.
 
     RequestError (nothing is taken) for another cluster's changes, an unknown table, or an id outside its slot;
     MemoryFull where the rows do not fit.
     """
-    block.check()
+    if allowed is None:
+        block.check()
     if block.cluster != held.cluster and not block.full.all():
         raise RequestError(f"the block changes slots of cluster {block.cluster}; this is cluster {held.cluster}")
     if len(block.slots) and block.slots.max() >= held.slots.slots_max:

@@ -29,8 +29,17 @@ class Faults:
         self.rate = rng.choice((0.5, 1.0, 2.0, 4.0))
         self.aim = rng.choice((0.0, 0.001, 0.002, 0.004))
         cells = [(kind, step) for step in STEPS for kind in KINDS]
-        first = self.world.seed * 3  # three cells a seed, so that every cell has its turn
-        self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(3)}
+        first = self.world.seed * 4  # four cells a seed, so that every cell has its turn
+        self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(4)}
+        cluster.network.p_after_a_break = 0.3
+        if rng.random() < 0.25:  # a run of copies to learners that break and begin again
+            self.weights["suspicion"] = 3.0
+            self.aimed_at |= {
+                ("cut", "copy leaves"): 8,
+                ("cut", "copy taken"): 4,
+                ("block", "a learner is admitted"): 3,
+            }
+            cluster.network.p_after_a_break = 0.8
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
@@ -61,7 +70,7 @@ class Faults:
         if not self.active:
             return
         for (kind, step), left in self.aimed_at.items():
-            if step == name and left and self.world.rng.random() < 0.15 and self._make(kind, process, connection):
+            if step == name and left and self.world.rng.random() < 0.3 and self._make(kind, process, connection):
                 self.aimed_at[(kind, step)] -= 1
                 self.cells.add((kind, name))
         if self.aim and self.world.rng.random() < self.aim:

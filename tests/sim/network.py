@@ -52,6 +52,7 @@ class Network:
         self.delay = 0.0005
         self.slow: dict[str, float] = {}
         self.p_late = 0.0
+        self.p_after_a_break = 0.3
         self._number = 0
 
     def connect(self, caller: Endpoint, called: Endpoint) -> Connection:
@@ -112,7 +113,7 @@ class Network:
         for way in (0, 1):
             connection.held[way].clear()
             tail = connection.tail[way]
-            if way == 0 and tail and connection.called.alive and world.chance(0.3):
+            if way == 0 and tail and connection.called.alive and world.chance(self.p_after_a_break):
                 late = [tail.popleft() for _ in range(world.rng.randint(1, len(tail)))]
                 tail.clear()
                 when = world.between(0.0, 0.3)

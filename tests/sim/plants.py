@@ -20,10 +20,12 @@ import ps.slots
 import ps.store.absorption
 import ps.store.core
 import ps.store.fork
+import ps.store.holdings
 import ps.store.stream
 import ps.window
 import tests.sim.cluster
 import tests.sim.controller
+import tests.sim.server
 import tests.sim.subscriber
 from hashring.planner import Reassign
 from ps.client.request import PushRequest
@@ -602,8 +604,17 @@ def exported_from_any_owner_unchecked(patch: Patch) -> None:
     patch(tests.sim.subscriber.Subscriber, "choose", lambda self, owners: owners[-1] if owners[-1] >= 0 else owners[0])
     real = ps.slots.SlotTable.on_lineage
     patch(ps.slots.SlotTable, "on_lineage", lambda self, slots, since: real(self, slots, since) | (since > 0))
-    require = ps.store.holdings.Holdings.require
-    patch(ps.store.holdings.Holdings, "require", lambda self, slots, role: require(self, slots, min(role, 1)))
+    holdings, exports = ps.store.holdings.Holdings, tests.sim.server.Server._export
+    require = holdings.require
+
+    def export(self: Any, *arguments: Any) -> None:
+        holdings.require = lambda self, slots, role: require(self, slots, min(role, 1))  # type: ignore[method-assign]
+        try:
+            exports(self, *arguments)
+        finally:
+            holdings.require = require  # type: ignore[method-assign]
+
+    patch(tests.sim.server.Server, "_export", export)
 
 
 @plant

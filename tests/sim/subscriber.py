@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ps.errors import NotApplied, WrongView
-from ps.rowblock import RowBlock
+from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.wire import Message
 from tests.sim.network import Connection
 from tests.sim.process import Process, frame, unframe
@@ -13,7 +13,7 @@ from tests.sim.process import Process, frame, unframe
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-ASK_S = 0.3
+ASK_S = 0.1
 
 
 class Subscriber(Process):
@@ -24,6 +24,7 @@ class Subscriber(Process):
         slots = cluster.log.newest.slots_total
         self.positions = [0] * slots
         self.rows: list[dict[tuple[int, int], bytes]] = [{} for _ in range(slots)]
+        self.exported: list[set[int]] = [set() for _ in range(slots)]
         self.asked: dict[tuple[Connection, int], tuple[int, int]] = {}
         self.numbers = 0
         self.targets: Any = None
@@ -70,6 +71,7 @@ class Subscriber(Process):
             for table, id_ in zip(s.gone_tables.tolist(), s.gone_ids.tolist(), strict=True):
                 rows.pop((table, id_), None)
         self.positions[slot] = int(block.last[0])
+        self.exported[slot].add(self.positions[slot])
         self.world.counts["whole exports" if block.full[0] else "deltas"] += 1
 
     def disconnected(self, connection: Connection) -> None:
@@ -86,11 +88,25 @@ class Subscriber(Process):
                 return f"the subscriber is behind in slot {slot}"
         return ""
 
+    def _on_lineage(self, held: Any, slot: int) -> None:
+        """Every position that was ever exported is one that the slot's history went through."""
+        one = np.array([slot])
+        line = [*held.slots.lineage(one)[0].tolist(), int(held.slots.positions[slot])]
+        lasts = {position >> TERM_SHIFT: position for position in line}
+        oldest = min(lasts)
+        for position in sorted(self.exported[slot]):
+            term = position >> TERM_SHIFT
+            if term >= oldest and position > lasts.get(term, -1):
+                self.cluster.checks.fail(
+                    f"I6: position ({term},{position & 2**40 - 1}) of slot {slot} was exported and is on no lineage"
+                )
+
     def check(self) -> None:
-        """I6: what it holds is what the primaries hold."""
+        """I6: what it holds is what the primaries hold, and what it was told was true for good."""
         view = self.cluster.log.newest
         for slot in range(view.slots_total):
             primary = self.cluster.by_incarnation[view.servers[view.owners()[slot, 0]].incarnation]
+            self._on_lineage(primary.store.held, slot)
             if self.rows[slot] != self.cluster.checks.rows_of(primary, slot):
                 mine, theirs = set(self.rows[slot].items()), set(self.cluster.checks.rows_of(primary, slot).items())
                 different = sorted({key for key, _ in mine ^ theirs})

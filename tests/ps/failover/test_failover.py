@@ -220,6 +220,25 @@ def test_who_disputes_with_most_others_leaves_altogether() -> None:
     assert all(len(owned(after, i)) == after.slots_total for i in (1, 2, 3))
 
 
+def test_who_complains_of_the_dead_is_not_sick() -> None:
+    view = cluster(4, replicas=4)
+    shell = Shell(view)
+    shell.run(2)
+    shell.down = {12, 13}
+    shell.run(2)
+    for primary, index in ((10, 0), (11, 1)):
+        mine = primary_of(view, index)
+        parts = [says(view, COMPLAINT, peer, mine) for peer in (12, 13)]
+        shell.standing[primary] = Standing(
+            *(np.concatenate([getattr(p, n) for p in parts]) for n in Standing.__slots__)
+        )
+    shell.run(2)
+    after = shell.mind.view
+    assert set(primary_of(view, 0)) <= set(owned(after, 0))
+    assert set(primary_of(view, 1)) <= set(owned(after, 1))
+    assert not (after.owners()[primary_of(view, 0)] >= 2).any()
+
+
 def test_disputes_are_forgotten_after_their_rounds() -> None:
     disputes = Disputes(rounds=2)
     disputes.add(1, 2)

@@ -7,7 +7,7 @@ import pytest
 
 from hashring.planner import CreateTable, DropTable, Fail, Reassign, Renew, Withdraw, plan
 from hashring.view import View
-from ps.errors import NotApplied, Overloaded, PerhapsApplied, WrongView
+from ps.errors import NotApplied, Overloaded, PerhapsApplied, RequestError, WrongView
 from ps.replication import (
     ADMISSION,
     COMPLAINT,
@@ -237,6 +237,29 @@ def test_a_new_primary_undoes_what_only_the_old_one_has() -> None:
     trio.deliver()
     assert trio.answers[retried]["applied"] > 0  # type: ignore[index]
     trio.equal(1, 2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"slots": np.array([-1])},
+        {"slots": np.array([2**40])},
+        {"slots": np.zeros(1)},
+        {"positions": np.zeros(2, np.int64)},
+        {"offsets": np.array([0, 5])},
+        {"lineage": np.zeros((1, 1), np.int64)},
+    ],
+)
+def test_a_malformed_fork_is_refused_in_a_sentence(broken: dict) -> None:
+    whole = {"slots": np.array([1]), "positions": np.array([1 << 40]), "lineage": np.empty(0, np.int64)}
+    arrays = {**whole, "offsets": np.zeros(2, np.int64), **broken}
+    with pytest.raises(RequestError, match="fork"):
+        Trio().machines[2].request("fork", {"from": 1, "link": 1}, arrays)
+
+
+def test_a_request_of_no_server_is_refused() -> None:
+    with pytest.raises(RequestError, match="comes from no server"):
+        Trio().machines[2].request("fork", {}, {})
 
 
 def test_a_block_of_an_older_term_is_refused_and_the_view_fetched() -> None:
