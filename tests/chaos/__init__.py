@@ -1,0 +1,1 @@
+"""Real processes killed and stopped under load: `python -m tests.chaos --help`."""
