@@ -1,6 +1,8 @@
 """Kill and stop servers of a real Ray cluster under load, round after round, and check what was promised.
 
-python -m tests.chaos --rounds 20 --replicas 2 [--kinds kill,stop] [--seed 0]      prints JSON; status 1 if anything was broken
+python -m tests.chaos --rounds 20 --replicas 2 [--kinds kill,stop] [--seed 0]
+
+prints JSON; its status is 1 if anything was broken.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Load that names what it lost: each pusher adds 1 to a column of its own, so every row says how often each was applied.
+"""Load that names what it lost: each pusher adds 1 to its own column, so rows say how often each was applied.
 
 Rows begin at zero and the optimizer is SGD with learning rate 1, so float32 is exact up to 2**24 pushes.
 """
