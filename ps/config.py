@@ -72,6 +72,14 @@ class ServerConfig:
         "Owners that a slot must have for pushes to be taken. More refuses pushes where copies are missing, rather"
         " than risk them on one server; pulls go on.",
     )
+    verify_slots_per_s: float = _setting(
+        2.0,
+        "slots a second",
+        0,
+        10000,
+        "Slots that each server compares with their other owners by itself, all day long; 0 leaves that to `embring "
+        "verify`. One costs a millisecond or two, on both servers, where slots are large.",
+    )
     host: str = _setting(
         "127.0.0.1",
         "address",

@@ -3,7 +3,7 @@
 Handlers run on the data thread, each request from its beginning to its end, so that each is atomic on its server.
 What could take long (exports, ranges) is cut into parts of bounded size, one request each.
 
-    ping, view, pull, push, range, export, absorb, drop, digest, watermark, statistics, install, drain, admin
+    ping, view, pull, push, range, export, absorb, drop, digest, verify, watermark, statistics, install, drain, admin
 
 Every reply carries `epoch`, the epoch of the server's view.
 """
@@ -66,11 +66,16 @@ TIDY_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row."""
+    """Counts since the start. absent_ids: ids of pulls that had no row.
+
+    compared, different: copies of slots that were compared with their other owners', and those that differed.
+    """
 
     epoch: int
     draining: bool
     absent_ids: int
+    compared: int
+    different: int
     operations: dict[str, OpStatistics]
     listener: ListenStatistics
     store: StoreStatistics
@@ -109,7 +114,9 @@ class Service:
         self._exports: dict[int, _Export] = {}
         self._export_number = 0
         self._newer = asyncio.Event()
-        self.replication = Replication(store, ReplicationLimits(owners_min=config.server.owners_min))
+        server = config.server
+        limits = ReplicationLimits(owners_min=server.owners_min, verify_slots_per_s=server.verify_slots_per_s)
+        self.replication = Replication(store, limits)
         self._peers = Peers(self.replication, config, token, self._perform)
         self._tokens = 0
         self._decided: dict[int, Result | EmbringError] = {}
@@ -131,6 +138,7 @@ class Service:
             "repair": self._of_peer,
             "fork": self._of_peer,
             "digest": self._digest,
+            "verify": self._verify,
             "watermark": self._watermark,
             "statistics": self._statistics,
             "install": self._install,
@@ -246,10 +254,13 @@ class Service:
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
+        compared, different = self.replication.verified
         return ServiceStatistics(
             epoch=self.view.epoch,
             draining=self.draining,
             absent_ids=self._absent_ids,
+            compared=compared,
+            different=different,
             operations=operations,
             listener=self.listener.statistics(),
             store=self.store.statistics(),
@@ -411,7 +422,19 @@ class Service:
         return {}, {}
 
     def _digest(self, request: Message) -> Result:
+        if "from" in request.fields:
+            return self._of_peer(request)
         return {}, {"digests": self.store.digest(self._slots(request))}
+
+    def _verify(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
+        """Compare the slots, as many as one request may; answered when their other owners have answered."""
+        repair = request.fields.get("repair", False)
+        if not isinstance(repair, bool):
+            raise RequestError(f"repair is {str(repair)[:40]}; it must be true or false")
+        start = whole(request.fields, "start", 0, 2**64 - 1) if "start" in request.fields else 0
+        token = self._token()
+        self.replication.verify(token, self._slots(request), start, repair)
+        return self._outcome(token)
 
     def _watermark(self, request: Message) -> Result:
         return {}, {"positions": self.store.watermark(self._slots(request))}

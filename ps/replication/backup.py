@@ -11,7 +11,7 @@ from ps.kernels import as_input
 from ps.ragged import check_offsets
 from ps.replication.actions import Arrays
 from ps.rowblock import TERM_SHIFT, RowBlock
-from ps.slots import NONE, PRIMARY
+from ps.slots import NONE, OWNER, PRIMARY
 from ps.store import Store
 
 TAKEN, BEHIND, OLD, APART = 1, 2, 3, 4
@@ -24,11 +24,12 @@ Reply = tuple[dict[str, Any], Arrays]
 
 
 class Backup:
-    """Answers `replicate`, `repair` and `fork`."""
+    """Answers `replicate`, `repair`, `fork` and `digest`."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._heard: dict[int, int] = {}
+        self._distrusted: set[int] = set()
 
     def forget(self, view: View) -> None:
         """Forget connections of processes that the view does not know."""
@@ -45,6 +46,8 @@ class Backup:
         self._heard[sender] = link
         if op == "fork":
             return self._fork(sender, arrays)
+        if op == "digest":
+            return self._digest(sender, fields, arrays)
         return self._absorb(sender, op, fields, arrays)
 
     def _verdicts(self, sender: int, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -81,10 +84,41 @@ class Backup:
             if theirs == mine:
                 raise
             return {}, {"verdicts": np.full(len(block.slots), BEHIND if theirs > mine else OLD, np.uint8)}
+        if self._distrusted:
+            self._distrusted.difference_update(block.slots[taken & (block.full > 0)].tolist())
         if taken.all():
             return {}, {}
         verdicts[allowed & ~taken] = APART
         return {}, {"verdicts": verdicts}
+
+    def _digest(self, sender: int, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        """Compare copies with the primary's digests: verdicts TAKEN (equal), APART, or BEHIND (not compared)."""
+        slots, positions, digests = self._to_compare(arrays)
+        low, last = fields.get("low"), fields.get("last")
+        if not isinstance(low, int) or not isinstance(last, int) or not 0 <= low <= last < 2**64:
+            raise RequestError("a digest is of tokens from low to last, which must be whole numbers of 64 bits")
+        held = self.store.held.slots
+        verdicts = np.full(len(slots), BEHIND, np.uint8)
+        # Rows of a table go when a view drops it, without a new term: only by one view do copies have to be equal.
+        same = self._verdicts(sender, slots, positions) == TAKEN
+        same &= (fields.get("at") == self.store.epoch) & (held.positions[slots] == positions)
+        same &= held.roles[slots] == OWNER
+        verdicts[same] = np.where(self.store.digest(slots[same], low, last) == digests[same], TAKEN, APART)
+        if fields.get("repair") is True:
+            self._distrusted.update(slots[verdicts == APART].tolist())
+        return {}, {"verdicts": verdicts}
+
+    def _to_compare(self, arrays: Arrays) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """slots, positions and digests of a `digest`, checked against each other."""
+        slots, positions = arrays.get("slots", _NONE), arrays.get("positions", _NONE)
+        digests = arrays.get("digests", np.empty(0, np.uint64))
+        if slots.dtype != np.int64 or positions.dtype != np.int64 or digests.dtype != np.uint64 or slots.ndim != 1:
+            raise RequestError("slots and positions of a digest must be int64, digests uint64, of one dimension")
+        if not slots.shape == positions.shape == digests.shape:
+            raise RequestError(f"a digest of {slots.size} slots has {positions.size} positions, {digests.size} digests")
+        if len(slots) and not 0 <= slots.min() <= slots.max() < self.store.held.slots.slots_max:
+            raise RequestError(f"slots of a digest are {slots.min()} to {slots.max()}, beyond what a server holds")
+        return as_input(slots, np.int64), as_input(positions, np.int64), as_input(digests, np.uint64)
 
     def _asked(self, arrays: Arrays) -> tuple[NDArray[np.int64], ...]:
         """slots, positions, lineage and offsets of a `fork`, checked against each other."""
@@ -104,6 +138,8 @@ class Backup:
         verdicts = self._verdicts(sender, slots, positions)
         verdicts[self.store.held.slots.named[slots] == PRIMARY] = OLD
         told = self.store.forks(slots, positions, lineage, offsets)
+        if self._distrusted:  # wrong where it stands, whatever it has in common with others
+            told.forks[np.isin(slots, list(self._distrusted))] = -1
         return {}, {
             "verdicts": verdicts,
             "positions": told.positions,

@@ -4,10 +4,11 @@ The shell calls a method for each event, in the order in which they happen, on t
 `actions()` in order. There is no clock, socket or Ray in here.
 
     install(view)                        a newer view                 push(token, share, ...)     a client's push
-    request(op, fields, arrays)          a peer's replicate, repair, fork: the reply
+    request(op, fields, arrays)          a peer's replicate, repair, fork, digest: the reply
     replied(peer, link, number, ...)     a peer's reply               broken(peer, link)          a connection ended
     learn(slots, learner, epoch)         the controller's command     standing()                  for its pings
     hold(token, slots, positions)        an export that leaves when all owners hold it
+    verify(token, slots, start, repair)  copies are to be compared
     tick(now)                            about every 50 ms
 """
 
@@ -26,6 +27,7 @@ from ps.replication.backup import Backup, Reply
 from ps.replication.links import Flight, Link
 from ps.replication.members import Members
 from ps.replication.primary import Primary
+from ps.replication.verify import Comparison, Verifier
 from ps.share import PushShare
 from ps.slots import OWNER, PRIMARY
 from ps.store import Store
@@ -67,7 +69,11 @@ class _Part:
 
 
 class _Gathering(Primary):
-    """A `Primary` whose answers to parts of a push become one answer."""
+    """A `Primary` whose answers to parts of a push, or of a comparison, become one answer."""
+
+    def __init__(self, store: Store, limits: ReplicationLimits) -> None:
+        super().__init__(store, limits)
+        self.verifier = Verifier(self)
 
     def answer(self, token: Hashable, fields: dict[str, Any]) -> None:
         if not isinstance(token, _Part):
@@ -78,6 +84,9 @@ class _Gathering(Primary):
         self._part_done(token.parts)
 
     def refuse(self, token: Hashable, error: EmbringError) -> None:
+        if isinstance(token, Comparison):
+            self.verifier.missed(token)
+            return
         if not isinstance(token, _Part):
             super().refuse(token, error)
             return
@@ -220,10 +229,22 @@ class Replication:
         """Answer `token` once every owner holds these slots at these positions: an export may leave then."""
         self._primary.hold(token, slots, positions, {})
 
+    def verify(self, token: Hashable, slots: NDArray[np.int64], start: int = 0, repair: bool = False) -> None:
+        """Compare copies of slots of this server's view with those of their other owners (see `Verifier.verify`).
+
+        repair: owners whose copies differ are complained of, and refuse to return but by a full copy.
+        """
+        self._primary.verifier.verify(token, slots, start, repair)
+
+    @property
+    def verified(self) -> tuple[int, int]:
+        """Copies that were compared since the start, and how many of them differed."""
+        return self._primary.verifier.compared, self._primary.verifier.different
+
     # -- peers
 
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
-        """The reply to a peer's `replicate`, `repair` or `fork`. Raises EmbringError."""
+        """The reply to a peer's `replicate`, `repair`, `fork` or `digest`. Raises EmbringError."""
         return self._backup.request(op, fields, arrays)
 
     def replied(
@@ -252,13 +273,15 @@ class Replication:
             self._primary.forked(known, flight, arrays, self.store.view)
         elif flight.op == "push":
             self._primary.answer(flight.token, fields)
+        elif flight.op == "digest":
+            self._primary.verifier.told(known, flight, arrays.get("verdicts"))
         if view is not None:
             self.install(view)
         if known.epoch > self.store.epoch:
             self._primary.fetch_view(known)
 
     def _failed(self, link: Link, flight: Flight, error: EmbringError) -> None:
-        if flight.op == "push":
+        if flight.token is not None:
             self._primary.refuse(flight.token, error)
         elif flight.op == "fork":
             self._primary.set_back_asked(link, flight.slots)
@@ -287,6 +310,7 @@ class Replication:
             link.silent = link.silent + elapsed if link.flights else 0.0
             if self._accused(link):
                 self._drop_learner(link)
+        primary.verifier.sweep(elapsed)
         if self._clock - self._forgot >= FORGET_S:
             self._forgot = self._clock
             primary.forget_idle()

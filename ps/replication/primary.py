@@ -142,7 +142,8 @@ class Primary:
 
     # -- sending
 
-    def _send(self, link: Link, op: str, flight: Flight, fields: dict[str, Any], arrays: Arrays) -> None:
+    def send(self, link: Link, op: str, flight: Flight, fields: dict[str, Any], arrays: Arrays) -> None:
+        """Send a request, behind all that was sent before."""
         number = link.depart(flight)
         fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
         self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
@@ -151,7 +152,7 @@ class Primary:
         fields, arrays = block.to_arrays()
         size = sum(array.nbytes for array in arrays.values())
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
-        self._send(link, op, flight, {"block": fields}, arrays)
+        self.send(link, op, flight, {"block": fields}, arrays)
 
     def send_view(self, link: Link, view: View) -> None:
         """Hand a view on, behind all that was sent before."""
@@ -162,7 +163,7 @@ class Primary:
         """Ask a peer that knows a newer view for it."""
         if link.asked_for < link.epoch and not link.resting:
             link.asked_for = link.epoch
-            self._send(link, "view", Flight("view", NO_SLOTS, NO_SLOTS), {}, {})
+            self.send(link, "view", Flight("view", NO_SLOTS, NO_SLOTS), {}, {})
 
     def forward(self, link: Link, token: Hashable, share: PushShare, only: NDArray[np.int64], acks: str) -> None:
         """Hand slots of a push to their primary."""
@@ -206,7 +207,7 @@ class Primary:
             lineage, offsets = self.store.held.slots.lineage(asked)
             arrays: Arrays = {"slots": asked, "positions": positions, "lineage": lineage, "offsets": offsets}
             size = sum(array.nbytes for array in arrays.values())
-            self._send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
+            self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
     def pump(self, link: Link) -> None:
         """Send parts of copies while not too much of them is on its way."""
@@ -327,8 +328,8 @@ class Primary:
     def lost(self, link: Link) -> None:
         """The connection broke: what was on its way is lost or not, and every slot of the peer is set back."""
         for flight in link.cut():
-            if flight.op == "push":
-                self.refuse(flight.token, PerhapsApplied("the connection to the primary broke"))
+            if flight.token is not None:
+                self.refuse(flight.token, PerhapsApplied("the connection to the other server broke"))
         slots, columns = self.members.where(link.index)
         moving = self.members.modes[slots, columns] != HOPELESS
         self.members.modes[slots[moving], columns[moving]] = IDLE

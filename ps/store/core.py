@@ -342,13 +342,16 @@ class Store:
             raise RequestError(f"slot {named[0]} is owned here in epoch {self.epoch}; only a view takes it away")
         self.held.free(slots)
 
-    def digest(self, slots: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """A hash of each slot's rows (tables, ids, values, state), uint64[k]: equal contents, equal digest."""
+    def digest(self, slots: NDArray[np.int64], low: int = 0, last: int = 2**64 - 1) -> NDArray[np.uint64]:
+        """A hash of each slot's rows (tables, ids, values, state), uint64[k]: equal contents, equal digest.
+
+        Only rows whose tokens lie in [low, last] count.
+        """
         slots = np.asarray(slots, np.int64)
         out = np.zeros(len(slots), np.uint64)
         starts, bits = self.held.slots.bounds(slots)
         for arena in self.held.registry.arenas:
-            arena.digest(arena.collect(slots, starts, bits), out)
+            arena.digest(arena.collect(slots, starts, bits, low=low, last=last), out)
         return out
 
     def watermark(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
