@@ -1,4 +1,4 @@
-"""`embring up`, `down`, `logs`, `recover` and `config`."""
+"""`embring up`, `down`, `logs`, `recover`, `failover` and `config`."""
 
 import contextlib
 import json
@@ -181,6 +181,36 @@ def recover(
         if lost
         else "no slot is lost"
     )
+
+
+def failover(
+    name: Annotated[str, typer.Argument(help="The server, as `embring status` names it.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where rows are lost with it, because nobody else has a copy.")
+    ] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Declare a server dead, as one that hangs, or whose host is gone for good: others take over its slots.
+
+    Its process is ended where it can be reached, and started again as another, which owns nothing.
+
+    Example:  embring failover server-1
+    """
+    from ps.cluster import controller
+    from ps.errors import ConfigError
+
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("nothing was done: say --yes where nobody can be asked")
+    if not yes and not typer.confirm(f"Declare {name} dead" + (", with the rows that it alone has?" if force else "?")):
+        raise typer.Exit(1)
+    with controller(running()) as ask:
+        answer = ask("failover", name=name, force=force)
+    if as_json:
+        print(json.dumps(answer))
+        return
+    loss = f"; {answer['slots_lost']} slots are lost with it" if answer["slots_lost"] else ""
+    print(f"{name} is declared dead in epoch {answer['epoch']}{loss}")
 
 
 def config(

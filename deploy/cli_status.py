@@ -17,7 +17,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two, with --watch.")] = 2.0,
 ) -> None:
-    """Show servers, routers, rows, bytes, slots, epoch, requests a second, latency and lost slots.
+    """Show servers, routers, rows, bytes, slots, epoch, requests a second, latency, lost slots and missing copies.
 
     Example:  embring status --watch
     """
@@ -86,11 +86,12 @@ def render(record: Mapping[str, Any]) -> Any:
             *(f"{s.get('requests_per_s', 0.0):,.0f}", *latency, str(s["restarts"])),
         )
     tables = Table(box=None, pad_edge=False)
-    for title in ("table", "dim", "placement", "optimizer", "rows"):
-        tables.add_column(title, justify="right" if title in ("dim", "rows") else "left")
+    for title in ("table", "dim", "placement", "replicas", "optimizer", "rows"):
+        tables.add_column(title, justify="right" if title in ("dim", "replicas", "rows") else "left")
     for t in record["tables"]:
         rows = sum(s.get("rows_by_table", {}).get(t["name"], 0) for s in record["servers"])
-        tables.add_row(t["name"], str(t["dim"]), t["placement"], t["optimizer"]["kind"], f"{rows:,}")
+        kind = t["optimizer"]["kind"]
+        tables.add_row(t["name"], str(t["dim"]), t["placement"], str(t["replicas"]), kind, f"{rows:,}")
     parts: list[Any] = [head, Text(), servers]
     if record["routers"]:
         parts += [Text(), _routers(record["routers"])]
@@ -100,6 +101,12 @@ def render(record: Mapping[str, Any]) -> Any:
         cure = "`embring checkpoint restore DIR`, or `embring recover --accept-loss`"
         warning = f"{record['slots_lost']} slots are lost: {cure}"
         parts += [Text(), Text(warning, style="bold red")]
+    if record["slots_under_replicated"]:
+        warning = (
+            f"{record['slots_under_replicated']} slots have fewer copies than their tables ask for; "
+            f"{record['slots_learning']} are being copied"
+        )
+        parts += [Text(), Text(warning, style="yellow")]
     return Group(*parts)
 
 

@@ -174,7 +174,7 @@ def plan(view: View, change: Change) -> View:
         case Withdraw(slots):
             after = withdraw(view, slots)
         case Reassign(slots, owners):
-            after = reassign(view, slots, owners)
+            after = _bury(reassign(view, slots, owners))
         case Renew(slots):
             after = renew(view, slots)
         case CreateTable():

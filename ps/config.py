@@ -186,16 +186,16 @@ class ControlConfig:
         "pings",
         2,
         100,
-        "Unanswered pings, one after another, that make a server silent. If most fall silent at once, "
-        "only Ray's word counts.",
+        "Unanswered pings, one after another, after which a server leaves its slots, save those of which it is the "
+        "last owner. If most fall silent at once, only Ray's word counts.",
     )
     restart: bool = _setting(
         True,
         "switch",
         None,
         None,
-        "Start a dead server again. It comes back owning nothing; its slots stay lost until a restore or "
-        "`embring recover --accept-loss`.",
+        "Start a dead server again. It comes back owning nothing, and is given copies; slots of which it was the last "
+        "owner stay lost until a restore or `embring recover --accept-loss`.",
     )
     restarts_max: int = _setting(
         20,
@@ -203,6 +203,21 @@ class ControlConfig:
         0,
         10000,
         "A server that keeps dying is given up after so many restarts.",
+    )
+    copy_wait_ms: int = _setting(
+        5000,
+        "milliseconds",
+        0,
+        3600000,
+        "How long after a server left its slots their missing copies are made anew. One that returns by then from a "
+        "pause needs only what it missed; a second failure meanwhile can lose rows.",
+    )
+    copy_slots_max: int = _setting(
+        1024,
+        "slots a server",
+        1,
+        1048576,
+        "Slots that one server copies to others at a time. More mends sooner; pulls and pushes feel it more.",
     )
     statistics_interval_ms: int = _setting(
         2000,

@@ -1,10 +1,11 @@
 """The controller: one named, detached actor on the head host that changes the view, and nobody else does.
 
-It logs each view before anybody hears of it (ps.viewlog), keeps the servers running (members), and answers
-administrators through any server. Without it pulls and pushes go on; tables and membership do not change.
+`ps.failover` decides, and its shell carries that out: each view is logged before anybody hears of it. Here the servers
+are kept running (members), and administrators answered, through any server. Without the controller pulls and pushes
+go on, save pushes to slots of a dying server; tables and membership do not change.
 
-A server that dies leaves its slots *lost*: they answer SlotsLost until a restore, or until somebody accepts the loss.
-It is started again as a new incarnation that owns nothing.
+A slot whose last owner dies is *lost*: it answers SlotsLost until a restore, or until somebody accepts the loss. The
+server is started again as a new incarnation that owns nothing.
 """
 
 import asyncio
@@ -18,26 +19,38 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import ray
 from ray.exceptions import RayError
 
-from hashring.planner import Fail, Join, PlanError, Recover, Return, plan
-from hashring.view import View
-from ps.config import Config, config_from_plain
-from ps.controller.admin import change_of
+from hashring.planner import Change
+from hashring.view import Server, View
+from ps.config import Config, ControlConfig, config_from_plain
+from ps.controller.admin import change_of, last_owned
+from ps.controller.figures import figures
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
-from ps.controller.restore import prepare
+from ps.controller.restore import Restore, conclude, prepare, recovered
+from ps.controller.shell import Shell
+from ps.controller.status import cluster_status
 from ps.errors import EmbringError, NotApplied, RequestError
+from ps.fabric.address import pick
+from ps.fabric.aio import AsyncConnection
+from ps.fabric.protocol import Hello
+from ps.fabric.tls import trusting
+from ps.failover import FailoverLimits, Wish
 from ps.loop import LoopThread
 from ps.server import Setup, log_to
-from ps.viewlog import EpochTakenError, ViewLog
+from ps.viewlog import ViewLog
 from ps.wire import error_fields
 
 NAME = "controller"
 ADMIN_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 330.0
+CONNECT_S = 2.0
+"""Seconds in which a server must answer the handshake."""
+
+LEARN_S, DISPUTE_S = 1.0, 60.0
+"""Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
 
 log = logging.getLogger("embring.controller")
 
@@ -48,77 +61,121 @@ class Control:
     def __init__(self, setup: Setup, config: Config) -> None:
         self.config = config
         self.members = Members(setup, config, self._died)
-        self.log = ViewLog(Path(setup.state) / "views")
-        self.view = self.log.newest() or self._first()
+        views = ViewLog(Path(setup.state) / "views")
+        view = views.newest()
+        if view is None:
+            view = View.empty(secrets.randbits(63), config.cluster.slot_bits)
+            views.append(view)
+        interval = config.control.ping_interval_ms / 1000
+        self.shell = Shell(view, views, self._dial, limits_of(config.control), interval, partial(os._exit, 1))
         self.metrics = ""
-        self.begun = asyncio.Event()
-        self._changing = asyncio.Lock()
-        self._restoring: tuple[int, View] | None = None
-
-    def _first(self) -> View:
-        view = View.empty(secrets.randbits(63), self.config.cluster.slot_bits)
-        self.log.append(view)
-        return view
+        self._setup = setup
+        self._tls = trusting(config.tls.trusted)
+        self._begun = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._restoring: Restore | None = None
 
     async def begin(self) -> None:
-        """Start (or, after a restart, find) the servers, and put them into the view."""
+        """Start (or, after a restart, find) the servers, until they are in the view."""
         self.metrics, _ = serve_metrics(self.status, self.config.control.metrics_port)
+        view = self.shell.view
+        self._keep(self.shell.run())
+        self._keep(self._ask_figures())
+        if view.servers:
+            self._begun.set()
         names = [f"server-{i}" for i in range(self.config.server.servers)]
-        names += [s.name for s in self.view.servers if s.alive and s.name not in names]
-        outcomes = await asyncio.gather(*(self.members.launch(n) for n in names), return_exceptions=True)
+        names += [s.name for s in view.servers if s.alive and s.name not in names]
+        launches = (self._launch(name, tell=bool(view.servers)) for name in names)
+        outcomes = await asyncio.gather(*launches, return_exceptions=True)
         failed = [o for o in outcomes if isinstance(o, BaseException)]
         if failed:
             raise failed[0]
-        running = {m.incarnation for m in self.members.alive()}
-        for server in self.view.servers:
-            if server.alive and server.incarnation not in running:
-                await self._change(Fail(server.name))
-        await self._admit([o for o in outcomes if isinstance(o, Member)])
-        await self.members.install(packed(self.view))  # those that stayed while the controller was away
-        self.begun.set()
-        log.info("epoch %d: %d servers, %d slots lost", self.view.epoch, len(names), int(self.view.lost().sum()))
+        self.shell.started(*(m.server for m in self.members.alive()))  # of a new cluster all at once: in one view
+        await self.shell.until(self._all_in, START_TIMEOUT_S)
+        await self.shell.spread(self.shell.view.epoch)
+        self._begun.set()
+        log.info("%d servers run", len(names))
 
-    async def _admit(self, members: list[Member]) -> None:
-        """Put servers into the view, owning nothing yet where they or their names were there before."""
-        known = {s.name for s in self.view.servers}
-        present = {s.incarnation for s in self.view.servers}
-        fresh = tuple(m.server for m in members if m.name not in known)
-        if fresh:
-            await self._change(Join(fresh))
-        for member in members:
-            if member.name in known and member.incarnation not in present:
-                await self._change(Return(member.server))
+    def _keep(self, work: Any) -> None:
+        """Run something for good; where it fails, so does this process, and Ray starts another."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
 
-    async def _change(self, change: Any) -> None:
-        """Plan the next view, log it, then tell the servers. Raises RequestError where the plan refuses."""
-        async with self._changing:
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                log.error("the controller ends", exc_info=task.exception())
+                os._exit(1)
+
+        task.add_done_callback(ended)
+
+    def _all_in(self) -> bool:
+        known = {s.incarnation for s in self.shell.view.servers}
+        return all(m.incarnation in known for m in self.members.alive())
+
+    async def _dial(self, server: Server) -> AsyncConnection:
+        hello = Hello(self._setup.token, server.incarnation, self.config.fingerprint)
+        failed: EmbringError = NotApplied(f"server {server.name} has no address that can be reached from here")
+        for address in pick(server.addresses):
             try:
-                view = await asyncio.to_thread(plan, self.view, change)
-            except PlanError as error:
-                raise RequestError(str(error)) from None
-            await self._adopt(view, type(change).__name__)
+                return await AsyncConnection.connect(address, hello, CONNECT_S, self._tls)
+            except EmbringError as error:
+                failed = error
+        raise failed
 
-    async def _adopt(self, view: View, why: str) -> None:
-        """Log a view that was planned from the present one, then tell the servers; holds `_changing`."""
+    async def _ask_figures(self) -> None:
+        """Ask every server for its figures, without end."""
+        interval = self.config.control.statistics_interval_ms / 1000
+        while True:
+            await asyncio.gather(*(self._ask_one(m, interval) for m in self.members.alive()))
+            await asyncio.sleep(interval)
+
+    async def _ask_one(self, member: Member, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.to_thread(self.log.append, view, self.view.epoch)
-        except EpochTakenError as error:
-            log.error("%s: another controller has taken over, this one ends", error)
-            os._exit(1)
-        self.view = view
-        log.info("epoch %d: %s", view.epoch, why)
-        await self.members.install(packed(view))
+            reply = await self.shell.ask(member.incarnation, "statistics", timeout)
+        except EmbringError:
+            return
+        before, asked = member.statistics
+        member.statistics = (reply.fields, loop.time())
+        member.figures = figures(reply.fields, before, loop.time() - asked)
+
+    async def _launch(self, name: str, tell: bool = True) -> None:
+        member = await self.members.launch(name)
+        if tell:
+            self.shell.started(member.server)
+
+    async def _died(self, member: Member) -> None:
+        """A server is dead by Ray's word: others take over, and it is started again as another incarnation."""
+        self.shell.died(member.incarnation)
+        control = self.config.control
+        while control.restart and member.restarts < control.restarts_max:
+            member.restarts += 1
+            try:
+                await self._launch(member.name)
+                return
+            except (RayError, TimeoutError, EmbringError) as error:
+                log.warning("server %s did not start again: %s", member.name, error)
+        member.state = "given up"
+
+    async def _change(self, wish: Wish) -> int:
+        """Change the view, and wait until servers have it. Raises RequestError where the plan refuses."""
+        epoch = await self.shell.change(wish)
+        await self.shell.spread(epoch)
+        return epoch
 
     async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
-        async with self._changing:
-            flags = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
-            restore = await asyncio.to_thread(partial(prepare, self.view, fields["manifest"], **flags))
-            if restore.first is not None:
-                await self._adopt(restore.first, "restore begins")
-            self._restoring = (self.view.epoch, restore.final)
+        flags = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        begun: list[Restore] = []
+
+        def wish(view: View) -> View | None:
+            begun.append(prepare(view, fields["manifest"], **flags))
+            return begun[0].first
+
+        await self._change(wish)
+        restore = self._restoring = begun[0]
         return {
-            "view": packed(restore.final),
+            "view": msgpack.packb(restore.final.to_plain()),
             "slots": restore.slots,
             "tables": restore.tables,
             "wanted": restore.wanted,
@@ -126,89 +183,82 @@ class Control:
 
     async def _restored(self) -> dict[str, Any]:
         """End a restore: its rows are where they belong."""
-        async with self._changing:
-            if self._restoring is None or self._restoring[0] != self.view.epoch:
-                self._restoring = None
-                raise RequestError("the cluster changed during the restore: its slots stay lost, restore again")
-            final, self._restoring = self._restoring[1], None
-            await self._adopt(final, "restore ends")
-        return {"epoch": self.view.epoch}
+        restore, self._restoring = self._restoring, None
+        if restore is None:
+            raise RequestError("no restore is under way, or the controller was restarted during it: restore again")
+        return {"epoch": await self._change(lambda view: conclude(view, restore))}
 
-    async def _died(self, member: Member) -> None:
-        """A server is dead by Ray's word: its slots are lost, and it is started again as another incarnation."""
-        if any(s.incarnation == member.incarnation and s.alive for s in self.view.servers):
-            await self._change(Fail(member.name))
-        control = self.config.control
-        while control.restart and member.restarts < control.restarts_max:
-            member.restarts += 1
-            try:
-                await self.members.launch(member.name)
-                await self._admit([member])
-                return
-            except (RayError, TimeoutError, EmbringError) as error:
-                log.warning("server %s did not start again: %s", member.name, error)
-        member.state = "given up"
+    async def _recover(self) -> dict[str, Any]:
+        """Give lost slots to living servers, without their rows."""
+        lost = [0]
+
+        def wish(view: View) -> View | None:
+            lost[0] = int(view.lost().sum())
+            return recovered(view) if lost[0] else None
+
+        return {"epoch": await self._change(wish), "slots": lost[0]}
+
+    async def _fail_over(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Declare a server dead, by an administrator's word."""
+        name = str(fields.get("name"))
+        told = {"incarnation": 0, "slots_lost": 0}
+
+        def wish(view: View) -> Change | None:
+            change = change_of(view, "failover", fields)
+            told["incarnation"] = view.servers[view.server_index(name) or 0].incarnation
+            told["slots_lost"] = last_owned(view, name)
+            return change
+
+        epoch = await self._change(wish)
+        await self.members.kill(told["incarnation"])
+        return {"epoch": epoch, "slots_lost": told["slots_lost"]}
 
     async def admin(self, verb: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Answer an administrator. Raises EmbringError."""
         if verb == "status":
             return self.status()
-        if not self.begun.is_set():
+        if not self._begun.is_set():
             raise NotApplied("the controller is still starting")
         if verb == "recover":
-            lost = int(self.view.lost().sum())
-            if lost:
-                await self._change(Recover())
-            return {"epoch": self.view.epoch, "slots": lost}
+            return await self._recover()
         if verb == "restore":
             return await self._restore(fields)
         if verb == "restored":
             return await self._restored()
-        change = change_of(self.view, verb, fields, self.config.cluster.seed)
-        if change is not None:
-            await self._change(change)
-        return {"epoch": self.view.epoch, "changed": change is not None}
+        if verb == "failover":
+            return await self._fail_over(fields)
+        changed = [False]
+
+        def wish(view: View) -> Change | None:
+            change = change_of(view, verb, fields, self.config.cluster.seed)
+            changed[0] = change is not None
+            return change
+
+        return {"epoch": await self._change(wish), "changed": changed[0]}
 
     def status(self) -> dict[str, Any]:
         """Everything about the cluster, as plain data."""
-        view = self.view
-        lost = view.lost()
-        owners = view.owners()
-        silent = self.members.silence.silent()
-        index = {s.incarnation: i for i, s in enumerate(view.servers)}
-        primary = np.bincount(owners[owners[:, 0] >= 0, 0], minlength=len(view.servers))
-        servers = []
-        for member in sorted(self.members.by_name.values(), key=lambda m: m.name):
-            place = index.get(member.incarnation, -1)
-            servers.append(
-                {
-                    **member.figures,
-                    "name": member.name,
-                    "state": "silent" if member.name in silent else member.state,
-                    "host": member.host,
-                    "pid": member.pid,
-                    "incarnation": member.incarnation,
-                    "addresses": list(member.addresses),
-                    "slots": int(primary[place]) if place >= 0 else 0,
-                    "restarts": member.restarts,
-                    "unanswered": self.members.silence.unanswered.get(member.name, 0),
-                }
-            )
         return {
-            "cluster": view.cluster,
-            "epoch": view.epoch,
+            **cluster_status(self.shell.mind, list(self.members.by_name.values())),
             "fingerprint": self.config.fingerprint,
-            "slots_lost": int(lost.sum()),
-            "tables": [{"name": t.name, "number": t.number, **dict(t.spec)} for t in view.tables],
-            "servers": servers,
             "metrics": self.metrics,
             "time": time.time(),
         }
 
 
-def packed(view: View) -> bytes:
-    """A view as it is handed to servers."""
-    return msgpack.packb(view.to_plain())
+def limits_of(control: ControlConfig) -> FailoverLimits:
+    """The settings in rounds of pings."""
+
+    def rounds(seconds: float) -> int:
+        return max(1, round(seconds * 1000 / control.ping_interval_ms))
+
+    return FailoverLimits(
+        pings_max=control.pings_max,
+        wait_rounds=rounds(control.copy_wait_ms / 1000),
+        learn_rounds=rounds(LEARN_S),
+        dispute_rounds=rounds(DISPUTE_S),
+        learn_max=control.copy_slots_max,
+    )
 
 
 class Controller:

@@ -5,6 +5,7 @@ create_table   spec                         makes a table; the same spec again c
 alter_table    name, changes                new optimizer, absent, default or initializer; rows stay
 truncate       name                         forgets every row of a table, which gets a new number
 drop_table     name                         removes a table
+failover       name, force                  declares a server dead; force: although rows are lost with it
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hashring.planner import AlterTable, CreateTable, DropTable, TruncateTable
+from hashring.planner import AlterTable, CreateTable, DropTable, Fail, TruncateTable
 from hashring.tokens import hash_strings
 from hashring.view import View
 from ps.errors import RequestError
@@ -21,7 +22,7 @@ from ps.spec import TableSpec
 ALTERABLE = ("optimizer", "initializer", "absent", "default")
 """What of a table may change while it holds rows: dim, seed, placement and replicas decide where and how they lie."""
 
-Change = CreateTable | AlterTable | TruncateTable | DropTable
+Change = CreateTable | AlterTable | TruncateTable | DropTable | Fail
 
 
 def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -> Change | None:
@@ -40,7 +41,9 @@ def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -
     if verb == "drop_table":
         _existing(view, str(name))
         return DropTable(str(name))
-    raise RequestError(f"unknown verb {verb!r}; known are create_table, alter_table, truncate, drop_table")
+    if verb == "failover":
+        return _fail(view, str(name), bool(fields.get("force")))
+    raise RequestError(f"unknown verb {verb!r}; known are create_table, alter_table, truncate, drop_table, failover")
 
 
 def spec_of(view: View, name: str) -> TableSpec:
@@ -69,9 +72,6 @@ def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
     if plain.get("seed") is None:
         plain = {**plain, "seed": seed_of(str(plain.get("name")), seed)}
     spec = TableSpec.from_plain(dict(plain))
-    if spec.replicas != 1:
-        # A second owner would answer pulls from rows that nothing copies to it.
-        raise RequestError(f"replicas of table {spec.name!r} is {spec.replicas!r}; this version keeps 1 copy of a row")
     if any(t.name == spec.name for t in view.tables):
         present = spec_of(view, spec.name)
         if present == spec:
@@ -94,6 +94,23 @@ def _alter(view: View, name: str, changes: Any) -> AlterTable | None:
             "since rows carry its state (its settings can change)"
         )
     return None if spec == present else AlterTable(name, spec.to_plain())
+
+
+def last_owned(view: View, name: str) -> int:
+    """Slots whose last living owner is the server of this name: they are lost with it."""
+    alive = np.array([s.alive for s in view.servers] + [False])
+    living = alive[view.owners()]
+    mine = (view.owners() == view.server_index(name)) & living
+    return int((mine.any(axis=1) & (living.sum(axis=1) == 1)).sum())
+
+
+def _fail(view: View, name: str, force: bool) -> Fail:
+    alive = [s.name for s in view.servers if s.alive]
+    if name not in alive:
+        raise RequestError(f"no living server is named {name!r}; the living servers are: {', '.join(sorted(alive))}")
+    if (lost := last_owned(view, name)) and not force:
+        raise RequestError(f"server {name!r} is the last owner of {lost} slots, whose rows would be lost: say --force")
+    return Fail(name)
 
 
 def _difference(present: TableSpec, asked: TableSpec) -> str:

@@ -1,4 +1,4 @@
-"""The server processes as the controller knows them: started through Ray, watched, pinged, asked for figures."""
+"""The server processes as Ray knows them: started, watched, ended."""
 
 import asyncio
 import contextlib
@@ -12,18 +12,11 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from hashring.view import Server
 from ps.config import Config
-from ps.controller.figures import figures
-from ps.controller.health import Silence
-from ps.errors import EmbringError
-from ps.fabric.aio import AsyncConnection
-from ps.fabric.protocol import Hello
-from ps.fabric.tls import trusting
 from ps.server import ServerActor, Setup
 
 log = logging.getLogger("embring.members")
 
 START_TIMEOUT_S = 300.0
-INSTALL_TIMEOUT_S = 30.0
 
 
 async def result(reference: Any, timeout: float | None = None) -> Any:
@@ -33,7 +26,10 @@ async def result(reference: Any, timeout: float | None = None) -> Any:
 
 @dataclass
 class Member:
-    """One server of the cluster. state: "starting", "alive", "dead" or "given up"."""
+    """One server of the cluster. state: "starting", "alive", "dead" or "given up".
+
+    figures: what it said of itself last. statistics: the raw ones, and when they were had, by the loop's clock.
+    """
 
     name: str
     handle: Any = None
@@ -44,7 +40,8 @@ class Member:
     state: str = "starting"
     restarts: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    statistics: tuple[dict[str, Any] | None, float] = (None, 0.0)
+    watch: asyncio.Task[None] | None = None
 
     @property
     def server(self) -> Server:
@@ -57,11 +54,9 @@ class Members:
 
     def __init__(self, setup: Setup, config: Config, died: Callable[[Member], Awaitable[None]]) -> None:
         self.by_name: dict[str, Member] = {}
-        self.silence = Silence(config.control.pings_max)
         self._setup = setup
         self._config = config
         self._died = died
-        self._tls = trusting(config.tls.trusted)
 
     def alive(self) -> list[Member]:
         """The members that live."""
@@ -79,8 +74,7 @@ class Members:
         member.incarnation, member.host, member.pid = told["incarnation"], told["host"], told["pid"]
         member.addresses = tuple(told["addresses"])
         member.state = "alive"
-        self.silence.answered(name)
-        member.tasks = [asyncio.create_task(self._watch(member)), asyncio.create_task(self._ping(member))]
+        member.watch = asyncio.create_task(self._watch(member))
         return member
 
     def _actor(self, name: str) -> Any:
@@ -110,57 +104,18 @@ class Members:
         self._end(member, "dead")
         await self._died(member)
 
-    async def _ping(self, member: Member) -> None:
-        """Ping without end, one at a time, each at its turn; fetch figures on the same connection."""
-        interval = self._config.control.ping_interval_ms / 1000
-        every = max(1, round(self._config.control.statistics_interval_ms / self._config.control.ping_interval_ms))
-        loop = asyncio.get_running_loop()
-        connection: AsyncConnection | None = None
-        turn = 0
-        before: dict[str, Any] | None = None
-        asked = loop.time()
-        while True:
-            begun = loop.time()
-            try:
-                if connection is None:
-                    hello = Hello(self._setup.token, member.incarnation, self._config.fingerprint)
-                    connection = await AsyncConnection.connect(self._address(member), hello, interval, self._tls)
-                await connection.request("ping", {}, {}, interval)
-                self.silence.answered(member.name)
-                if turn % every == 0:
-                    reply = await connection.request("statistics", {}, {}, 5 * interval)
-                    member.figures = figures(reply.fields, before, loop.time() - asked)
-                    before, asked = reply.fields, loop.time()
-                turn += 1
-            except (EmbringError, OSError, TimeoutError):
-                self.silence.missed(member.name)
-                if connection is not None:
-                    connection.close()
-                    connection = None
-            await asyncio.sleep(max(0.0, begun + interval - loop.time()))
-
-    def _address(self, member: Member) -> str:
-        here = ray.util.get_node_ip_address()
-        # A Unix socket of another host is none here.
-        usable = [a for a in member.addresses if a.startswith("unix:") == (member.host == here)]
-        return (usable or list(member.addresses))[0]
-
     def _end(self, member: Member, state: str) -> None:
         member.state = state
-        member.figures = {}
-        self.silence.forget(member.name)
-        current = asyncio.current_task()
-        for task in member.tasks:
-            if task is not current:
-                task.cancel()
+        member.figures, member.statistics = {}, (None, 0.0)
+        if member.watch is not None and member.watch is not asyncio.current_task():
+            member.watch.cancel()
 
-    async def install(self, packed: bytes) -> None:
-        """Hand a packed view to every living member, and wait for each; one that does not answer is logged."""
-        living = self.alive()
-        calls = (result(m.handle.install.remote(packed), INSTALL_TIMEOUT_S) for m in living)
-        for member, outcome in zip(living, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(outcome, BaseException):
-                log.warning("server %s did not take the view: %s", member.name, _line(outcome))
+    async def kill(self, incarnation: int) -> None:
+        """End a process that was declared dead; where Ray reaches it, its death is then told as any other."""
+        for member in self.alive():
+            if member.incarnation == incarnation:
+                with contextlib.suppress(RayError):
+                    await asyncio.to_thread(ray.kill, member.handle)
 
     async def stop(self) -> None:
         """End every server, without starting any again."""

@@ -8,8 +8,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 Status = Mapping[str, Any]
-"""The controller's status record (Control.status in actor)."""
+"""The controller's status record (ps.controller.status)."""
 
+_CLUSTER = (
+    ("epoch", "Epoch of the view"),
+    ("slots_lost", "Slots whose rows are lost"),
+    ("slots_under_replicated", "Slots with fewer living owners than their tables ask for"),
+    ("slots_learning", "Slots that are being copied to further owners"),
+)
 _GAUGES = (
     ("rows", "Rows held"),
     ("bytes", "Bytes of rows, state and metadata held"),
@@ -30,7 +36,7 @@ class _Figures(Collector):
 
     def collect(self) -> Iterable[Metric]:
         status = self._status()
-        for name, text in (("epoch", "Epoch of the view"), ("slots_lost", "Slots whose rows are lost")):
+        for name, text in _CLUSTER:
             metric = GaugeMetricFamily(f"embring_{name}", text)
             metric.add_metric([], float(status[name]))
             yield metric

@@ -6,9 +6,13 @@ Slots that are being restored stay *lost* until every row of theirs is back: nob
      hence lost. Into the cluster that the checkpoint is of, where slots were lost: there is nothing to do first.
   2. The future owners absorb the blocks. A view does not name them yet, so they answer for none of it.
   3. A second view recovers the lost slots. Its epoch, and with it their term, is above all in the cluster and in
-     the checkpoint, so that no position is ever used twice.
+     the checkpoint, so that no position is ever used twice. It is planned from what is the newest view by then: other
+     slots may have changed owners meanwhile.
 
 Whatever happens before the third step leaves the slots lost, and the restore can be begun again.
+
+Slots that begin anew have one owner, whose copies are then made as after a failure: of two, one might still hold an
+older copy of its own.
 """
 
 from collections.abc import Mapping
@@ -17,17 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from hashring.planner import CreateTable, PlanError, Recover, plan
+from hashring.planner import CreateTable, PlanError, Reassign, Recover, plan
 from hashring.view import Group, Server, Table, View
 from ps.errors import RequestError
 
 
 @dataclass(frozen=True)
 class Restore:
-    """first: the view to install before the rows are sent, or None. final: the one to install after.
+    """first: the view to install before the rows are sent, or None. final: what is to be after, if nothing changes.
 
     slots: [first in the checkpoint, first here, count] of each group. tables: number in the checkpoint -> here; rows
-    of other tables are left out. wanted: numbers (here) of the slots that rows are taken for.
+    of other tables are left out. wanted: numbers (here) of the slots that rows are taken for. term_max: the highest
+    term in the checkpoint.
     """
 
     first: View | None
@@ -35,6 +40,7 @@ class Restore:
     slots: list[list[int]]
     tables: dict[int, int]
     wanted: list[int]
+    term_max: int
 
 
 def prepare(view: View, manifest: Mapping[str, Any], *, replace_tables: bool, accept_loss: bool) -> Restore:
@@ -66,10 +72,35 @@ def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore
             f"the checkpoint has no table {missing[0]!r}, whose rows in lost slots would be gone: "
             "choose a newer one, or say --accept-loss"
         )
-    final = _above(_planned(view, Recover()), manifest["term_max"])
+    final = _above(recovered(view), manifest["term_max"])
     tables = {t.number: t.number for t in view.tables if t.number in saved}
     slots = [[first, first, count] for _, _, _, first, count in manifest["groups"]]
-    return Restore(None, final, slots, tables, np.flatnonzero(lost).tolist())
+    return Restore(None, final, slots, tables, np.flatnonzero(lost).tolist(), manifest["term_max"])
+
+
+def conclude(view: View, restore: Restore) -> View:
+    """The view that ends a restore, from the present one. Raises RequestError where what was planned cannot be."""
+    wanted = np.array(restore.wanted, np.int64)
+    index = {s.incarnation: i for i, s in enumerate(view.servers) if s.alive}
+    here = np.array([index.get(s.incarnation, -1) for s in restore.final.servers] + [-1], np.int16)
+    owners = here[restore.final.owners()[wanted, :1]]
+    if (owners < 0).any() or not view.lost()[wanted].all():
+        raise RequestError(
+            "a server that rows were sent to has died, or tables were dropped, during the restore: "
+            "its slots stay lost, restore again"
+        )
+    return _above(_planned(view, Reassign(wanted, owners)), restore.term_max)
+
+
+def recovered(view: View) -> View:
+    """The view with every lost slot given to one living server. Raises RequestError where none lives."""
+    after, lost = _planned(view, Recover()), view.lost()
+    groups = []
+    for group in after.groups:
+        owners = group.owners.copy()
+        owners[lost[group.first : group.first + group.slots], 1:] = -1
+        groups.append(replace(group, owners=owners))
+    return replace(after, groups=tuple(groups)).check()
 
 
 def _any_lost(group: Group, lost: np.ndarray) -> bool:
@@ -88,14 +119,14 @@ def _afresh(view: View, manifest: Mapping[str, Any]) -> Restore:
         for g in made.groups
     )
     first = replace(made, epoch=epoch, servers=(*made.servers, nobody), groups=hidden).check()
-    final = _above(_planned(first, Recover()), manifest["term_max"]) if first.groups else _empty(first)
+    final = _above(recovered(first), manifest["term_max"]) if first.groups else _empty(first)
     numbers = {name: number for number, name, _, _ in manifest["tables"]}
     tables = {numbers[t.name]: t.number for t in first.tables}
     starts = {number: first_slot for number, _, _, first_slot, _ in manifest["groups"]}
     home = {number: group for number, _, group, _ in manifest["tables"]}
     slots = [[starts[home[numbers[t.name]]], *_place(first, t)] for t in first.tables]
     unique = [list(entry) for entry in sorted({tuple(entry) for entry in slots})]
-    return Restore(first, final, unique, tables, np.flatnonzero(first.lost()).tolist())
+    return Restore(first, final, unique, tables, np.flatnonzero(first.lost()).tolist(), manifest["term_max"])
 
 
 def _place(view: View, table: Table) -> list[int]:
@@ -116,7 +147,7 @@ def _above(view: View, term_max: int) -> View:
     return replace(view, epoch=epoch, groups=groups).check()
 
 
-def _planned(view: View, change: CreateTable | Recover) -> View:
+def _planned(view: View, change: CreateTable | Recover | Reassign) -> View:
     try:
         return plan(view, change)
     except PlanError as error:

@@ -11,6 +11,7 @@ from ps.failover.machine import (
     Ping,
     Refused,
     Retire,
+    Wish,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "Ping",
     "Refused",
     "Retire",
+    "Wish",
 ]

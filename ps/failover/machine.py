@@ -3,8 +3,8 @@
     tick()                          a round of pings begins (every 200 ms)
     answered(incarnation, ...)      a ping's answer, with what the server has to say
     died(incarnation)               Ray's word (or the operator's) that a process is dead
-    started(server)                 a new process listens
-    change(token, change)           an administrator's wish
+    started(servers)                new processes listen
+    change(token, wish)             an administrator's wish
     logged(view), taken()           what came of `Append`
 
 A view is logged before anybody hears of it; whoever cannot log the next is controller no more. Nobody is asked for
@@ -77,7 +77,7 @@ class Learn:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """An administrator's wish is in the log."""
+    """An administrator's wish is in the log, or (at the present epoch) was fulfilled already."""
 
     token: Hashable
     epoch: int
@@ -98,6 +98,9 @@ class Retire:
 
 Action = Ping | Deliver | Append | Learn | Changed | Refused | Retire
 
+Wish = Change | Callable[[View], Change | View | None]
+"""A change, or what says, of the view when its turn comes: a change, a view planned from it, or None for nothing."""
+
 
 class Failover:
     """One controller's mind, from the newest view of the log on."""
@@ -110,7 +113,7 @@ class Failover:
         self.disputes = Disputes(self.limits.dispute_rounds)
         self._dead: set[int] = set()
         self._new: dict[str, Server] = {}
-        self._wishes: list[tuple[Hashable, Change]] = []
+        self._wishes: list[tuple[Hashable, Wish]] = []
         self._logging: tuple[View, Hashable] | None = None
         self._late: set[int] = set()
         self._round = self._changed_round = self._learned_round = 0
@@ -156,14 +159,14 @@ class Failover:
         self._dead.add(incarnation)
         self._decide()
 
-    def started(self, server: Server) -> None:
-        """A new process listens; one of the same name before it is dead."""
-        self._new[server.name] = server
+    def started(self, *servers: Server) -> None:
+        """New processes listen; those of the same names before them are dead."""
+        self._new |= {s.name: s for s in servers}
         self._decide()
 
-    def change(self, token: Hashable, change: Change) -> None:
-        """Make a change as soon as it is its turn."""
-        self._wishes.append((token, change))
+    def change(self, token: Hashable, wish: Wish) -> None:
+        """Make a change as soon as it is its turn: `Changed` or `Refused` tells what came of it."""
+        self._wishes.append((token, wish))
         self._decide()
 
     def logged(self, view: View) -> None:
@@ -212,9 +215,12 @@ class Failover:
             and (view.terms() == self.view.terms()).all()
         ):
             return False
-        self._logging = (view, token)
         if isinstance(change, Withdraw | Fail):
             self._changed_round = self._round
+        return self._log(view, token)
+
+    def _log(self, view: View, token: Hashable) -> bool:
+        self._logging = (view, token)
         self.out.append(Append(view, self.view.epoch))
         return True
 
@@ -236,14 +242,13 @@ class Failover:
         return False
 
     def _births(self) -> bool:
-        for name, server in list(self._new.items()):
-            at = self.view.server_index(name)
-            if any(s.incarnation == server.incarnation for s in self.view.servers):
-                del self._new[name]
-                continue
-            if at is None:
-                return self._append(Enlist((server,)))
-            return self._append(Fail(name) if self.view.servers[at].alive else Return(server))
+        known = {s.incarnation for s in self.view.servers}
+        self._new = {name: s for name, s in self._new.items() if s.incarnation not in known}
+        if strangers := tuple(s for name, s in self._new.items() if self.view.server_index(name) is None):
+            return self._append(Enlist(strangers))
+        for name, server in self._new.items():
+            alive = any(s.alive for s in self.view.servers if s.name == name)
+            return self._append(Fail(name) if alive else Return(server))
         return False
 
     def _silence(self) -> bool:
@@ -322,14 +327,26 @@ class Failover:
 
     def _wish(self) -> bool:
         while self._wishes:
-            token, change = self._wishes.pop(0)
+            token, wish = self._wishes.pop(0)
             try:
-                return self._append(change, token)
+                change = wish(self.view) if callable(wish) else wish
+                if isinstance(change, View):
+                    return self._log(change, token)
+                if change is not None:
+                    return self._append(change, token)
+                self.out.append(Changed(token, self.view.epoch))
             except PlanError as error:
                 self.out.append(Refused(token, RequestError(str(error))))
+            except EmbringError as error:
+                self.out.append(Refused(token, error))
         return False
 
     # -- copies that are missing
+
+    @property
+    def learning(self) -> int:
+        """Slots that are being copied to servers now, or wait to be named theirs, one for each server."""
+        return len(self._busy())
 
     def _teach(self) -> None:
         """Have missing copies made, some at a time."""

@@ -1,10 +1,11 @@
 """What an administrator asks, as changes of the view."""
 
+import numpy as np
 import pytest
 
-from hashring.planner import AlterTable, CreateTable, DropTable, Join, TruncateTable, plan
+from hashring.planner import AlterTable, CreateTable, DropTable, Fail, Join, PlanError, TruncateTable, plan
 from hashring.view import Server, View
-from ps.controller.admin import change_of, spec_of
+from ps.controller.admin import change_of, last_owned, spec_of
 from ps.errors import RequestError
 from ps.spec import SGD, Adagrad, TableSpec
 
@@ -61,8 +62,8 @@ def test_truncating_and_dropping(view):
     [
         ("create_table", {}, "needs a field spec"),
         ("create_table", {"spec": {"name": "x", "dim": 0}}, "dim of table 'x' is 0; it must be 1 to 4096"),
-        ("create_table", {"spec": {"name": "x", "dim": 4, "replicas": 2}}, "this version keeps 1 copy of a row"),
-        ("create_table", {"spec": {"name": "x", "dim": 4, "replicas": "all"}}, "this version keeps 1 copy of a row"),
+        ("create_table", {"spec": {"name": "x", "dim": 4, "replicas": 0}}, "is 0; it must be 1 to 64"),
+        ("failover", {"name": "s9"}, "no living server is named 's9'; the living servers are: s0, s1"),
         ("alter_table", {"name": "nothing", "changes": {}}, "unknown table 'nothing'; the tables are: item"),
         ("alter_table", {"name": "item"}, "needs a field changes"),
         ("alter_table", {"name": "item", "changes": {"dim": 9}}, "dim of table 'item' cannot change"),
@@ -77,3 +78,30 @@ def test_wrong_wishes_are_refused_in_a_sentence(view, verb, fields, sentence):
         change_of(view, verb, fields)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("replicas", [2, "all"])
+def test_a_table_of_several_copies_has_them_at_once(view, replicas):
+    after = plan(view, change_of(view, "create_table", {"spec": {"name": "x", "dim": 4, "replicas": replicas}}))
+    group = after.group(after.table("x").group)
+    assert (np.sort(group.owners, axis=1) == [0, 1]).all()
+
+
+def test_more_copies_than_servers_are_refused(view):
+    change = change_of(view, "create_table", {"spec": {"name": "x", "dim": 4, "replicas": 3}})
+    with pytest.raises(PlanError, match="replicas of table 'x' is 3; the cluster has 2 living servers"):
+        plan(view, change)
+
+
+def test_a_server_that_alone_has_rows_is_declared_dead_only_by_force(view):
+    lost = int((view.owners()[:, 0] == 1).sum())
+    with pytest.raises(RequestError, match=f"'s1' is the last owner of {lost} slots, whose rows would be lost"):
+        change_of(view, "failover", {"name": "s1"})
+    assert change_of(view, "failover", {"name": "s1", "force": True}) == Fail("s1")
+    empty = plan(view, DropTable("item"))
+    copied = plan(empty, change_of(empty, "create_table", {"spec": {"name": "x", "dim": 4, "replicas": 2}}))
+    after = plan(copied, change_of(copied, "failover", {"name": "s1"}))
+    assert not after.lost().any()
+    assert last_owned(after, "s0") == after.group(after.table("x").group).slots
+    with pytest.raises(RequestError, match="no living server is named 's1'"):
+        change_of(after, "failover", {"name": "s1", "force": True})

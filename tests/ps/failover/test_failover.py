@@ -1,10 +1,13 @@
 """The controller's decisions, event by event."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from hashring.planner import AlterTable, CreateTable, Enlist, Withdraw, plan
 from hashring.view import Server, View
+from ps.errors import RequestError
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused, Retire
 from ps.failover.health import NOTHING, Disputes, Health, silent
 from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
@@ -313,6 +316,41 @@ def test_wishes_are_granted_in_turn_or_refused_in_a_sentence() -> None:
     (refused,) = shell.of(Refused)
     assert refused.token == "b"
     assert "no table is named 'nobody'" in str(refused.error)
+
+
+def test_a_wish_may_be_made_of_the_view_at_its_turn() -> None:
+    shell = Shell(cluster(2))
+    shell.take = False
+    seen = []
+
+    def ready(view: View) -> View:
+        seen.append(view.epoch)
+        return replace(view, epoch=view.epoch + 5)
+
+    def wrong(view: View) -> None:
+        raise RequestError("not so")
+
+    shell.mind.change("first", CreateTable("u", {}))
+    shell.mind.change("ready", ready)
+    shell.mind.change("nothing", lambda view: None)
+    shell.mind.change("wrong", wrong)
+    shell.perform()
+    assert seen == []  # its turn has not come
+    shell.take = True
+    shell.mind.logged(shell.of(Append)[0].view)
+    shell.perform()
+    assert seen == [3]
+    assert [(a.view.epoch, a.after) for a in shell.of(Append)] == [(3, 2), (8, 3)]
+    assert [(c.token, c.epoch) for c in shell.of(Changed)] == [("first", 3), ("ready", 8), ("nothing", 8)]
+    assert [(r.token, str(r.error)) for r in shell.of(Refused)] == [("wrong", "not so")]
+
+
+def test_servers_that_start_together_come_in_one_view() -> None:
+    shell = Shell(View.empty(1, slot_bits=3))
+    shell.mind.started(*(Server(f"s{i}", 10 + i, f"h{i}") for i in range(3)))
+    shell.perform()
+    assert shell.mind.view.epoch == 1
+    assert [s.incarnation for s in shell.mind.view.servers] == [10, 11, 12]
 
 
 def test_restarted_from_the_log_it_goes_on() -> None:

@@ -1,0 +1,65 @@
+"""The status of a cluster as plain data, from what the controller knows. Pure."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from hashring.view import View
+from ps.controller.members import Member
+from ps.failover import Failover
+
+
+def under_replicated(view: View) -> int:
+    """Slots that are not lost, and have fewer living owners than their tables ask for.
+
+    A table that asks for more copies than the cluster has servers, dead ones counted, lacks nothing beyond those.
+    """
+    alive = np.array([s.alive for s in view.servers] + [False])
+    names = sum("~" not in s.name for s in view.servers)
+    count = 0
+    for group in view.groups:
+        wanted = names if group.replicas == "all" else min(group.replicas, names)
+        living = alive[group.owners].sum(axis=1)
+        count += int(((living > 0) & (living < wanted)).sum())
+    return count
+
+
+def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
+    """Epoch, tables, servers, and what is lost, lacks copies or is being copied.
+
+    slots of a server: those whose primary it is. unanswered: pings, one after another.
+    """
+    view = mind.view
+    owners = view.owners()
+    index = {s.incarnation: i for i, s in enumerate(view.servers)}
+    primary = np.bincount(owners[owners[:, 0] >= 0, 0], minlength=len(view.servers))
+    servers = []
+    for member in sorted(members, key=lambda m: m.name):
+        place = index.get(member.incarnation, -1)
+        health = mind.servers.get(member.incarnation)
+        missed = health.missed if health is not None else 0
+        silent = member.state == "alive" and missed >= mind.limits.pings_max
+        servers.append(
+            {
+                **member.figures,
+                "name": member.name,
+                "state": "silent" if silent else member.state,
+                "host": member.host,
+                "pid": member.pid,
+                "incarnation": member.incarnation,
+                "addresses": list(member.addresses),
+                "slots": int(primary[place]) if place >= 0 else 0,
+                "restarts": member.restarts,
+                "unanswered": missed,
+            }
+        )
+    return {
+        "cluster": view.cluster,
+        "epoch": view.epoch,
+        "slots_lost": int(view.lost().sum()),
+        "slots_under_replicated": under_replicated(view),
+        "slots_learning": mind.learning,
+        "tables": [{"name": t.name, "number": t.number, **dict(t.spec)} for t in view.tables],
+        "servers": servers,
+    }

@@ -1,0 +1,84 @@
+"""Restoring as changes of the view: what began is ended in whatever view there is by then."""
+
+import numpy as np
+import pytest
+
+from hashring.planner import CreateTable, DropTable, Enlist, Fail, Return, plan
+from hashring.view import Server, View
+from ps.controller.restore import conclude, prepare, recovered
+from ps.errors import RequestError
+
+
+def cluster(replicas: int = 1) -> View:
+    view = plan(View.empty(1, slot_bits=4), Enlist(tuple(Server(f"s{i}", 10 + i, f"h{i}") for i in range(3))))
+    return plan(view, CreateTable("t", {}, replicas=replicas))
+
+
+def manifest(view: View, term_max: int = 50) -> dict:
+    return {
+        "cluster": view.cluster,
+        "term_max": term_max,
+        "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in view.tables],
+        "groups": [[g.number, g.placement, g.replicas, g.first, g.slots] for g in view.groups],
+    }
+
+
+def test_slots_that_begin_anew_have_one_owner() -> None:
+    view = plan(plan(plan(cluster(2), Fail("s0")), Fail("s1")), Fail("s2"))
+    lost = view.lost()
+    assert lost.any()
+    back = plan(plan(view, Return(Server("s0", 20, "h0"))), Return(Server("s1", 21, "h1")))
+    after = recovered(back)
+    assert not after.lost().any()
+    assert ((after.owners()[lost] >= 0).sum(axis=1) == 1).all()
+    assert (after.terms()[lost] == after.epoch).all()
+
+
+def test_a_restore_ends_in_the_view_of_its_end() -> None:
+    view = plan(cluster(), Fail("s1"))
+    lost = np.flatnonzero(view.lost())
+    restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
+    assert restore.first is None
+    assert restore.wanted == lost.tolist()
+    meanwhile = plan(plan(view, Return(Server("s1", 21, "h1"))), CreateTable("u", {}, replicas=2))
+    after = conclude(meanwhile, restore)
+    assert after.epoch == 51
+    assert not after.lost().any()
+    assert after.table("u") is not None
+    there = [restore.final.servers[i].name for i in restore.final.owners()[lost, 0]]
+    assert [after.servers[i].name for i in after.owners()[lost, 0]] == there
+    assert (after.terms()[lost] == 51).all()
+    rest = np.setdiff1d(np.arange(meanwhile.slots_total), lost)
+    assert (after.terms()[rest] == meanwhile.terms()[rest]).all()
+    assert [s.name for s in after.servers] == ["s0", "s2", "s1"]  # nobody lies in the grave any more
+
+
+def test_it_ends_not_where_rows_were_sent_to_a_server_that_died_or_of_tables_that_are_gone() -> None:
+    view = plan(cluster(), Fail("s1"))
+    restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
+    for meanwhile in (plan(view, Fail("s0")), plan(view, DropTable("t"))):
+        with pytest.raises(RequestError, match="restore again"):
+            conclude(meanwhile, restore)
+
+
+def test_into_an_empty_cluster() -> None:
+    full, view = cluster(2), plan(View.empty(2, slot_bits=4), Enlist((Server("a", 5, "h"), Server("b", 6, "h"))))
+    saved = manifest(full)
+    saved["tables"][0][3] = {"placement": "sharded", "replicas": 2}
+    restore = prepare(view, saved, replace_tables=False, accept_loss=False)
+    assert restore.first is not None
+    assert restore.first.lost().all()
+    after = conclude(restore.first, restore)
+    assert [s.name for s in after.servers] == ["a", "b"]
+    assert ((after.owners() >= 0).sum(axis=1) == 1).all()
+    assert after.epoch == 51
+
+
+def test_a_checkpoint_without_tables() -> None:
+    view = cluster()
+    saved = {**manifest(view), "tables": [], "groups": []}
+    restore = prepare(view, saved, replace_tables=True, accept_loss=False)
+    assert restore.first is not None
+    after = conclude(restore.first, restore)
+    assert after.tables == ()
+    assert [s.name for s in after.servers] == ["s0", "s1", "s2"]

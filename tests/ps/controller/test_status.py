@@ -1,0 +1,53 @@
+"""Lost slots, missing copies and silent servers, as the status tells them."""
+
+from hashring.planner import CreateTable, Enlist, Fail, Return, plan
+from hashring.view import Server, View
+from ps.controller.members import Member
+from ps.controller.metrics import _Figures
+from ps.controller.status import cluster_status, under_replicated
+from ps.failover import Failover, FailoverLimits
+from ps.failover.health import NOTHING
+
+SLOTS = 2**3
+
+
+def cluster(*replicas: int | str) -> View:
+    view = plan(View.empty(1, slot_bits=3), Enlist(tuple(Server(f"s{i}", 10 + i, f"h{i}") for i in range(3))))
+    for number, copies in enumerate(replicas):
+        view = plan(view, CreateTable(f"t{number}", {}, replicas=copies))  # type: ignore[arg-type]
+    return view
+
+
+def test_slots_that_lack_a_copy_are_counted_and_lost_ones_apart() -> None:
+    view = cluster(1, 2, "all")
+    assert under_replicated(view) == 0
+    one, two = view.group(1).owners, view.group(2).owners
+    after = plan(view, Fail("s1"))
+    assert int(after.lost().sum()) == (one == 1).sum()
+    assert under_replicated(after) == (two == 1).any(axis=1).sum() + SLOTS
+    # A server that returned owns nothing yet; its predecessor's grave is no server.
+    assert under_replicated(plan(after, Return(Server("s1", 99, "h1")))) == under_replicated(after)
+
+
+def test_a_server_is_silent_after_so_many_pings() -> None:
+    mind = Failover(cluster(1), FailoverLimits(pings_max=3))
+    members = [Member(f"s{i}", incarnation=10 + i, state="alive") for i in range(3)]
+    for _ in range(4):
+        mind.tick()
+        for incarnation in (10, 12):
+            mind.answered(incarnation, mind.view.epoch, NOTHING)
+    record = cluster_status(mind, members)
+    assert [s["state"] for s in record["servers"]] == ["alive", "silent", "alive"]
+    assert [s["unanswered"] for s in record["servers"]] == [0, 3, 0]
+    assert sum(s["slots"] for s in record["servers"]) == SLOTS
+    members[1].state = "dead"
+    assert cluster_status(mind, members)["servers"][1]["state"] == "dead"
+
+
+def test_metrics_tell_the_same() -> None:
+    mind = Failover(plan(cluster(2), Fail("s0")))
+    record = cluster_status(mind, [])
+    told = {m.name: m.samples[0].value for m in _Figures(lambda: record).collect() if m.samples}
+    assert told["embring_slots_under_replicated"] == record["slots_under_replicated"] > 0
+    assert told["embring_slots_lost"] == 0
+    assert told["embring_slots_learning"] == 0
