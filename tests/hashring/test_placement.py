@@ -24,6 +24,7 @@ def sites_of(hosts: list[int], zones: int) -> Sites:
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=16), st.integers(0, 4), st.integers(1, 4))
+@example([0, 0, 1, 2, 3, 4, 4], 4, 4)  # hosts that are full by themselves crowd their zone together
 def test_fair_shares_are_as_even_as_hosts_and_zones_allow(hosts: list[int], zones: int, copies: int) -> None:
     copies = min(copies, len(hosts))
     sites = sites_of(hosts, zones)
