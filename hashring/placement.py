@@ -83,8 +83,8 @@ class Sites:
         host_max, zone_max = self.limits(copies).tolist()
         share: dict[int, float] = {}  # of whole hosts, for those at a limit
         left, open_hosts = float(slots * copies), dict(size)
-        while open_hosts:
-            level = left / sum(open_hosts.values())
+        while True:
+            level = left / sum(open_hosts.values()) if open_hosts else 0.0
             full = [h for h, n in open_hosts.items() if n * level > slots * min(n, host_max) + _ROUNDING]
             for host in full:
                 share[host] = float(slots * min(open_hosts.pop(host), host_max))
@@ -92,11 +92,8 @@ class Sites:
             if full:
                 continue
             zones: dict[int, float] = {}
-            for host in open_hosts:
-                zones[zone[host]] = zones.get(zone[host], 0.0) + open_hosts[host] * level
-            for host in share:
-                if zone[host] in zones:
-                    zones[zone[host]] += share[host]
+            for host in size:
+                zones[zone[host]] = zones.get(zone[host], 0.0) + share.get(host, open_hosts.get(host, 0) * level)
             crowded = [z for z, load in zones.items() if load > slots * zone_max + _ROUNDING]
             if not crowded:
                 break

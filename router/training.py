@@ -158,8 +158,7 @@ def _prepare(client: ps.Client, config: TrainConfig, run: Path, ledger: Ledger, 
     Killed at any point, it is simply done again: before `begun` is written no worker has started.
     """
     state = _read(run / RUN_FILE, config)
-    for spec in config.specs():
-        _create(client, spec)
+    _create(client, config)
     if not state["begun"]:
         torch.manual_seed(config.seed)
         dense = SharedDense(build(config.spec), config.name)
@@ -183,9 +182,13 @@ def _prepare(client: ps.Client, config: TrainConfig, run: Path, ledger: Ledger, 
     return state["clients"]
 
 
-def _create(client: ps.Client, spec: ps.TableSpec) -> None:
-    plain = {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("name", "dim")}
-    client.create_table(spec.name, spec.dim, **plain)
+def _create(client: ps.Client, config: TrainConfig) -> None:
+    """Make the run's tables; one whose settings name no seed draws its own, so that equal ids lie apart."""
+    for spec in config.specs():
+        plain = {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("name", "dim")}
+        if "seed" not in config.tables.get(spec.name, {}):
+            plain["seed"] = None
+        client.create_table(spec.name, spec.dim, **plain)
 
 
 def _check_weights(client: ps.Client, config: TrainConfig, ledger: Ledger, run: Path) -> None:

@@ -1,16 +1,19 @@
-"""Warming up compiles what a client calls: the first request of a process must not wait for a compiler."""
+"""Warming up compiles what clients and servers call: the first request of a process must not wait for a compiler."""
 
 from pathlib import Path
 
 import numpy as np
 from cluster_fixture import local_cluster
 
-from ps.kernels import merge, split, warmup
+from ps.kernels import batch, merge, plan, pool, split, warmup
 
-CLIENT_KERNELS = [
-    split.split,
-    split.cut,
-    split.first_bad_offset,
+KERNELS = [
+    batch.join_offsets,
+    batch.cut,
+    split.split_into,
+    plan.lay_out,
+    pool.pull,
+    merge.place_bags,
     merge.merge,
     merge.finish,
     merge.gather,
@@ -19,10 +22,10 @@ CLIENT_KERNELS = [
 
 
 def signatures() -> list[set[object]]:
-    return [set(kernel.signatures) for kernel in CLIENT_KERNELS]
+    return [set(kernel.signatures) for kernel in KERNELS]
 
 
-def test_a_client_calls_no_kernel_with_types_that_warming_up_left_out(tmp_path: Path) -> None:
+def test_no_kernel_is_called_with_types_that_warming_up_left_out(tmp_path: Path) -> None:
     warmup()
     warm = signatures()
     ids, offsets = np.arange(20), np.array([0, 5, 20])
