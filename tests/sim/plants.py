@@ -446,16 +446,19 @@ def admissions_of_an_old_term(patch: Patch) -> None:
 
 
 @plant
-def copies_overlap(patch: Patch) -> None:
-    """Blocks of an older connection are taken, and parts of two copies mixed."""
-    real_request, real_copy = Backup.request, Store.copy
+def copied_again_once_admitted(patch: Patch) -> None:
+    """A learner that was promised as an owner is copied to from the beginning (and forks are not used, so that it must
+    be)."""
 
-    def request(self: Any, op: str, fields: Any, arrays: Any) -> Any:
-        self._heard.clear()
-        return real_request(self, op, fields, arrays)
+    def unmendable(self: Any, link: Any, slots: Any, columns: Any) -> None:
+        m = self.members
+        learner = columns >= m.owner_columns
+        m.modes[slots, columns] = np.where(learner, replicate.COPY, replicate.HOPELESS)
+        if learner.any():
+            self._begin_copy(link, slots[learner])
 
-    patch(Backup, "request", request)
-    patch(Store, "copy", lambda self, slots, number, rows_max: real_copy(self, slots, 1, rows_max))
+    patch(Primary, "_unmendable", unmendable)
+    patch(ps.replication.primary, "tellable", lambda held, slots, forks: np.zeros(len(slots), bool))
 
 
 @plant
