@@ -446,22 +446,6 @@ def admissions_of_an_old_term(patch: Patch) -> None:
 
 
 @plant
-def copied_again_once_admitted(patch: Patch) -> None:
-    """A learner that was promised as an owner is copied to from the beginning (and forks are not used, so that it must
-    be)."""
-
-    def unmendable(self: Any, link: Any, slots: Any, columns: Any) -> None:
-        m = self.members
-        learner = columns >= m.owner_columns
-        m.modes[slots, columns] = np.where(learner, replicate.COPY, replicate.HOPELESS)
-        if learner.any():
-            self._begin_copy(link, slots[learner])
-
-    patch(Primary, "_unmendable", unmendable)
-    patch(ps.replication.primary, "tellable", lambda held, slots, forks: np.zeros(len(slots), bool))
-
-
-@plant
 def part_cut_by_a_live_cursor(patch: Patch) -> None:
     """The last part of a copy does not repeat what changed since the first."""
     real = transfer._section
