@@ -299,12 +299,22 @@ class Primary:
         now = np.flatnonzero(asked & (verdicts == TAKEN))
         forks, learner = arrays["forks"][now], columns[now] >= m.owner_columns
         good = (forks >= 0) & tellable(self.store.held, slots[now], forks) & ~(learner & (forks == 0))
-        s, c = slots[now[~good]], columns[now[~good]]
-        m.modes[s, c] = np.where(learner[~good], COPY, HOPELESS)
-        if learner[~good].any():
-            self._begin_copy(link, s[learner[~good]])
+        self._unmendable(link, slots[now[~good]], columns[now[~good]])
         self._repair(link, slots, columns, now[good], arrays)
         self.pump(link)
+
+    def _unmendable(self, link: Link, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+        """Copies without a fork. A learner is copied to from the beginning, and not waited for until then; but one that
+        was promised as an owner is not: a view may name it at any moment, and it would be incomplete."""
+        m = self.members
+        promised = m.ranks[slots, columns] >= ADMITTED
+        m.modes[slots, columns] = np.where(promised, HOPELESS, COPY)
+        slots, columns = slots[~promised], columns[~promised]
+        if len(slots):
+            m.ranks[slots, columns] = LEARNING
+            m.acked[slots, columns] = -1
+            self._begin_copy(link, slots)
+            self.release()
 
     def _begin_copy(self, link: Link, slots: NDArray[np.int64]) -> None:
         self.copies_made += 1

@@ -255,7 +255,7 @@ class Cluster:
         idle = ps.window.CLIENT_IDLE_S, ps.replication.machine.FORGET_S
         ps.client.core.time = _Time(self.world)  # type: ignore[assignment]
         try:
-            self.pace = self.world.rng.choice((0.01, 0.05, 0.1))
+            self.pace = 0.02 if self.faults.hasty else self.world.rng.choice((0.01, 0.05, 0.1))
             self.forgetful = self.world.chance(0.15)
             ps.window.CLIENT_IDLE_S = 12.0 if self.forgetful else 3600.0
             ps.replication.machine.FORGET_S = 1.0

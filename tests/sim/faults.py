@@ -32,14 +32,17 @@ class Faults:
         first = self.world.seed * 4  # four cells a seed, so that every cell has its turn
         self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(4)}
         cluster.network.p_after_a_break = 0.3
+        self.hasty = False
         if rng.random() < 0.25:  # a run of copies to learners that break and begin again
             self.weights["suspicion"] = 3.0
             self.aimed_at |= {
                 ("cut", "copy leaves"): 8,
                 ("cut", "copy taken"): 4,
                 ("block", "a learner is admitted"): 3,
+                ("cut", "a learner is admitted"): 8,
             }
             cluster.network.p_after_a_break = 0.8
+            self.hasty = True
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))

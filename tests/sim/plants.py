@@ -446,19 +446,6 @@ def admissions_of_an_old_term(patch: Patch) -> None:
 
 
 @plant
-def copies_overlap(patch: Patch) -> None:
-    """Blocks of an older connection are taken, and parts of two copies mixed."""
-    real_request, real_copy = Backup.request, Store.copy
-
-    def request(self: Any, op: str, fields: Any, arrays: Any) -> Any:
-        self._heard.clear()
-        return real_request(self, op, fields, arrays)
-
-    patch(Backup, "request", request)
-    patch(Store, "copy", lambda self, slots, number, rows_max: real_copy(self, slots, 1, rows_max))
-
-
-@plant
 def part_cut_by_a_live_cursor(patch: Patch) -> None:
     """The last part of a copy does not repeat what changed since the first."""
     real = transfer._section

@@ -68,7 +68,7 @@ class Server(Process):
         before = int((members.ranks == ADMITTED).sum())
         self._admissions(link, slots)
         if int((members.ranks == ADMITTED).sum()) > before:
-            self.cluster.step("a learner is admitted", self)
+            self.cluster.step("a learner is admitted", self, self._links.get(link.incarnation))
 
     # -- what comes in
 

@@ -431,6 +431,19 @@ def test_an_owner_without_a_fork_is_to_leave() -> None:
     assert trio.kinds(1) == {COMPLAINT: {1}}
 
 
+def test_a_promised_learner_is_not_copied_to_again() -> None:
+    trio = Trio()
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.machines[3].store.held.slots.positions[1] += 5 << 40  # it has no fork any more
+    trio.sent.clear()
+    trio.push(1, 1, IDS)
+    trio.deliver()
+    assert not [a for _, a in trio.sent if isinstance(a, Send) and "full" in a.arrays and a.arrays["full"].any()]
+    assert trio.kinds(1) == {ADMISSION: {0, 2, 3}, COMPLAINT: {1}}
+
+
 def test_an_export_leaves_when_all_owners_hold_it() -> None:
     trio = Trio()
     trio.down = {2}
