@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("deploy.cli_doctor:doctor", "Look for what slows or breaks a cluster on this machine."),
     "recover": ("deploy.cli_cluster:recover", "Give lost slots to live servers, accepting that their rows are gone."),
     "failover": ("deploy.cli_cluster:failover", "Declare a server dead: others take over its slots."),
+    "verify": ("deploy.verify:verify", "Compare the copies of every slot, and repair what differs."),
     "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
     "train": ("deploy.cli_train:train", "Train a model whose tables live in the cluster."),
     "serve": ("deploy.cli_serve:serve", "Start a router that serves the models of a folder."),

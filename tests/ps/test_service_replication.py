@@ -5,10 +5,13 @@ import time
 
 import numpy as np
 import pytest
-from cluster_fixture import local_cluster
+from cluster_fixture import TOKEN, local_cluster
 
 import ps
-from hashring.planner import CreateTable, Fail
+from deploy.verify import Copies, lines
+from hashring.planner import CreateTable, Fail, Reassign, Withdraw
+from ps.checkpoint.move import Access
+from ps.replication import ADMISSION, COMPLAINT
 from ps.spec import SGD, Initializer, TableSpec
 
 WAIT_S = 30.0
@@ -89,3 +92,141 @@ def test_a_push_is_not_acknowledged_while_an_owner_of_the_view_does_not_hold_it(
         client.push("item", ids, -np.ones((100, 4), np.float32))
         rows = client.pull("item", ids)
         assert np.isin(rows, (2, 3)).all()
+
+
+def copies(cluster):
+    return Copies(cluster.addresses, Access(TOKEN))
+
+
+def unseen(slots):
+    return lambda done: None
+
+
+def corrupt(cluster, slot, backup=1):
+    """Change one value in the copy that another owner has of a slot; that owner's name."""
+    member = list(cluster.members.values())[cluster.view.owners()[slot, backup]]
+
+    async def change():
+        store = member.service.store
+        one = np.array([slot])
+        arena = store.held.registry.arenas[0]
+        row = arena.collect(one, *store.held.slots.bounds(one)).rows[0]
+        arena.values[row, 0] += 1
+
+    member.thread.call(change(), WAIT_S)
+    return member.server.name
+
+
+def filled_slot(cluster):
+    """A slot that holds rows."""
+    member = next(iter(cluster.members.values()))
+    store = member.service.store
+    slots = np.flatnonzero(cluster.view.owners()[:, 1] == 0)
+    return int(slots[store.held.registry.arenas[0].counts(slots) > 0][0])
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_verify_names_the_slot_and_the_owner_of_a_copy_that_differs(tmp_path, replicas):
+    with local_cluster(tmp_path, verify_slots_per_s=0.0) as cluster, cluster.client() as client:
+        table(cluster, replicas)
+        client.push("item", np.arange(500), -np.ones((500, 4), np.float32))
+        total = cluster.view.slots_total
+        seen = []
+        found = copies(cluster).compare([], False, lambda slots: seen.append(-slots) or seen.append)
+        assert (found.slots, found.compared, found.different) == (total, total * (replicas - 1), [])
+        assert (found.not_compared, found.single, found.good) == ([], 0, True)
+        assert sum(seen) == 0
+        slot = filled_slot(cluster)
+        name = corrupt(cluster, slot)
+        found = copies(cluster).compare(["item"], False, unseen)
+        assert found.different == [(slot, name)]
+        assert not found.good
+        assert f"slot {slot}: the copy of {name} differs" in lines(found, False)[0]
+        figures = [m.service.statistics() for m in cluster.members.values()]
+        assert sum(f.different for f in figures) == 1
+        assert sum(f.compared for f in figures) == 2 * total * (replicas - 1)
+
+
+def test_verify_names_an_unknown_table(tmp_path):
+    with local_cluster(tmp_path) as cluster:
+        table(cluster)
+        with pytest.raises(ps.RequestError, match="'other' is unknown; there are: item"):
+            copies(cluster).compare(["other"], False, unseen)
+
+
+def test_slots_with_one_copy_and_lost_ones_are_counted_apart(tmp_path):
+    with local_cluster(tmp_path) as cluster:
+        table(cluster, replicas=1)
+        cluster.kill("s1")
+        lost = np.flatnonzero(cluster.view.lost())
+        found = copies(cluster).compare([], False, unseen)
+        assert found.not_compared == lost.tolist()
+        assert found.single == cluster.view.slots_total - len(lost)
+        assert (found.compared, found.good) == (0, True)
+
+
+def test_copies_are_equal_while_pushes_go_on(tmp_path):
+    with local_cluster(tmp_path, verify_slots_per_s=200.0) as cluster, cluster.client() as client:
+        table(cluster)
+        done = threading.Event()
+        pushed = [0]
+        errors: list[BaseException] = []
+
+        def push() -> None:
+            try:
+                while not done.is_set():
+                    ids = np.arange(pushed[0], pushed[0] + 300)
+                    client.push("item", ids, -np.ones((300, 4), np.float32))
+                    pushed[0] += 1
+            except BaseException as error:
+                errors.append(error)
+
+        pusher = threading.Thread(target=push)
+        pusher.start()
+        try:
+            until(lambda: pushed[0] >= 10 or errors)
+            before = pushed[0]
+            found = copies(cluster).compare([], False, unseen)
+            until(lambda: pushed[0] >= before + 10 or errors)
+        finally:
+            done.set()
+            pusher.join()
+        assert not errors
+        assert (found.compared, found.different, found.not_compared) == (cluster.view.slots_total, [], [])
+        figures = [m.service.statistics() for m in cluster.members.values()]
+        assert sum(f.different for f in figures) == 0
+        assert sum(f.compared for f in figures) > cluster.view.slots_total  # the sweep compared some, too
+
+
+def test_a_repair_ends_with_a_full_copy(tmp_path):
+    """The controller's part is played here: the owner leaves, and learns."""
+    with local_cluster(tmp_path, verify_slots_per_s=0.0) as cluster, cluster.client() as client:
+        table(cluster)
+        client.push("item", np.arange(500), -np.ones((500, 4), np.float32))
+        slot = filled_slot(cluster)
+        name = corrupt(cluster, slot)
+        before = cluster.view
+        found = copies(cluster).compare([], True, unseen)
+        assert found.different == [(slot, name)]
+        primary = list(cluster.members.values())[before.owners()[slot, 0]]
+        assert complaints(primary) == [slot]
+        one = np.array([slot])
+        cluster.change(Withdraw({name: one}))
+        peer = cluster.members[name].server.incarnation
+        primary.thread.call(asked(primary, one, peer, cluster.view.epoch), WAIT_S)
+        until(lambda: primary.service.replication.standing().kinds.tolist() == [ADMISSION])
+        cluster.change(Reassign(one, before.owners()[one]))
+        copies(cluster).await_repair(found)
+        assert found.mended == [(slot, name)]
+        assert found.good
+
+
+async def asked(primary, slots, learner, epoch):
+    """As the controller would ask it."""
+    primary.service.replication.learn(slots, learner, epoch)
+    primary.service._perform()
+
+
+def complaints(member):
+    standing = member.service.replication.standing()
+    return standing.slots[standing.kinds == COMPLAINT].tolist()
