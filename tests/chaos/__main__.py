@@ -34,17 +34,19 @@ Ask = Callable[..., dict[str, Any]]
 """The controller, by verb."""
 
 
-def settled(ask: Ask, servers: int) -> bool:
-    """Whether every server is there and no copy is missing."""
+def settled(ask: Ask, servers: int, killed: int) -> bool:
+    """Whether every server is there, the one that was killed as another incarnation, and no copy is missing."""
     now = ask("status")
+    if any(s["incarnation"] == killed for s in now["servers"]):
+        return False
     alive = [s for s in now["servers"] if s["state"] == "alive"]
     return len(alive) == servers and not now["slots_lost"] and not now.get("slots_under_replicated", 1)
 
 
-def wait_settled(ask: Ask, servers: int) -> float:
+def wait_settled(ask: Ask, servers: int, killed: int) -> float:
     """Seconds until then; raises TimeoutError after SETTLE_S."""
     begun = time.monotonic()
-    while not settled(ask, servers):
+    while not settled(ask, servers, killed):
         if time.monotonic() - begun > SETTLE_S:
             raise TimeoutError(f"the cluster did not settle: {json.dumps(ask('status'), default=str)[:2000]}")
         time.sleep(0.2)
@@ -63,8 +65,9 @@ def one_round(ask: Ask, load: Load, kind: str, servers: int, chance: random.Rand
         os.kill(victim["pid"], signal.SIGSTOP)
         time.sleep(STOPPED_S)
         os.kill(victim["pid"], signal.SIGCONT)
-    settle = wait_settled(ask, servers)
-    ack = load.first_ack_after(moment + 0.02)
+    settle = wait_settled(ask, servers, victim["incarnation"] if kind == "kill" else 0)
+    while (ack := load.first_ack_after(moment)) is None and time.monotonic() - moment < SETTLE_S:
+        time.sleep(0.05)
     return {
         "kind": kind,
         "victim": victim["name"],

@@ -20,7 +20,7 @@ PUSH_S = 120.0
 
 @dataclass
 class Findings:
-    """What went wrong, and what was measured. acks: moments (monotonic) of acknowledged pushes."""
+    """What went wrong, and what was measured. acks: when acknowledged pushes began and ended."""
 
     lost: int = 0
     doubled: int = 0
@@ -28,7 +28,7 @@ class Findings:
     failed_pulls: int = 0
     failed_pushes: int = 0
     pulls: int = 0
-    acks: list[float] = field(default_factory=list)
+    acks: list[tuple[float, float]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
 
@@ -62,10 +62,11 @@ class Load:
             while not self._stop.is_set():
                 self.sent[k] += 1
                 self.in_flight[k] = True
+                begun = time.monotonic()
                 try:
                     client.push(TABLE, self.ids, grads, timeout=PUSH_S)
                     self.acked[k] += 1
-                    self.found.acks.append(time.monotonic())
+                    self.found.acks.append((begun, time.monotonic()))
                 except EmbringError as error:
                     self.found.failed_pushes += 1
                     self.found.errors.append(f"push: {type(error).__name__}: {error}"[:300])
@@ -98,8 +99,8 @@ class Load:
         self.found.doubled += int((rows > self.sent + 0.5).sum())
 
     def first_ack_after(self, moment: float) -> float | None:
-        """Seconds from a moment to the first push that began to be acknowledged after it."""
-        later = [t for t in self.found.acks if t > moment]
+        """Seconds from a moment until the first push that began after it was acknowledged; None if none was yet."""
+        later = [end for begun, end in self.found.acks if begun > moment]
         return min(later) - moment if later else None
 
 
