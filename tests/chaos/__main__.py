@@ -25,7 +25,7 @@ from ps.config import load_config
 from ps.runtime import Runtime, read_token
 from tests.chaos.load import TABLE, Load, make_table
 
-SETTLE_S = 60.0
+SETTLE_S = 120.0
 PULL_DEADLINE_S = 0.25
 STOPPED_S = 3.0
 
