@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_tables_rows_and_status(machine):
 
 def test_logs_of_every_process(machine):
     assert "listens on" in machine.embring("logs", "server-0").stdout
-    assert "Join" in machine.embring("logs", "controller").stdout
+    assert "epoch 1: 3 servers" in machine.embring("logs", "controller").stdout
     assert "there is no log of 'nobody'" in machine.embring("logs", "nobody", status=1).stderr
 
 
@@ -244,6 +245,106 @@ def test_the_controller_comes_back_and_finds_the_servers(machine):
     with machine.connect() as client:
         client.create_table("afterwards", dim=4)
         client.drop_table("afterwards")
+
+
+class Load:
+    """Pushes one after another and pulls beside them, until `end`. Every push takes 1 from each row."""
+
+    def __init__(self, machine: Machine, table: str, ids: np.ndarray) -> None:
+        self.acknowledged: list[float] = []
+        self.pulls = 0
+        self.failures: list[Exception] = []
+        self._machine, self._table, self._ids = machine, table, ids
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(work,)) for work in (self._push, self._pull)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, work: Callable[[Any], None]) -> None:
+        try:
+            with self._machine.connect() as client:
+                while not self._over.is_set():
+                    work(client)
+        except Exception as error:
+            self.failures.append(error)
+
+    def _push(self, client: Any) -> None:
+        client.push(self._table, self._ids, np.ones((len(self._ids), 2), np.float32), timeout=60.0)
+        self.acknowledged.append(time.monotonic())
+
+    def _pull(self, client: Any) -> None:
+        before = len(self.acknowledged)
+        rows = client.pull(self._table, self._ids, timeout=8.0)
+        assert rows.max() <= -before, "an acknowledged push is not seen"
+        self.pulls += 1
+
+    def end(self) -> None:
+        """Let what is under way be decided."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+
+
+def test_a_killed_primary_costs_no_push_and_no_read(machine):
+    """kill -9 under load, with two copies: all goes on, nothing acknowledged is lost, and the copies are made anew."""
+    ids = np.arange(2000, dtype=np.int64)
+    with machine.connect() as client:
+        for table in client.tables():
+            client.drop_table(table)
+        client.create_table(
+            "counted", dim=2, optimizer=ps.SGD(lr=1.0), initializer=ps.Initializer(0.0, 0.0), replicas=2
+        )
+    assert machine.status()["slots_under_replicated"] == 0
+    load = Load(machine, "counted", ids)
+    try:
+        until(lambda: len(load.acknowledged) >= 20 or load.failures, "the first pushes")
+        victim = max(machine.status()["servers"], key=lambda s: s["slots"])
+        assert victim["slots"] > 4000
+        killed = time.monotonic()
+        os.kill(victim["pid"], signal.SIGKILL)
+        until(lambda: load.acknowledged[-1] > killed + 0.5 or load.failures, "pushes after the kill")
+        until(
+            lambda: machine.status()["slots_under_replicated"] > 0 or load.failures, "the lack of copies in the status"
+        )
+
+        def mended() -> bool:
+            now = machine.status()
+            states = [s["state"] for s in now["servers"]]
+            return bool(load.failures) or (states == ["alive"] * 3 and now["slots_under_replicated"] == 0)
+
+        until(mended, "new copies")
+    finally:
+        load.end()
+    assert load.failures == []
+    assert load.pulls > 0
+    gap = max(np.diff([t for t in load.acknowledged if t > killed - 1]))
+    print(f"{len(load.acknowledged)} pushes, {load.pulls} pulls, longest wait for a push {gap:.2f} s")
+    assert gap < 15
+    assert machine.status()["slots_lost"] == 0
+    with machine.connect() as client:
+        np.testing.assert_array_equal(client.pull("counted", ids), -len(load.acknowledged))
+
+
+def test_a_server_is_declared_dead(machine):
+    ids = np.arange(2000, dtype=np.int64)
+    with machine.connect() as client:
+        before = client.pull("counted", ids)
+        client.create_table("single", dim=2)
+        victim = machine.status()["servers"][0]
+        assert "say --yes" in machine.embring("failover", "server-0", status=1).stderr
+        assert "say --force" in machine.embring("failover", "server-0", "--yes", status=1).stderr
+        assert "no living server is named 'nobody'" in machine.embring("failover", "nobody", "-y", status=1).stderr
+        client.drop_table("single")
+        assert "server-0 is declared dead" in machine.embring("failover", "server-0", "--yes").stdout
+
+        def another() -> bool:
+            now = machine.status()["servers"][0]
+            return now["state"] == "alive" and now["incarnation"] != victim["incarnation"]
+
+        until(another, "another process of the name")
+        assert machine.status()["slots_lost"] == 0
+        np.testing.assert_array_equal(client.pull("counted", ids), before)
 
 
 def test_nothing_is_left_after_down(tmp_path):
