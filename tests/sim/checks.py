@@ -213,8 +213,10 @@ class Checks:
                     self.fail(f"I8: a pull at {server.name} does not see acknowledged push {missing[0]} of id {id_}")
 
     def limits(self, server: "Server") -> None:
-        """I10, now and then."""
+        """I10, now and then; and that no copy was found to differ from its primary's, which would break I2."""
         machine = server.machine
+        if machine.verified[1]:
+            self.fail(f"I2: {server.name} finds that a copy differs from its own at the same position")
         for link in machine._primary.links.values():
             if link.bulk_bytes > 2 * machine.limits.bulk_bytes_max + 300_000:
                 self.fail(f"I10: {link.bulk_bytes} bytes of copies are on their way from {server.name}")
@@ -261,6 +263,7 @@ class Checks:
             if len({self.content(s, slot) for s in owners}) > 1:
                 self.fail(f"I5: owners of slot {slot} differ at rest")
         self._owners_hold(list(self.acked), "at rest")
+        self.world.counts["copies compared"] = sum(s.machine.verified[0] for s in self.cluster.by_incarnation.values())
         self.cluster.subscriber.check()
         for key, tried in self.tried.items():
             owner = self.cluster.by_incarnation[view.servers[view.owners()[self.slot_of[key], 0]].incarnation]

@@ -16,6 +16,7 @@ import ps.failover.machine
 import ps.replication.backup
 import ps.replication.machine
 import ps.replication.primary
+import ps.replication.verify
 import ps.slots
 import ps.store.absorption
 import ps.store.core
@@ -36,7 +37,7 @@ from ps.kernels import replicate, window
 from ps.replication import ADMISSION, LESSON
 from ps.replication.backup import TAKEN, Backup
 from ps.replication.machine import Replication
-from ps.replication.members import ADMITTED, OWNER
+from ps.replication.members import ADMITTED, ASKED, OWNER
 from ps.replication.primary import Primary
 from ps.rowblock import RowBlock
 from ps.slots import SlotTable, Tombstones
@@ -610,3 +611,18 @@ def exported_before_it_is_safe_unchecked(patch: Patch) -> None:
     real = ps.slots.SlotTable.on_lineage
     patch(ps.slots.SlotTable, "on_lineage", lambda self, slots, since: real(self, slots, since) | (since > 0))
     patch(Replication, "hold", lambda self, token, slots, positions: self._primary.answer(token, {}))
+
+
+# -- comparing copies
+
+
+@plant
+def digests_of_another_position(patch: Patch) -> None:
+    """An owner is asked while it is not streamed to, and compares its copy wherever that stands."""
+    real = Backup._digest
+
+    def digest(self: Any, sender: int, fields: Any, arrays: Any) -> Any:
+        return real(self, sender, fields, {**arrays, "positions": self.store.watermark(arrays["slots"])})
+
+    patch(Backup, "_digest", digest)
+    patch(ps.replication.verify, "STREAM", ASKED)

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 TICK_S = 0.05
-LIMITS = ReplicationLimits(queue_bytes_max=64 * 1024, bulk_bytes_max=1000, repair_slots=3, copy_bytes=1000)
+LIMITS = ReplicationLimits(
+    queue_bytes_max=64 * 1024,
+    bulk_bytes_max=1000,
+    repair_slots=3,
+    copy_bytes=1000,
+    verify_rows=4,
+    verify_slots_per_s=5.0,
+)
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
 
@@ -120,7 +127,7 @@ class Server(Process):
             return {}, {}
         if op == "export":
             return self._export(token, fields, arrays)
-        if op in ("replicate", "repair", "fork"):
+        if op in ("replicate", "repair", "fork", "digest"):
             return self.machine.request(op, fields, arrays)
         raise RequestError(f"unknown op {op}")
 
