@@ -1,9 +1,11 @@
 """Copies are compared at one position: what differs is named, what cannot be compared is never called different."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from hashring.planner import DropTable, Renew, Withdraw, plan
+from hashring.planner import CreateTable, DropTable, Renew, Withdraw, plan
 from hashring.tokens import tokens
 from ps.errors import RequestError
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
@@ -106,8 +108,11 @@ def test_a_late_digest_of_an_older_connection_is_refused() -> None:
 def test_by_another_view_nothing_is_compared() -> None:
     """A table that one server has dropped already has no rows there; the terms are the same."""
     trio = filled()
-    dropped = plan(trio.view, DropTable("t"))
-    trio.install(dropped, 2)
+    two = plan(trio.view, CreateTable("u", replace(SPEC, name="u").to_plain(), replicas=2))
+    trio.install(two, 1, 2)
+    trio.deliver()
+    assert verify(trio)["compared"] == 4
+    trio.install(plan(two, DropTable("t")), 2)
     found = verify(trio)
     assert (found["compared"], found["different"], found["skipped"]) == (0, [], [0, 1, 2, 3])
     trio = filled()
@@ -185,6 +190,14 @@ def test_parts_of_bounded_rows_cover_every_slot(rows: int, id_: int) -> None:
         different |= {(s, peer) for s, peer, *_ in found["different"]}
         left, start, parts = left[found["done"] :], found["cursor"], parts + 1
     assert different == {(slot, 2)}
+    covered: dict[int, list[tuple[int, int]]] = {s: [] for s in range(4)}
+    for _, action in trio.sent:
+        if isinstance(action, Send) and action.op == "digest":
+            for s in action.arrays["slots"].tolist():
+                covered[s].append((max(action.fields["low"], s << 62), min(action.fields["last"], (s + 1 << 62) - 1)))
+    for s, intervals in covered.items():
+        assert [low for low, _ in intervals] == [s << 62, *(last + 1 for _, last in intervals[:-1])]
+        assert intervals[-1][1] == (s + 1 << 62) - 1
     assert parts >= 60 // (rows + 1)
 
 
