@@ -197,6 +197,8 @@ class Core:
         if self.routing.epoch == routing.epoch:
             self._suspects |= {s: now + SUSPECT_S for s, e in failures.items() if not isinstance(e, WrongView)}
         told = {s: e.epoch for s, e in failures.items() if isinstance(e, WrongView) and e.epoch > routing.epoch}
+        if attempt == 0 and not any(isinstance(e, WrongView | Overloaded) for e in failures.values()):
+            return  # another owner first: to ask around for a newer view could take all the time that is left
         if not all(isinstance(e, Overloaded) for e in failures.values()):
             yield from self.refresh(routing.epoch, until, told)
         if self.routing.epoch == routing.epoch:
@@ -254,7 +256,7 @@ class Core:
             epochs[s] = int(reply.fields.get("epoch", 0))
 
         if calls:
-            yield Ask(servers, calls, absorb, min(until, time.monotonic() + PROBE_S))
+            yield Ask(servers, calls, absorb, min(self.attempt_until(until), time.monotonic() + PROBE_S))
         return sorted((s for s in epochs if epochs[s] > epoch), key=lambda s: -epochs[s]), bool(epochs)
 
     def fetch_view(

@@ -49,7 +49,7 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, DISPUTE_S = 1.0, 60.0
+LEARN_S, DISPUTE_S = 1.0, 10.0
 """Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
 
 log = logging.getLogger("embring.controller")

@@ -230,3 +230,18 @@ async def asked(primary, slots, learner, epoch):
 def complaints(member):
     standing = member.service.replication.standing()
     return standing.slots[standing.kinds == COMPLAINT].tolist()
+
+
+def test_a_pull_goes_to_the_other_owner_within_its_deadline_where_one_is_stopped(tmp_path):
+    with local_cluster(tmp_path) as cluster, cluster.client() as client:
+        table(cluster)
+        ids = np.arange(200)
+        client.push("item", ids, -np.ones((200, 4), np.float32))
+        go_on = threading.Event()
+        stopped = cluster.members["s1"].thread.loop
+        stopped.call_soon_threadsafe(go_on.wait, WAIT_S)  # as SIGSTOP would: it neither answers nor closes
+        try:
+            assert (client.pull("item", ids, timeout=2.0) == 1).all()
+            assert (client.pull("item", ids, timeout=0.5) == 1).all()
+        finally:
+            go_on.set()
