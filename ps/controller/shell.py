@@ -6,7 +6,7 @@ their answers as long as the process may take; whether it is silent is counted i
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -58,12 +58,16 @@ Dial = Callable[[Server], Awaitable[Connection]]
 
 
 class Line:
-    """The way to one server process. epoch: of the newest view that it is known to have."""
+    """The way to one server process.
+
+    epoch: of the newest view that it is known to have. asked: what is under way. trouble: what failed last, and why.
+    """
 
     def __init__(self, server: Server, dial: Dial) -> None:
         self.server = server
         self.epoch = 0
-        self.asked: set[Hashable] = set()
+        self.asked: set[str] = set()
+        self.trouble = ("", "")
         self._dial = dial
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
@@ -191,9 +195,9 @@ class Shell:
             case Ping(incarnation):
                 self._send(incarnation, "ping", self._ping)
             case Deliver(incarnation, view):
-                self._send(incarnation, ("install", view.epoch), lambda line: self._install(line, view))
+                self._send(incarnation, f"install of epoch {view.epoch}", lambda line: self._install(line, view))
             case Learn():
-                self._send(action.primary, ("learn", action.learner), lambda line: self._learn(line, action))
+                self._send(action.primary, f"learn of {action.learner}", lambda line: self._learn(line, action))
             case Append(view, after):
                 self._spawn(self._append(view, after))
             case Changed(token, epoch):
@@ -213,18 +217,19 @@ class Shell:
             self.lines[incarnation] = Line(server, self._dial)
         return self.lines[incarnation]
 
-    def _send(self, incarnation: int, what: Hashable, work: Callable[[Line], Coroutine[Any, Any, None]]) -> None:
+    def _send(self, incarnation: int, what: str, work: Callable[[Line], Coroutine[Any, Any, None]]) -> None:
         """Begin a request, unless the same is under way: a stopped process must not find hundreds of them."""
         line = self._line(incarnation)
         if line is not None and what not in line.asked:
             line.asked.add(what)
             self._spawn(self._asking(line, what, work))
 
-    async def _asking(self, line: Line, what: Hashable, work: Callable[[Line], Coroutine[Any, Any, None]]) -> None:
+    async def _asking(self, line: Line, what: str, work: Callable[[Line], Coroutine[Any, Any, None]]) -> None:
         try:
             await work(line)
         except EmbringError as error:
-            if what != "ping":
+            if what != "ping" and (what, str(error)) != line.trouble:
+                line.trouble = (what, str(error))
                 log.warning("server %s: %s failed: %s", line.server.name, what, error)
         finally:
             line.asked.discard(what)
@@ -249,7 +254,7 @@ class Shell:
         self._tell()
 
     async def _install(self, line: Line, view: View) -> None:
-        under_way = sum(isinstance(w, tuple) and w[0] == "install" for w in line.asked)
+        under_way = sum(what.startswith("install") for what in line.asked)
         if line.epoch >= view.epoch or under_way > INSTALLS_MAX:
             return
         if self._message[0] != view.epoch:

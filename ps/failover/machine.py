@@ -38,7 +38,7 @@ class FailoverLimits:
     pings_max: int = 5
     wait_rounds: int = 25
     learn_rounds: int = 5
-    dispute_rounds: int = 300
+    dispute_rounds: int = 50
     learn_max: int = 1024
 
 
