@@ -45,7 +45,7 @@ class Connections:
 
     def _connect(self, server: Server, until: float) -> BlockingConnection:
         hello = Hello(self._token, server.incarnation, client=self._client)
-        failed: EmbringError = NotApplied(f"server {server.name!r} has no address")
+        failed: EmbringError = NotApplied(f"server {server.name!r} could not be reached in time")
         for address in pick(server.addresses):
             left = until - time.monotonic()
             if left <= 0:
