@@ -63,9 +63,13 @@ class Machine:
         """What the runtime file says."""
         return read_runtime(self.home / ".cache" / "embring" / "cluster.json")
 
-    def connect(self) -> Any:
-        """A client over TCP, with nothing but addresses and a token."""
-        addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
+    def connect(self, now: bool = False) -> Any:
+        """A client over TCP, with nothing but addresses and a token.
+
+        now: with the present addresses; servers that were started again since `up` have others than the runtime file.
+        """
+        known = [a for s in self.status()["servers"] for a in s["addresses"]] if now else self.runtime.addresses
+        addresses = [a for a in known if a.startswith("tcp:")]
         token, ca = Path(self.runtime.token_path).read_text(), self.runtime.tls_ca
         return ps.connect(",".join(addresses), token=token, timeout=120.0, tls=ca or None)
 
@@ -262,7 +266,7 @@ class Load:
 
     def _run(self, work: Callable[[Any], None]) -> None:
         try:
-            with self._machine.connect() as client:
+            with self._machine.connect(now=True) as client:
                 while not self._over.is_set():
                     work(client)
         except Exception as error:
@@ -289,7 +293,7 @@ class Load:
 def test_a_killed_primary_costs_no_push_and_no_read(machine):
     """kill -9 under load, with two copies: all goes on, nothing acknowledged is lost, and the copies are made anew."""
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect() as client:
+    with machine.connect(now=True) as client:
         for table in client.tables():
             client.drop_table(table)
         client.create_table(
@@ -322,13 +326,13 @@ def test_a_killed_primary_costs_no_push_and_no_read(machine):
     print(f"{len(load.acknowledged)} pushes, {load.pulls} pulls, longest wait for a push {gap:.2f} s")
     assert gap < 15
     assert machine.status()["slots_lost"] == 0
-    with machine.connect() as client:
+    with machine.connect(now=True) as client:
         np.testing.assert_array_equal(client.pull("counted", ids), -len(load.acknowledged))
 
 
 def test_a_server_is_declared_dead(machine):
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect() as client:
+    with machine.connect(now=True) as client:
         before = client.pull("counted", ids)
         client.create_table("single", dim=2)
         victim = machine.status()["servers"][0]
