@@ -7,13 +7,11 @@ never mended: the machine is told, and asks for the next one by a higher number.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from hashring.view import View
 from ps.config import Config
-from ps.errors import EmbringError, NotApplied
-from ps.fabric.address import pick
-from ps.fabric.aio import AsyncConnection
+from ps.errors import EmbringError
+from ps.fabric.aio import AsyncConnection, dial
 from ps.fabric.protocol import Hello
 from ps.fabric.tls import trusting
 from ps.replication import Forward, Replication, Send, SendView
@@ -50,6 +48,7 @@ class Peers:
         self._machine = machine
         self._config = config
         self._token = token
+        self._tls = trusting(config.tls.trusted)
         self._acted = acted
         self._wires: dict[int, _Wire] = {}
 
@@ -96,13 +95,7 @@ class Peers:
     async def _dial(self, peer: int, view: View) -> AsyncConnection:
         server = next((s for s in view.servers if s.incarnation == peer), None)
         hello = Hello(self._token, peer, self._config.fingerprint)
-        failed: EmbringError = NotApplied(f"incarnation {peer} has no address in epoch {view.epoch}")
-        for address in pick(server.addresses if server else ()):
-            try:
-                return await AsyncConnection.connect(address, hello, CONNECT_S, trusting(self._config.tls.trusted))
-            except EmbringError as error:
-                failed = error
-        raise failed
+        return await dial(server.addresses if server else (), hello, CONNECT_S, self._tls)
 
     def _write(self, peer: int, wire: _Wire, action: ToPeer) -> None:
         assert wire.connection is not None
@@ -146,8 +139,3 @@ class Peers:
     def _tell_broken(self, peer: int, number: int) -> None:
         self._machine.broken(peer, number)
         self._acted()
-
-
-def to_peer(action: Any) -> bool:
-    """Whether an action of the machine is for another server."""
-    return isinstance(action, Send | SendView | Forward)

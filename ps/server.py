@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import ray
 from ray.exceptions import RayError
 
-from hashring.view import View
 from ps.config import Config, ServerConfig, config_from_plain
 from ps.errors import ConfigError, NotApplied
 from ps.loop import LoopThread
@@ -145,14 +143,6 @@ class Server:
     async def ready(self) -> dict[str, Any]:
         """Who this is; answers once it listens."""
         return {"incarnation": self.incarnation, "host": self.host, "addresses": self.addresses, "pid": os.getpid()}
-
-    async def install(self, view: bytes) -> int:
-        """Take a packed view if it is newer; the epoch that stands afterwards."""
-
-        async def take() -> int:
-            return self._service.install(View.from_plain(msgpack.unpackb(view, strict_map_key=False)))
-
-        return await asyncio.wrap_future(self._data.submit(take()))
 
     async def forever(self) -> None:
         """Never returns: whoever waits for it hears from Ray when this process is gone."""

@@ -124,7 +124,7 @@ class Service:
         self._held: dict[Any, Result] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
-        self._handlers: dict[str, Callable[[Message], Result | Coroutine[Any, Any, Result]]] = {
+        self._handlers: dict[str, Callable[[Message], Result | Awaitable[Result]]] = {
             "ping": lambda request: ({}, dict(self.replication.standing().to_arrays())),
             "view": lambda request: view_message(self.view),
             "pull": self._pull,
@@ -213,7 +213,7 @@ class Service:
             else:
                 future.set_result(result)
 
-    def _outcome(self, token: int) -> Result | Coroutine[Any, Any, Result]:
+    def _outcome(self, token: int) -> Result | Awaitable[Result]:
         """What became of a request that the machine was handed: at once where it is decided already."""
         self._perform()
         result = self._decided.pop(token, None)
@@ -222,16 +222,16 @@ class Service:
         if result is not None:
             return result
         future = self._undecided[token] = asyncio.get_running_loop().create_future()
-        return _waited(future)
+        return future
 
     def _token(self) -> int:
         self._tokens += 1
         return self._tokens
 
     def _of_peer(self, request: Message) -> Result:
-        fields, arrays = self.replication.request(request.op, request.fields, request.arrays)
+        reply = self.replication.request(request.op, request.fields, request.arrays)
         self._perform()
-        return dict(fields), dict(arrays)
+        return reply
 
     def _learn(self, request: Message) -> Result:
         """The controller has this server copy slots to another one."""
@@ -294,7 +294,7 @@ class Service:
             if result is None or isinstance(result, tuple):
                 meter.add(perf_counter() - begin, failed)
 
-    async def _finish(self, meter: Meter, begin: float, result: Coroutine[Any, Any, Result]) -> Result:
+    async def _finish(self, meter: Meter, begin: float, result: Awaitable[Result]) -> Result:
         failed = True
         try:
             fields, arrays = await result
@@ -329,7 +329,7 @@ class Service:
         self._absent_ids += reply.absent
         return {"absent": reply.absent}, {"rows": reply.rows}
 
-    def _push(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
+    def _push(self, request: Message) -> Result | Awaitable[Result]:
         self._serving()
         share = push_share(request.fields, request.arrays)
         acks = request.fields.get("acks", "all")
@@ -376,7 +376,7 @@ class Service:
             raise RequestError("a slot is named twice")
         return slots
 
-    def _export(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
+    def _export(self, request: Message) -> Result | Awaitable[Result]:
         """One part of an export: begun by `slots`, continued by the `cursor` and `part` of the answer before."""
         if "cursor" not in request.fields:
             slots = self._slots(request)
@@ -426,7 +426,7 @@ class Service:
             return self._of_peer(request)
         return {}, {"digests": self.store.digest(self._slots(request))}
 
-    def _verify(self, request: Message) -> Result | Coroutine[Any, Any, Result]:
+    def _verify(self, request: Message) -> Result | Awaitable[Result]:
         """Compare the slots, as many as one request may; answered when their other owners have answered."""
         repair = request.fields.get("repair", False)
         if not isinstance(repair, bool):
@@ -464,10 +464,6 @@ class Service:
         if not isinstance(verb, str):
             raise RequestError("verb must be text")
         return {**await self._control(verb, fields)}, {}
-
-
-async def _waited(future: asyncio.Future[Result]) -> Result:
-    return await future
 
 
 def _limits(config: Config) -> tuple[FrameLimits, ListenLimits]:

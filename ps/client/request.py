@@ -16,8 +16,8 @@ from ps.client.routing import Features, Routing
 from ps.errors import EmbringError, RequestError, SlotsLost
 from ps.kernels.merge import MAX, finish, first_not_finite, gather, merge, place_bags
 from ps.kernels.split import ROWS, Split, split
-from ps.share import ABSENT, BAGS, MODE, TABLE, PushKind
-from ps.wire import Message
+from ps.share import ABSENT, BAGS, MODE, TABLE, PushKind, PushShare
+from ps.wire import Message, push_message
 
 NONE_DONE = np.empty(0, np.uint8)
 
@@ -249,17 +249,15 @@ class PushRequest(_Request):
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
         """The calls to make: to primaries, or to the next in line where those are in `left_out`."""
         plan = self._plan(routing, routing.pushed_to(left_out), load)
-        fields = {
-            "client": self.client,
-            "sequence": self.sequence,
-            "kind": self._kind,
-            "lr_scale": self._lr_scale,
-            "epoch": routing.epoch,
-        }
-        return [
-            Call(s, s, "push", fields, {**self._part(plan, s, len(plan.weights) > 0), "rows": self._rows_of(plan, s)})
-            for s in self.asked
-        ]
+        calls = []
+        for s in self.asked:
+            part = self._part(plan, s, len(plan.weights) > 0)
+            share = PushShare(
+                self.client, self.sequence, self._kind, rows=self._rows_of(plan, s), lr_scale=self._lr_scale, **part
+            )
+            fields, arrays = push_message(share)
+            calls.append(Call(s, s, "push", {**fields, "epoch": routing.epoch}, arrays))
+        return calls
 
     def _rows_of(self, plan: Split, s: int) -> NDArray[np.float32]:
         if self._kind == "delete":

@@ -33,8 +33,7 @@ from ps.controller.restore import Restore, conclude, prepare, recovered
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
 from ps.errors import EmbringError, NotApplied, RequestError
-from ps.fabric.address import pick
-from ps.fabric.aio import AsyncConnection
+from ps.fabric.aio import AsyncConnection, dial
 from ps.fabric.protocol import Hello
 from ps.fabric.tls import trusting
 from ps.failover import FailoverLimits, Wish
@@ -114,13 +113,7 @@ class Control:
 
     async def _dial(self, server: Server) -> AsyncConnection:
         hello = Hello(self._setup.token, server.incarnation, self.config.fingerprint)
-        failed: EmbringError = NotApplied(f"server {server.name} has no address that can be reached from here")
-        for address in pick(server.addresses):
-            try:
-                return await AsyncConnection.connect(address, hello, CONNECT_S, self._tls)
-            except EmbringError as error:
-                failed = error
-        raise failed
+        return await dial(server.addresses, hello, CONNECT_S, self._tls)
 
     async def _ask_figures(self) -> None:
         """Ask every server for its figures, without end."""

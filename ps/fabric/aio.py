@@ -4,13 +4,13 @@ import asyncio
 import os
 import ssl
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
-from ps.fabric.address import parse_address
+from ps.fabric.address import parse_address, pick
 from ps.fabric.protocol import ClientSession, Hello, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
@@ -226,6 +226,20 @@ class AsyncConnection(asyncio.BufferedProtocol):
         self._transport = None
         if self.on_lost is not None:
             self.on_lost()
+
+
+async def dial(addresses: Sequence[str], hello: Hello, timeout: float, tls: ssl.SSLContext | None) -> AsyncConnection:
+    """A connection to a server by the first of its addresses that answers, each within `timeout` seconds.
+
+    Raises what the last one met; NotApplied where none can be reached from here.
+    """
+    failed: EmbringError = NotApplied(f"incarnation {hello.incarnation} has no address that can be reached from here")
+    for address in pick(addresses):
+        try:
+            return await AsyncConnection.connect(address, hello, timeout, tls)
+        except EmbringError as error:
+            failed = error
+    raise failed
 
 
 def _after_fork() -> None:

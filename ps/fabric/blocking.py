@@ -122,6 +122,8 @@ class BlockingConnection:
         `receive` then returns it at once.
         """
         while request not in self._kept:
+            if request not in self._session.pending:
+                raise RequestError(f"request {request} is not awaited on this connection")
             if self._socket is None:
                 self._session.forget(request)
                 raise PerhapsApplied(f"the connection to {self.address} {self._why}")
@@ -147,13 +149,8 @@ class BlockingConnection:
     def wait(self, request: int, timeout: float) -> bool:
         """Whether the reply has come after at most `timeout` seconds; PerhapsApplied where the connection broke."""
         until = time.monotonic() + timeout
-        while request not in self._kept:
-            if request not in self._session.pending:
-                raise RequestError(f"request {request} is not awaited on this connection")
-            if self._socket is None:
-                self._session.forget(request)
-                raise PerhapsApplied(f"the connection to {self.address} {self._why}")
-            if not self._read(until):
+        while not self.arrived(request):
+            if not self._readable.poll(_ms_until(until)):
                 return False
         return True
 

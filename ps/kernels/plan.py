@@ -21,7 +21,8 @@ from ps.kernels.index import (
     P_SEED,
     PLAN_COLUMNS,
 )
-from ps.share import ABSENT, BAGS, MODE, TABLE
+from ps.share import ABSENT, BAGS, MAX, MODE, TABLE
+from ps.spec import ABSENT_CODES
 
 # Columns of the registry's array, one line a table, sorted by number.
 NUMBER, ARENA, CODE, SEED, BITS, FIRST, DIM = range(7)
@@ -30,7 +31,7 @@ TABLE_COLUMNS = 7
 GOOD, BAD_BAGS, BAD_TOTAL, BAD_OFFSETS, BAD_TABLE, BAD_MODE, BAD_ABSENT = range(7)
 """What `lay_out` found: the share is good, or which of its rules is broken first."""
 
-MODE_MAX, ABSENT_MAX = 1, 2
+ABSENT_MAX = max(ABSENT_CODES.values())
 
 
 @kernel
@@ -73,7 +74,7 @@ def lay_out(
                 high = middle
         if low == tables.shape[0] or tables[low, NUMBER] != features[f, TABLE]:
             return BAD_TABLE, f
-        if not 0 <= features[f, MODE] <= MODE_MAX:
+        if not 0 <= features[f, MODE] <= MAX:
             return BAD_MODE, f
         if not 0 <= features[f, ABSENT] <= ABSENT_MAX:
             return BAD_ABSENT, f

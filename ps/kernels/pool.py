@@ -151,10 +151,7 @@ def pool_bags(
                 if i + AHEAD < end:
                     _ask(values, rows[i + AHEAD])
             if least == 0 and not largest:
-                if weighted:
-                    _sum_weighted(values, rows, weights, low, high, out, at)
-                else:
-                    _sum(values, rows, weights, low, high, out, at)
+                _sum(values, rows, weights, low, high, out, at)
             else:
                 for j in range(d):
                     out[at + j] = np.float32(0.0)
@@ -215,45 +212,26 @@ def _sum(
     out: NDArray[np.float32],
     at: int,
 ) -> None:
-    """The sum of rows that are all there: 64 columns at a time, then 16, then the rest."""
+    """The sum of rows that are all there (each times its weight): 64 columns at a time, then 16, then the rest."""
     d = values.shape[1]
+    weighted = len(weights) > 0
     column = 0
     while column + WIDE <= d:
-        sum_64(values, rows, weights, low, high, column, out, at + column)
+        if weighted:
+            weighted_64(values, rows, weights, low, high, column, out, at + column)
+        else:
+            sum_64(values, rows, weights, low, high, column, out, at + column)
         column += WIDE
     while column + LANES <= d:
-        sum_16(values, rows, weights, low, high, column, out, at + column)
+        if weighted:
+            weighted_16(values, rows, weights, low, high, column, out, at + column)
+        else:
+            sum_16(values, rows, weights, low, high, column, out, at + column)
         column += LANES
     for j in range(column, d):
         total = np.float32(0.0)
         for i in range(low, high):
-            total += values[rows[i], j]
-        out[at + j] = total
-
-
-@inline
-def _sum_weighted(
-    values: NDArray[np.float32],
-    rows: NDArray[np.int32],
-    weights: NDArray[np.float32],
-    low: int,
-    high: int,
-    out: NDArray[np.float32],
-    at: int,
-) -> None:
-    """As `_sum`, each row times its weight."""
-    d = values.shape[1]
-    column = 0
-    while column + WIDE <= d:
-        weighted_64(values, rows, weights, low, high, column, out, at + column)
-        column += WIDE
-    while column + LANES <= d:
-        weighted_16(values, rows, weights, low, high, column, out, at + column)
-        column += LANES
-    for j in range(column, d):
-        total = np.float32(0.0)
-        for i in range(low, high):
-            total += weights[i] * values[rows[i], j]
+            total += (weights[i] if weighted else np.float32(1.0)) * values[rows[i], j]
         out[at + j] = total
 
 

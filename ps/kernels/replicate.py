@@ -5,6 +5,8 @@ number, -1 where there is none; `modes` uint8 says whether changes are streamed 
 waited for (from WAITED on); `acked` int64 is the position it has confirmed.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,6 +105,13 @@ def group(
     return n
 
 
+@inline
+def _copy(source: NDArray[Any], i: int, target: NDArray[Any], j: int) -> None:
+    """Line i of a matrix into line j of another; by index, since slices count references (see ps.kernels.pool)."""
+    for x in range(source.shape[1]):
+        target[j, x] = source[i, x]
+
+
 @kernel
 def cut(
     order: NDArray[np.int32],
@@ -120,20 +129,15 @@ def cut(
     out_meta: NDArray[np.int64],
 ) -> None:
     """The rows order[0..n) of a change as they stand now, into arrays of n."""
-    d, w = values.shape[1], state.shape[1]
     for j in range(len(out_ids)):
         if j + _AHEAD < len(out_ids):
             _ask(values, state, meta, np.int64(rows[order[j + _AHEAD]]))
         i = order[j]
         row = rows[i]
         out_ids[j], out_tables[j] = ids[i], numbers[codes[i]]
-        out_meta[j, 0], out_meta[j, 1] = meta[row, 0], meta[row, 1]
-        source, target = values[row], out_values[j]
-        for x in range(d):
-            target[x] = source[x]
-        source, target = state[row], out_state[j]
-        for x in range(w):
-            target[x] = source[x]
+        _copy(values, row, out_values, j)
+        _copy(state, row, out_state, j)
+        _copy(meta, row, out_meta, j)
 
 
 @kernel
@@ -148,18 +152,13 @@ def scatter(
     meta: NDArray[np.int64],
 ) -> None:
     """Write lines picked int32[n] of a section into rows int32[n]."""
-    d, w = values.shape[1], state.shape[1]
     for j in range(len(picked)):
         if j + _AHEAD < len(picked):
             _ask(values, state, meta, np.int64(rows[j + _AHEAD]))
         i, row = picked[j], rows[j]
-        meta[row, 0], meta[row, 1] = in_meta[i, 0], in_meta[i, 1]
-        source, target = in_values[i], values[row]
-        for x in range(d):
-            target[x] = source[x]
-        source, target = in_state[i], state[row]
-        for x in range(w):
-            target[x] = source[x]
+        _copy(in_values, i, values, row)
+        _copy(in_state, i, state, row)
+        _copy(in_meta, i, meta, row)
 
 
 @kernel

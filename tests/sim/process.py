@@ -1,5 +1,6 @@
 """A process of the cluster: frames in and out, pauses, and what hangs on its connections."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def unframe(data: bytes) -> Message:
     return assemble(message, places, bytearray(memoryview(data)[begin : begin + size]))
 
 
-class Process:
+class Process(ABC):
     """An endpoint that can be paused and killed; while paused, what comes waits, and its timers stand still."""
 
     def __init__(self, cluster: "Cluster", name: str) -> None:
@@ -54,11 +55,13 @@ class Process:
         else:
             self.disconnected(connection)
 
+    @abstractmethod
     def message(self, connection: Connection, data: bytes) -> None:
-        raise NotImplementedError
+        """A frame came."""
 
+    @abstractmethod
     def disconnected(self, connection: Connection) -> None:
-        raise NotImplementedError
+        """A connection ended."""
 
     def every(self, seconds: float, what: Callable[[], None]) -> None:
         """Call `what` again and again; once, late, after a pause."""
