@@ -20,7 +20,7 @@ from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRa
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
 from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
-from ps.fabric.protocol import Hello
+from ps.fabric.protocol import Hello, Traffic
 from ps.ragged import RaggedIds
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 
@@ -28,8 +28,9 @@ from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 class _Connections:
     """One connection for each server, made when it is first needed, once for all tasks that wait for it."""
 
-    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None, traffic: Traffic) -> None:
         self._token = token
+        self._traffic = traffic
         self._tls = tls
         self._client = client
         self._open: dict[tuple[str, int], AsyncConnection] = {}
@@ -55,7 +56,7 @@ class _Connections:
             if left <= 0:
                 break
             try:
-                return await AsyncConnection.connect(address, hello, left, self._tls)
+                return await AsyncConnection.connect(address, hello, left, self._tls, traffic=self._traffic)
             except NotApplied as error:
                 failed = error
         raise failed
@@ -83,7 +84,7 @@ class AsyncClient:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
         self._verbs.default_timeout = timeout
-        self._connections = _Connections(token, self._verbs.window.client, tls)
+        self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
         self._verbs.window.on_close = self._decided.set

@@ -68,7 +68,7 @@ class Client:
         self._tls = tls
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
-        self._connections = Connections(token, self._verbs.window.client, tls)
+        self._connections = Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         _open.add(self)
         prepare()
         try:
@@ -116,7 +116,8 @@ class Client:
         """In a forked child: another identity, no connections, nothing under way."""
         self._turn = threading.RLock()
         self._verbs.window = Window()
-        self._connections = Connections(self._token, self._verbs.window.client, self._tls)
+        traffic = self._verbs.counters.traffic
+        self._connections = Connections(self._token, self._verbs.window.client, self._tls, traffic)
         for flight in self._flights:
             flight.done, flight.error = True, EmbringError("this push belongs to the parent process")
         self._flights = []

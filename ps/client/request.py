@@ -159,6 +159,7 @@ class PullRequest(_Request):
         self._touched = np.zeros(batch.bags, np.uint8)
         self._undivided = False
         self.absent = 0
+        self.rows = 0
 
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
         """The calls to make; servers in `left_out` are asked only for what nobody else has."""
@@ -199,6 +200,7 @@ class PullRequest(_Request):
                 raise EmbringError(f"a server sent {len(rows)} floats; {len(self.out)} were asked for")
             self.out[:] = rows
             self._touched[:] = 1
+            self.rows += self.batch.bags
             self.absent += int(reply.fields.get("absent", 0))
             return
         plan = self._split
@@ -209,6 +211,7 @@ class PullRequest(_Request):
         )  # fmt: skip
         if not merged:
             raise EmbringError(f"a server sent {rows.size} floats for {plan.features[server, :, BAGS].sum()} bags")
+        self.rows += self._cuts[1][server + 1] - self._cuts[1][server]
         self.absent += int(reply.fields.get("absent", 0))
 
     def finish(self) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """What a client can do, as generators over `Core`: each verb once, for the blocking and the asynchronous client."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +41,11 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True)
 class ClientStatistics:
-    """What a client has done: calls, the ids in them, ids without a row, retries, views learnt, pushes open."""
+    """What a client has done: pulls and pushes, the ids in them, ids without a row, retries, views learnt, pushes open.
+
+    calls: messages to servers that pulls and pushes took. rows: those that servers sent for pulls, each a partial sum
+    of a bag or one distinct id's. frames_ and bytes_: of all connections, see `ps.fabric.protocol.Traffic`.
+    """
 
     pulls: int
     pushes: int
@@ -51,6 +55,12 @@ class ClientStatistics:
     views: int
     undecided: int
     epoch: int
+    calls: int
+    rows: int
+    frames_sent: int
+    bytes_sent: int
+    frames_received: int
+    bytes_received: int
 
 
 class Verbs(Core):
@@ -62,7 +72,17 @@ class Verbs(Core):
         """The counters, as one value."""
         c = self.counters
         return ClientStatistics(
-            c.pulls, c.pushes, c.ids, c.absent, c.retries, c.views, self.window.undecided, self.routing.epoch
+            pulls=c.pulls,
+            pushes=c.pushes,
+            ids=c.ids,
+            absent=c.absent,
+            retries=c.retries,
+            views=c.views,
+            undecided=self.window.undecided,
+            epoch=self.routing.epoch,
+            calls=c.calls,
+            rows=c.rows,
+            **asdict(c.traffic),
         )
 
     # -- pulls
@@ -105,6 +125,7 @@ class Verbs(Core):
             request = PullRequest(batch, features, modes, code, where)
             yield from self.exchange(request, until)
             flat, without = request.finish(), request.absent
+            self.counters.rows += request.rows
         else:
             flat = np.empty(where.total, np.float32)
             at = 0
@@ -116,6 +137,7 @@ class Verbs(Core):
                 request.finish()
                 at += there.total
                 without += request.absent
+                self.counters.rows += request.rows
         self.absent = without
         self.counters.pulls += 1
         self.counters.ids += len(batch.ids)

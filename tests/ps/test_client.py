@@ -462,3 +462,22 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
             await AsyncClient.connect("127.0.0.1:1", token="x", timeout=0.2)
 
     asyncio.run(asyncio.wait_for(work(), 100))
+
+
+def test_statistics_count_what_pulls_and_pushes_took(cluster):
+    """A bag of ids of three servers is three partial sums; a table on every server is asked of one."""
+    with cluster.client() as client:
+        name, everywhere = new_table(client), new_table(client, replicas="all")
+        before = client.statistics()
+        ids = np.arange(1000)
+        client.pull_bags({name: (ids, [0, 1000])})
+        now = client.statistics()
+        assert (now.calls - before.calls, now.rows - before.rows) == (3, 3)
+        assert now.frames_sent - before.frames_sent >= 3
+        assert now.bytes_received - before.bytes_received >= 3 * 16
+        client.pull_bags({everywhere: (ids, [0, 500, 1000])})
+        last = client.statistics()
+        assert (last.calls - now.calls, last.rows - now.rows) == (1, 2)
+        assert last.bytes_sent - now.bytes_sent > 8 * 1000
+        client.pull_bags({everywhere: (ids[:10], [0, 5, 10])})
+        assert client.statistics().rows - last.rows == 2
