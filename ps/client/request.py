@@ -168,7 +168,8 @@ class PullRequest(_Request):
             able = self._same_tables(routing).covering - left_out
             if able:
                 return [self._whole(min(able, key=load.__getitem__), routing.epoch)]
-        plan = self._plan(routing, routing.readers_without(left_out), load)
+        single = self._same_tables(routing).single  # then there is nothing to choose
+        plan = self._plan(routing, routing.first_readers if single else routing.readers_without(left_out), load)
         weighted = self._weights_travel
         return [Call(s, s, "pull", {"epoch": routing.epoch}, self._part(plan, s, weighted)) for s in self.asked]
 
