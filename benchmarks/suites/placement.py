@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import uvloop
@@ -30,6 +30,8 @@ from benchmarks.tradeoff import CHECKED, summary
 from benchmarks.workloads import PUBLISHED_ROWS, SHAPES, Batch, Shape, Workload
 from hashring.view import Server
 from ps.runtime import Runtime, read_token
+
+T = TypeVar("T")
 
 IDS_IN_TURN = 400_000
 """Ids of the different requests that are asked in turn, so that no cache holds all their rows."""
@@ -209,7 +211,7 @@ class Bench:
             await closed(partial(self._pull, client, placed), settings.in_flight, requests_max=8)
         for number in range(settings.rounds):
             self.report(f"round {number + 1} of {settings.rounds}: as fast as it goes")
-            for client, placed in pairs:
+            for client, placed in _from(pairs, number):
                 await self._closed(client, placed)
         if not self.rate:
             self.rate = min(median(o.rate for o in p.closed) for p in self.placed) * settings.batch / 2
@@ -217,7 +219,7 @@ class Bench:
             self.report(f"round {number + 1} of {settings.rounds}: {self.rate:.0f} samples/s, then pushes")
             due = arrivals(self.rate / settings.batch, settings.seconds, number, settings.arrivals)
             written = np.random.default_rng((number, 1)).random(len(due)) < settings.writes
-            for client, placed in pairs:
+            for client, placed in _from(pairs, number):
                 await self._opened(client, placed, due, written)
                 await self._pushed(client, placed, idle)
             self._turn += len(due)
@@ -364,3 +366,9 @@ def described(settings: Settings, workload: Workload, rate: float) -> dict[str, 
 
 def _us(seconds: Sequence[float]) -> list[float]:
     return [round(s * 1e6, 1) for s in seconds]
+
+
+def _from(pairs: list[T], number: int) -> list[T]:
+    """Each round begins with another one: what one leaves behind does not always meet the same next one."""
+    turn = number % len(pairs)
+    return pairs[turn:] + pairs[:turn]
