@@ -173,7 +173,7 @@ def test_whole_tables_join_leave_and_change_replicas() -> None:
     fewer = replace(left, move=None, groups=tuple(replace(g, replicas=1) for g in left.groups))
     after, made = arrive(fewer, np.random.default_rng(0), 3)
     assert np.bincount(after.owners()[16:, 0], minlength=4).max() <= 3
-    assert made <= 3  # s0 is nobody's leaver any more, and takes its share
+    assert made <= 16 // 4 + 1  # s0 is nobody's leaver any more, and takes its share
 
 
 def test_slots_of_a_primary_that_cannot_copy_stay_as_they_are() -> None:
