@@ -40,7 +40,7 @@ def goal(view: View, unusable: frozenset[str] = frozenset()) -> Owners:
     desk = Desk(replace(view, servers=servers), leavers(view), movable)
     if not desk.sites.servers:
         return present
-    takers = desk.sites.servers
+    takers = desk.sites.servers if not view.lost().any() else []  # the lost will return to whoever has room
     if view.move is not None:  # a join moves rows to newcomers only, and a leave only what leavers had
         joining = view.move.names if view.move.kind == "join" else ()
         takers = [s for s in takers if view.servers[s].name in joining]

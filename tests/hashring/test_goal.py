@@ -18,6 +18,7 @@ from hashring.planner import (
     Fail,
     PlanError,
     Reassign,
+    Recover,
     Return,
     Withdraw,
     plan,
@@ -182,6 +183,14 @@ def test_slots_of_a_primary_that_cannot_copy_stay_as_they_are() -> None:
     stuck = view.owners()[:, 0] == 1
     assert (wanted[stuck] == view.owners()[stuck]).all()
     assert not (wanted[~stuck] == 2).any()
+
+
+def test_while_slots_are_lost_whoever_returned_keeps_room_for_them() -> None:
+    view = plan(plan(cluster(3, 1), Fail("s1")), Return(Server("s1", 77, "h1")))
+    assert view.lost().any()
+    assert (goal(view) == view.owners()).all()
+    after, _ = arrive(plan(view, Recover()), np.random.default_rng(0), 400)
+    assert balance(after, after.groups[0]).copies <= 1.02
 
 
 def test_a_join_is_undone_by_a_leave_and_a_leave_by_staying() -> None:
