@@ -137,6 +137,37 @@ def placement(
     _finish(suite.run(settings, _say), output, print_placement, html, page)
 
 
+@app.command()
+def push(
+    optimizers: Annotated[str, typer.Option(help="Of adagrad, adam.")] = "adagrad,adam",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 1_000_000,
+    ids: Annotated[int, typer.Option(min=1, max=1_000_000, help="Distinct ids of a push.")] = 4096,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
+    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    servers: Annotated[int, typer.Option(min=2, max=16, help="Server processes.")] = 3,
+    rounds: RoundsOption = 5,
+    seconds: SecondsOption = 1.0,
+    output: JsonOption = None,
+) -> None:
+    """Pushes with one and with two copies, beside torch's sparse optimizer step on the same rows in this process.
+
+    Example:  embring bench push --optimizers adagrad --rows 200000
+    """
+    from benchmarks.suites import push as suite
+
+    settings = suite.Settings(
+        optimizers=_chosen("--optimizers", optimizers, tuple(suite.OURS)),
+        rows=rows,
+        ids=ids,
+        dim=dim,
+        zipf=zipf,
+        servers=servers,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    _finish(suite.run(settings, _say), output)
+
+
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:

@@ -22,6 +22,7 @@ from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello, Traffic
 from ps.ragged import RaggedIds
+from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 
 
@@ -79,11 +80,16 @@ class AsyncClient:
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+        self,
+        addresses: Sequence[str],
+        token: str = "",
+        timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+        acks: Acks = "all",
     ) -> None:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
-        self._verbs.default_timeout = timeout
+        self._verbs.configure(timeout, acks)
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
@@ -96,10 +102,11 @@ class AsyncClient:
         token: str | None = None,
         timeout: float = 10.0,
         tls: Tls = None,
+        acks: Acks = "all",
     ) -> "AsyncClient":
-        """A client of a running cluster; addresses, token and tls are found as `ps.connect` finds them."""
+        """A client of a running cluster; all arguments are as those of `ps.connect`."""
         found, secret, trust = where(addresses, token, tls)
-        client = cls(found, secret, timeout, trust)
+        client = cls(found, secret, timeout, trust, acks)
         prepare()
         try:
             await client._run(client._verbs.begin(deadline(None, timeout)))

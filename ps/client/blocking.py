@@ -21,6 +21,7 @@ from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRa
 from ps.client.window import Window
 from ps.errors import EmbringError, PerhapsApplied, RequestError
 from ps.ragged import RaggedIds
+from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 
 _open: "weakref.WeakSet[Client]" = weakref.WeakSet()
@@ -60,10 +61,15 @@ class Client:
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+        self,
+        addresses: Sequence[str],
+        token: str = "",
+        timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+        acks: Acks = "all",
     ) -> None:
         self._verbs = Verbs(addresses)
-        self._verbs.default_timeout = timeout
+        self._verbs.configure(timeout, acks)
         self._token = token
         self._tls = tls
         self._turn = threading.RLock()
@@ -442,7 +448,11 @@ class Client:
 
 
 def connect(
-    addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0, tls: Tls = None
+    addresses: str | Sequence[str] | None = None,
+    token: str | None = None,
+    timeout: float = 10.0,
+    tls: Tls = None,
+    acks: Acks = "all",
 ) -> Client:
     """A `Client` of a running cluster.
 
@@ -451,13 +461,14 @@ def connect(
     is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none. tls: for servers
     that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
     is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
+    acks: who must hold a push before it is acknowledged, "all" owners or the "primary", whose death may then lose it.
     Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
     token or a certificate that is not trusted; NotApplied where nobody answers.
 
         >>> client = ps.connect("localhost:7400", token="...")
     """
     found, secret, trust = where(addresses, token, tls)
-    return Client(found, secret, timeout, trust)
+    return Client(found, secret, timeout, trust, acks)
 
 
 def _after_fork() -> None:

@@ -16,7 +16,7 @@ from ps.client.routing import Features, Routing
 from ps.errors import EmbringError, RequestError, SlotsLost
 from ps.kernels.merge import MAX, finish, first_not_finite, gather, merge, place_bags
 from ps.kernels.split import ROWS, Split, split
-from ps.share import ABSENT, BAGS, MODE, TABLE, PushKind, PushShare
+from ps.share import ABSENT, BAGS, MODE, TABLE, Acks, PushKind, PushShare
 from ps.wire import Message, push_message
 
 NONE_DONE = np.empty(0, np.uint8)
@@ -239,12 +239,14 @@ class PushRequest(_Request):
         rows: NDArray[np.float32],
         lr_scale: float,
         done: NDArray[np.uint8] = NONE_DONE,
+        acks: Acks = "all",
     ) -> None:
         policy = np.full(len(modes), ROWS, np.uint8) if kind == "delete" else features.zeros
         super().__init__(batch, features, modes, policy, features.lines, None)
         self._kind: PushKind = kind
         self._rows = rows
         self._lr_scale = lr_scale
+        self._acks = acks
         self.done = done
         self.client = 0
         self.sequence = 0
@@ -260,6 +262,8 @@ class PushRequest(_Request):
                 self.client, self.sequence, self._kind, rows=self._rows_of(plan, s), lr_scale=self._lr_scale, **part
             )
             fields, arrays = push_message(share)
+            if self._acks != "all":
+                fields["acks"] = self._acks
             calls.append(Call(s, s, "push", {**fields, "epoch": routing.epoch}, arrays))
         return calls
 

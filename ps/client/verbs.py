@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,7 @@ from ps.client.routing import Features, Routing
 from ps.errors import RequestError
 from ps.kernels.batch import cut
 from ps.ragged import RaggedIds, as_rows
-from ps.share import PushKind
+from ps.share import Acks, PushKind
 from ps.spec import Absent, Adagrad, Initializer, Optimizer, Placement, TableSpec
 
 CHUNK = 32 * 2**20
@@ -67,6 +67,13 @@ class Verbs(Core):
     """Generators that return what the client's methods of the same names return; errors and shapes are told there."""
 
     default_timeout = 10.0
+    acks: Acks = "all"
+
+    def configure(self, timeout: float, acks: Acks) -> None:
+        """What holds for every call: seconds that one without a timeout has, and who acknowledges a push."""
+        if acks not in get_args(Acks):
+            raise RequestError(f'acks is {acks!r}; it must be "all" or "primary"')
+        self.default_timeout, self.acks = timeout, acks
 
     def statistics_now(self) -> ClientStatistics:
         """The counters, as one value."""
@@ -239,7 +246,7 @@ class Verbs(Core):
         began = False
         for part in range(parts):
             done = NONE_DONE if part_of is None else (part_of != part).astype(np.uint8)
-            request = PushRequest(batch, features, modes, kind, flat, float(lr_scale), done)
+            request = PushRequest(batch, features, modes, kind, flat, float(lr_scale), done, self.acks)
             request.began = began
             yield from self._send_once(request, until)
             began = True

@@ -16,6 +16,7 @@ import ps
 from hashring.planner import CreateTable, Fail, Join
 from hashring.tokens import tokens
 from ps.client import AsyncClient, Client
+from ps.client.flight import Connections
 from ps.spec import SGD, Initializer, TableSpec
 
 SGD1 = ps.SGD(lr=1.0)
@@ -481,3 +482,18 @@ def test_statistics_count_what_pulls_and_pushes_took(cluster):
         assert last.bytes_sent - now.bytes_sent > 8 * 1000
         client.pull_bags({everywhere: (ids[:10], [0, 5, 10])})
         assert client.statistics().rows - last.rows == 2
+
+
+def test_a_push_that_the_primary_alone_acknowledges_is_asked_for_as_such(cluster, monkeypatch):
+    with pytest.raises(ps.RequestError, match="acks is 'some'"):
+        Client(cluster.addresses, TOKEN, acks="some")
+    asked = []
+    send = Connections.send
+    monkeypatch.setattr(Connections, "send", lambda self, server, call, until: (
+        asked.append(call), send(self, server, call, until)
+    )[1])  # fmt: skip
+    for acks in ("all", "primary"):
+        with Client(cluster.addresses, TOKEN, acks=acks) as client:
+            client.push(new_table(client, replicas=3), [1], np.ones((1, 4)))
+        assert [call.fields.get("acks", "all") for call in asked if call.op == "push"] == [acks]
+        asked.clear()
