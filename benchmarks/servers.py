@@ -1,5 +1,6 @@
 """The servers of a benchmark's cluster from outside: their counters, their view, what their processes use."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,15 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hashring.view import View
 from ps.cluster import controller
+from ps.errors import EmbringError
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
 from ps.runtime import Runtime, read_token
-from ps.wire import view_of
+from ps.wire import Message, view_of
 
 ASK_S = 30.0
+DIGESTS = 1024
+"""Slots whose digests are asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,41 @@ class Servers:
 
     def _each(self, op: str) -> Iterator[tuple[dict[str, Any], Any]]:
         for server in self.living():
-            found = self._open.get(server["incarnation"])
-            if found is None or found.closed:
-                address = next(iter(pick(server["addresses"])))
-                found = BlockingConnection.connect(address, Hello(self._token), ASK_S)
-                self._open[server["incarnation"]] = found
-            yield server, found.receive(found.send(op, {}, {}, ASK_S), ASK_S)
+            yield server, self._ask(server, op, {})
+
+    def _ask(self, server: Mapping[str, Any], op: str, arrays: dict[str, NDArray[Any]]) -> Message:
+        found = self._open.get(server["incarnation"])
+        if found is None or found.closed:
+            address = next(iter(pick(server["addresses"])))
+            found = BlockingConnection.connect(address, Hello(self._token), ASK_S)
+            self._open[server["incarnation"]] = found
+        return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+
+    def copied(self) -> dict[int, tuple[int, int]]:
+        """Rows and bytes that each incarnation has copied to others; one that is ending answers as long as it can."""
+        out = {}
+        for server in self.status()["servers"]:
+            if server["state"] in ("alive", "ending"):
+                with contextlib.suppress(EmbringError):
+                    told = self._ask(server, "statistics", {}).fields
+                    out[server["incarnation"]] = (told["copied_rows"], told["copied_bytes"])
+        return out
+
+    def slots_that_differ(self) -> int:
+        """Slots of which two owners hold different rows, by their digests; nothing may be pushed meanwhile."""
+        view = self.view()
+        owners = view.owners()
+        index = {s.incarnation: i for i, s in enumerate(view.servers)}
+        found = np.zeros((len(owners), len(view.servers)), np.uint64)
+        for server in self.living():
+            place = index[server["incarnation"]]
+            slots = np.flatnonzero((owners == place).any(axis=1))
+            for at in range(0, len(slots), DIGESTS):
+                some = slots[at : at + DIGESTS]
+                reply = self._ask(server, "digest", {"slots": some})
+                found[some, place] = reply.arrays["digests"].view(np.uint64).reshape(len(some), -1)[:, 0]
+        theirs = np.take_along_axis(found, np.maximum(owners, 0).astype(np.int64), axis=1)
+        return int(((theirs != theirs[:, :1]) & (owners >= 0)).any(axis=1).sum())
 
     def close(self) -> None:
         """Close the connections."""

@@ -168,6 +168,33 @@ def push(
     _finish(suite.run(settings, _say), output)
 
 
+@app.command()
+def rebalance(
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of the table.")] = 2_000_000,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
+    replicas: Annotated[int, typer.Option(min=1, max=8, help="Copies of each row.")] = 2,
+    servers: Annotated[int, typer.Option(min=2, max=15, help="Server processes at first.")] = 3,
+    load: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of what the cluster can answer.")] = 0.7,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds before, between and after the changes.")] = 10.0,
+    max_bandwidth: Annotated[
+        int, typer.Option(min=0, metavar="MiB/s", help="What each server may spend on copying; 0: as is set.")
+    ] = 0,
+    output: JsonOption = None,
+) -> None:
+    """One server joins and leaves again under load: pulls and pushes before and meanwhile, and what is moved.
+
+    Example:  embring bench rebalance --rows 500000 --seconds 5
+    """
+    from benchmarks.suites import rebalance as suite
+
+    if replicas > servers:
+        raise RequestError(f"--replicas is {replicas}; there are {servers} servers")
+    settings = suite.Settings(
+        rows=rows, dim=dim, replicas=replicas, servers=servers, load=load, seconds=seconds, bandwidth_mib=max_bandwidth
+    )
+    _finish(suite.run(settings, _say), output)
+
+
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:
