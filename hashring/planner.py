@@ -268,7 +268,7 @@ def _without(view: View, names: Sequence[str]) -> View:
 def _check_leave(view: View, names: Sequence[str]) -> None:
     for name in names:
         if view.server_index(name) is None:
-            known = ", ".join(s.name for s in view.servers)
+            known = ", ".join(sorted(s.name for s in view.servers))
             raise PlanError(f"no server is named {name!r}; the servers are {known}")
     left = [s for s in view.servers if s.name not in names]
     alive, before = sum(s.alive for s in left), sum(s.alive for s in view.servers)
