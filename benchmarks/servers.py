@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ps.runtime import Runtime, read_token
 from ps.wire import Message, view_of
 
 ASK_S = 30.0
+JOIN_S = 240.0
+POLL_S = 0.2
 DIGESTS = 1024
 """Slots whose digests are asked for at once."""
 
@@ -85,6 +88,19 @@ class Servers:
             self._open[server["incarnation"]] = found
         return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
 
+    def join(self) -> dict[str, int]:
+        """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""
+        (name,) = self.ask("move", kind="join", names=[], bytes_per_s=0)["names"]
+        until = time.monotonic() + JOIN_S
+        while moving(self.status()):
+            if time.monotonic() > until:
+                raise EmbringError(f"{name} had not joined after {JOIN_S:g} s")
+            time.sleep(POLL_S)
+        newcomer = next((s for s in self.living() if s["name"] == name), None)
+        if newcomer is None:
+            raise EmbringError(f"{name} did not join: {self.status()['move_failed']}")
+        return dict(self._ask(newcomer, "statistics", {}).fields["store"]["rows_by_table"])
+
     def copied(self) -> dict[int, tuple[int, int]]:
         """Rows and bytes that each incarnation has copied to others; one that is ending answers as long as it can."""
         out = {}
@@ -115,6 +131,12 @@ class Servers:
         """Close the connections."""
         for connection in self._open.values():
             connection.close()
+
+
+def moving(record: Mapping[str, Any]) -> bool:
+    """Whether servers are joining or leaving, or processes of theirs are starting or ending, by a status."""
+    ending = any(s["state"] == "ending" for s in record["servers"])
+    return bool(record["move"] is not None or record["starting"] or ending)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ CHECKED = (
     "memory_bytes",
     "memory_max_bytes",
     "push_bytes_per_row",
+    "join_rows_moved",
 )
 """Figures that are counted, and must be what the arithmetic says."""
 

@@ -101,8 +101,9 @@ def placement(
     arrivals: Annotated[str, typer.Option(help="Of the open loop: poisson or fixed.")] = "poisson",
     rounds: RoundsOption = 5,
     seconds: SecondsOption = 2.0,
+    join: Annotated[bool, typer.Option(help="Have one more server join after the load.")] = True,
     kill: Annotated[bool, typer.Option(help="Kill a server at the end, under reads.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="20,000 rows, 3 rounds of 1 s: within two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="20,000 rows, 2 rounds of 1 s: within two minutes.")] = False,
     output: JsonOption = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one page that can be read without anything else.")
@@ -130,8 +131,9 @@ def placement(
         budget=budget,
         rate=rate,
         arrivals=_chosen("--arrivals", arrivals, ("poisson", "fixed"))[0],
-        rounds=min(rounds, 3) if quick else rounds,
+        rounds=min(rounds, 2) if quick else rounds,
         seconds=min(seconds, 1.0) if quick else seconds,
+        join=join,
         kill=kill,
     )
     _finish(suite.run(settings, _say), output, print_placement, html, page)

@@ -3,7 +3,7 @@
 All placements lie in one cluster at the same time, under names of their own, and take turns in every phase: as fast as
 it goes (rate, CPU, what is on the wire), at a stated rate that does not wait for answers (latency), pushes. The same
 requests go to each, and what they answer is compared bit for bit, before the first push and after the last.
-At last one server is killed under reads of every placement.
+Then one more server joins, and at last one is killed under reads of every placement.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from benchmarks.suites.loss import lose_a_server
 from benchmarks.tradeoff import CHECKED, summary
 from benchmarks.workloads import PUBLISHED_ROWS, SHAPES, Batch, Shape, Workload
-from hashring.view import Server
+from hashring.view import Server, View
 from ps.runtime import Runtime, read_token
 
 T = TypeVar("T")
@@ -68,6 +68,7 @@ class Settings:
     rounds: int = 5
     seconds: float = 2.0
     pushes: int = 16
+    join: bool = True
     kill: bool = True
 
     def workload(self) -> Workload:
@@ -116,6 +117,9 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
         findings.equal &= bench.equal()
         bench.measure()
         findings.equal &= bench.equal()
+        if settings.join:
+            report("one more server joins")
+            bench.join()
         figures = bench.figures()
         if settings.kill:
             report("killing a server under reads of every placement")
@@ -149,6 +153,8 @@ class Bench:
     ) -> None:
         self.settings, self.workload, self.servers, self.report = settings, workload, servers, report
         self.rate = settings.rate
+        self.view: View | None = None
+        """Of before the newcomer, if there was one."""
         self._runtime, self._client, self._runner = runtime, client, runner
         ids = settings.batch * sum(workload.shape.ids_per_sample)
         batches = workload.batches(settings.batch, int(np.clip(IDS_IN_TURN // ids, 8, 64)))
@@ -285,16 +291,27 @@ class Bench:
 
     # -- figures
 
+    def join(self) -> None:
+        """One more server joins: how many rows of each placement it was given."""
+        self.view = self.servers.view()
+        rows = self.servers.join()
+        for placed in self.placed:
+            placed.count(joined=sum(rows.get(table, 0) for table in placed.tables))
+
     def figures(self) -> dict[str, Any]:
         """Of each placement: what was measured, what the arithmetic says, and how far they are apart."""
-        view = self.servers.view()
+        view = self.view or self.servers.view()
         beside = np.zeros(view.slots_total, np.int64)
         out = {}
         for placed in self.placed:
             model = Model(view, placed.tables, self.workload)
             measured, expected = self._measured(placed), self._expected(model, beside)
             beside = beside + model.rows_of_slot
-            off = {name: round(measured[name] / expected[name] - 1, 5) for name in CHECKED if expected[name]}
+            off = {
+                name: round(measured[name] / expected[name] - 1, 5)
+                for name in CHECKED
+                if name in measured and expected[name]
+            }
             out[placed.name] = {"measured": measured, "model": expected, "off": off}
         return out
 
@@ -303,6 +320,7 @@ class Bench:
         samples, rows_pushed = c["pulls"] * batch, max(c["rows_pushed"], 1.0)
         asked = np.array([c[s] for s in sorted(c) if s.startswith("ids_of_")])
         return {
+            **({"join_rows_moved": c["joined"]} if "joined" in c else {}),
             "rows_per_sample": c["rows"] / samples,
             "servers_per_request": c["calls"] / c["pulls"],
             "bytes_per_sample": (c["bytes_sent"] + c["bytes_received"]) / samples,
@@ -326,7 +344,11 @@ class Bench:
     def _expected(self, model: Model, beside: NDArray[np.int64]) -> dict[str, Any]:
         batch = self.settings.batch
         pull, push, memory, loss = model.pull(batch), model.push(batch, 0), model.memory(beside), model.loss()
-        join = model.join(Server("newcomer", 1, model.view.servers[0].host))
+        known = {s.name for s in model.view.servers}
+        name = next(
+            n for n in map("server-{}".format, range(len(known) + 1)) if n not in known
+        )  # as the controller has it
+        join = model.join(Server(name, 1, model.view.servers[0].host))
         return {
             "rows_per_sample": pull.rows / batch,
             "servers_per_request": pull.servers,

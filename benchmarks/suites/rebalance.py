@@ -19,7 +19,7 @@ import ps
 from benchmarks.load import closed, percentiles_ms
 from benchmarks.model import block_bytes, slots_of
 from benchmarks.report import Findings
-from benchmarks.servers import Servers, watching
+from benchmarks.servers import Servers, moving, watching
 from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from hashring.view import View
 from ps.errors import EmbringError
@@ -229,8 +229,7 @@ class Bench:
             copied |= await asyncio.to_thread(self.servers.copied)  # what a leaver has counted goes with it
             if record["starting"]:
                 copying = time.perf_counter()  # the process starts: nothing is moved yet
-            ending = any(s["state"] == "ending" for s in record["servers"])
-            if record["move"] is None and not record["starting"] and not ending:
+            if not moving(record):
                 break
             if time.perf_counter() - begin > MOVE_S:
                 raise EmbringError(f"the {kind} was not over after {MOVE_S:g} s: {record['slots_left']} slots are left")

@@ -19,7 +19,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("command", ["pull", "kernels", "placement", "push"])
+@pytest.mark.parametrize("command", ["pull", "kernels", "placement", "push", "rebalance"])
 def test_help_shows_an_example(command: str) -> None:
     shown = invoke(command, "--help")
     assert shown.exit_code == 0
@@ -94,6 +94,6 @@ def test_placement_prints_a_table_and_writes_a_page(monkeypatch: pytest.MonkeyPa
     assert "bytes a sample" in shown.stdout
     assert "whole tables" in shown.stdout
     assert "<svg" in page.read_text()
-    assert (asked[0].rows, asked[0].rounds, asked[0].seconds) == (20_000, 3, 1.0)
+    assert (asked[0].rows, asked[0].rounds, asked[0].seconds) == (20_000, 2, 1.0)
     missing = invoke("placement", "--html", str(tmp_path / "no" / "page.html"))
     assert "cannot write" in str(missing.exception)
