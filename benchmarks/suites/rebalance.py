@@ -20,7 +20,7 @@ from benchmarks.load import closed, percentiles_ms
 from benchmarks.model import block_bytes, slots_of
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, moving, watching
-from benchmarks.suites.cluster import Report, benchmark_config, cluster
+from benchmarks.suites.cluster import Report, cluster, over_the_wire
 from hashring.view import View
 from ps.errors import EmbringError
 from ps.runtime import Runtime, read_token
@@ -98,7 +98,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, measure, end it; one JSON-able result."""
     findings = Findings()
     with (
-        cluster(benchmark_config(settings.servers), report) as (runtime, client),
+        cluster(over_the_wire(settings.servers), report) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):

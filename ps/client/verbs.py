@@ -1,5 +1,6 @@
 """What a client can do, as generators over `Core`: each verb once, for the blocking and the asynchronous client."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -9,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.tokens import tokens
 from ps.client.batch import Bag, Batch, absent_code, bags_batch, modes_of, ragged_batch, rows_batch, writable
-from ps.client.core import Core, Full, Steps, deadline
-from ps.client.request import NONE_DONE, Places, PullRequest, PushRequest, check_finite
+from ps.client.core import PROBE_S, Ask, Core, Full, Steps, deadline
+from ps.client.request import NONE_DONE, Call, Places, PullRequest, PushRequest, check_finite
 from ps.client.routing import Features, Routing
 from ps.errors import RequestError
 from ps.kernels.batch import cut
@@ -45,12 +46,14 @@ class ClientStatistics:
 
     calls: messages to servers that pulls and pushes took. rows: those that servers sent for pulls, each a partial sum
     of a bag or one distinct id's. frames_ and bytes_: of all connections, see `ps.fabric.protocol.Traffic`.
+    in_place: pulls that were read from the memory of servers on this host, without a message.
     """
 
     pulls: int
     pushes: int
     ids: int
     absent: int
+    in_place: int
     retries: int
     views: int
     undecided: int
@@ -83,6 +86,7 @@ class Verbs(Core):
             pushes=c.pushes,
             ids=c.ids,
             absent=c.absent,
+            in_place=c.in_place,
             retries=c.retries,
             views=c.views,
             undecided=self.window.undecided,
@@ -129,10 +133,18 @@ class Verbs(Core):
         where = Places.of(batch.starts, features.dims)
         without = 0
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
-            request = PullRequest(batch, features, modes, code, where)
-            yield from self.exchange(request, until)
-            flat, without = request.finish(), request.absent
-            self.counters.rows += request.rows
+            flat = np.empty(where.total, np.float32)
+            if not self.reader.ready(self.routing):
+                yield from self._look_around(until)
+            without = self.reader.pull(batch, features, modes, code, where.places, flat)
+            if without < 0:
+                request = PullRequest(batch, features, modes, code, where, flat)
+                yield from self.exchange(request, until)
+                self.counters.rows += request.rows
+                request.finish()
+                without = request.absent
+            else:
+                self.counters.in_place += 1
         else:
             flat = np.empty(where.total, np.float32)
             at = 0
@@ -150,6 +162,16 @@ class Verbs(Core):
         self.counters.ids += len(batch.ids)
         self.counters.absent += without
         return flat
+
+    def _look_around(self, until: float) -> Steps:
+        """Ask the servers of this host what they share, and map it: before the first pull by a view."""
+        routing, reader = self.routing, self.reader
+        servers = routing.servers
+        calls = [Call(s, s, "shared", {}, {}) for s in reader.asked(routing)]
+        if calls:
+            learn = lambda s, reply: reader.learn(servers[s], reply.fields)  # noqa: E731
+            yield Ask(servers, calls, learn, min(self.attempt_until(until), time.monotonic() + PROBE_S))
+        reader.adopt(routing)
 
     # -- pushes
 

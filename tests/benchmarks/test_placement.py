@@ -81,6 +81,7 @@ def test_an_open_load_begins_requests_that_are_due_though_none_is_answered() -> 
     found = asyncio.run(run())
     assert (found.requests, found.failed, len(found.latency_s), len(found.lag_s)) == (20, 1, 19, 20)
     assert found.errors == ["NotApplied: as you wish"]
+    assert sorted(found.answered) == [n for n in range(20) if n != 7]
     assert max(found.latency_s) >= 0.0095  # the first waits for the last, from the moment when it was due
 
 
