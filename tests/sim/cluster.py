@@ -55,6 +55,9 @@ class Report:
     faults: dict[str, int] = field(default_factory=dict)
     cells: list[tuple[str, str]] = field(default_factory=list)
     epochs: int = 0
+    trace: str = ""
+    """A hash of how many events there were, when the last was, and where chance stood: of two different runs never the
+    same."""
 
 
 class Cluster:
@@ -283,6 +286,7 @@ class Cluster:
         report.acked, report.seconds, report.epochs = self.acked, self.world.now, self.log.newest.epoch
         report.faults = dict(sorted(self.world.counts.items()))
         report.cells = sorted(self.faults.cells)
+        report.trace = self.world.fingerprint()
         return report
 
     def _rest(self, began: float) -> None:

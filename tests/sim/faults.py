@@ -190,3 +190,6 @@ STEPS = (
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
 )
+
+CELLS = tuple((kind, step) for kind in KINDS for step in STEPS)
+"""Every kind of fault at every step."""

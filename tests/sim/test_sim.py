@@ -5,8 +5,8 @@
 
 import pytest
 
-from tests.sim.__main__ import run, summary
 from tests.sim.plants import PLANTS
+from tests.sim.runner import run, summary
 
 SEEDS = 24
 BLOCK = 8
