@@ -447,7 +447,8 @@ class Service:
         return plain, {}
 
     def _install(self, request: Message) -> Result:
-        self.install(view_of(request.fields, request.arrays))
+        if whole(request.fields, "view_epoch", default=2**62) > self.store.epoch:  # most have it when it is handed on
+            self.install(view_of(request.fields, request.arrays))
         return {}, {}
 
     def _drain(self, request: Message) -> Result:

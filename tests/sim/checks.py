@@ -68,9 +68,9 @@ class Checks:
                 arena.state[rows].tobytes(),
             ]
         windows = sorted(
-            (client, int(w.last[slot]), int(w.mask[slot]))
+            (client, last, w.mask.item(slot))
             for client, w in held.clients._windows.items()
-            if w.last[slot]
+            if (last := w.last.item(slot))
         )
         return hash((*parts, *windows))
 

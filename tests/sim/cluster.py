@@ -1,6 +1,7 @@
 """A whole cluster in one thread, and one run of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 import ps.client.core
 import ps.replication.machine
 import ps.window
+from hashring import ring
 from hashring.planner import CreateTable, Enlist, plan
 from hashring.tokens import tokens
 from hashring.view import Server as ServerEntry
@@ -35,6 +37,20 @@ IDS = 8
 CHURNED = 100
 REST_S = 40.0
 """Virtual seconds within which all must be level once faults have ended: disputes and waits pass first."""
+
+
+ring._distances = lru_cache(maxsize=None)(ring._distances.__wrapped__)  # the same few servers, in every order
+
+
+@cache
+def first_views(names: tuple[str, ...], replicas: int) -> list[View]:
+    """Servers that own the slots of three tables; processes are yet to be named."""
+    entries = tuple(ServerEntry(name, i, f"host-{name}") for i, name in enumerate(names, 1))
+    views = [plan(View.empty(7, slot_bits=2), Enlist(entries))]
+    for name, placement, dim in (("a", "sharded", COLUMNS), ("b", "sharded", COLUMNS + 4), ("w", "whole", COLUMNS)):
+        spec = TableSpec(name, dim, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement, replicas=replicas).check()
+        views.append(plan(views[-1], CreateTable(name, spec.to_plain(), placement, replicas)))
+    return views
 
 
 class _Time:
@@ -78,7 +94,13 @@ class Cluster:
         self.clients: list[Client] = []
         self._incarnations = 0
         entries = tuple(ServerEntry(n, self._incarnation(), f"host-{n}") for n in names)
-        self.log = Log(self, self._first_views(entries))
+        self.log = Log(
+            self,
+            [
+                replace(view, servers=entries if view.servers else ())
+                for view in first_views(tuple(names), self.replicas)
+            ],
+        )
         view = self.log.newest
         self.specs = {t.number: TableSpec.from_plain(t.spec) for t in view.tables}
         self.numbers = {t.name: t.number for t in view.tables}
@@ -100,15 +122,6 @@ class Cluster:
     def _incarnation(self) -> int:
         self._incarnations += 1
         return self._incarnations * 1000 + self.world.rng.randrange(1000)
-
-    def _first_views(self, entries: tuple[ServerEntry, ...]) -> list[View]:
-        views = [plan(View.empty(7, slot_bits=2), Enlist(entries))]
-        for name, placement, dim in (("a", "sharded", COLUMNS), ("b", "sharded", COLUMNS + 4), ("w", "whole", COLUMNS)):
-            spec = TableSpec(
-                name, dim, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement, replicas=self.replicas
-            ).check()
-            views.append(plan(views[-1], CreateTable(name, spec.to_plain(), placement, self.replicas)))
-        return views
 
     # -- who is where
 

@@ -53,6 +53,8 @@ class Controller(Process):
             self.mind.started(server.entry)
 
     def tick(self) -> None:
+        if not self.mind.appending and self.mind.view.epoch + 1 in self.cluster.log.views:
+            self.mind.taken()
         self.mind.tick()
         self.perform()
 

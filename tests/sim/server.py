@@ -120,7 +120,8 @@ class Server(Process):
             self.cluster.checks.decided(self, token, before)
             return None
         if op == "install":
-            self.machine.install(view_of(fields, arrays))
+            if fields["view_epoch"] > self.store.epoch:
+                self.machine.install(view_of(fields, arrays))
             return {}, {}
         if op == "learn":
             self.machine.learn(arrays["slots"], fields["learner"], fields["term_epoch"])

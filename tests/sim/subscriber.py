@@ -13,7 +13,7 @@ from tests.sim.process import Process, frame, unframe
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-ASK_S = 0.1
+ASK_S = 0.2
 
 
 class Subscriber(Process):
@@ -32,11 +32,18 @@ class Subscriber(Process):
 
     def ask(self) -> None:
         """Ask for the changes of one slot; by an older view now and then, as somebody who has not heard yet."""
-        views = self.cluster.log.views
-        epochs = [epoch for epoch in sorted(views) if views[epoch].slots_total == self.cluster.log.newest.slots_total]
-        view = views[epochs[-1] if self.world.chance(0.7) else self.world.rng.choice(epochs[-4:])]
-        slot = self.world.rng.randrange(view.slots_total)
+        rng, newest = self.world.rng, self.cluster.log.newest
+        views = [self.cluster.log.views.get(newest.epoch - back) for back in range(4)]
+        known = [v for v in views if v is not None and v.slots_total == newest.slots_total]
+        view = newest if rng.random() < 0.7 else rng.choice(known)
+        changed = [slot for slot in range(view.slots_total) if self._moved(slot)]
+        slot = rng.choice(changed) if changed and rng.random() < 0.9 else rng.randrange(view.slots_total)
         self.ask_for(slot, view.servers[self.choose(view.owners()[slot].tolist())].incarnation)
+
+    def _moved(self, slot: int) -> bool:
+        """Whether some copy of a slot stands elsewhere than what is known here."""
+        held = (s.store.held.slots.positions.item(slot) for s in self.cluster.running())
+        return any(position != self.positions[slot] for position in held)
 
     def choose(self, owners: list[int]) -> int:
         """Whom to ask: the primary."""
