@@ -446,6 +446,35 @@ def admissions_of_an_old_term(patch: Patch) -> None:
     patch(Replication, "standing", standing)
 
 
+def _hear_old_connections(patch: Patch, of: Callable[[dict[str, Any]], bool]) -> None:
+    real = Backup.request
+
+    def request(self: Any, op: str, fields: Any, arrays: Any) -> Any:
+        if of(arrays):
+            fields = {**fields, "link": max(fields["link"], self._heard.get(fields["from"], 0))}
+        return real(self, op, fields, arrays)
+
+    patch(Backup, "request", request)
+
+
+@plant
+def old_connection_heard(patch: Patch) -> None:
+    """What a broken connection still had in its buffers is taken after a new one has begun."""
+    _hear_old_connections(patch, lambda arrays: True)
+
+
+@plant
+def overlapping_copies_not_numbered(patch: Patch) -> None:
+    """Two copies to one learner have the same number.
+
+    Alone this is harmless, for parts of an old copy come by an old connection, or in an old term, and neither is heard:
+    so later parts (which a number would tell from the new copy's) are heard by whatever connection they come.
+    """
+    _hear_old_connections(patch, lambda arrays: bool("part" in arrays and arrays["part"].any()))
+    real = Store.copy
+    patch(Store, "copy", lambda self, slots, number, rows_max: real(self, slots, 1, rows_max))
+
+
 @plant
 def part_cut_by_a_live_cursor(patch: Patch) -> None:
     """The last part of a copy does not repeat what changed since the first."""

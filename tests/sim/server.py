@@ -30,14 +30,14 @@ from tests.sim.store import CheckedStore
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-TICK_S = 0.05
+TICK_S = 0.1
 LIMITS = ReplicationLimits(
     queue_bytes_max=64 * 1024,
     bulk_bytes_max=1000,
     repair_slots=3,
     copy_bytes=1000,
     verify_rows=4,
-    verify_slots_per_s=5.0,
+    verify_slots_per_s=2.0,
 )
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
