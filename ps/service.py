@@ -69,6 +69,7 @@ class ServiceStatistics:
     """Counts since the start. absent_ids: ids of pulls that had no row.
 
     compared, different: copies of slots that were compared with their other owners', and those that differed.
+    copied_rows, copied_bytes: what was copied to other servers, so that they own it.
     """
 
     epoch: int
@@ -76,6 +77,8 @@ class ServiceStatistics:
     absent_ids: int
     compared: int
     different: int
+    copied_rows: int
+    copied_bytes: int
     operations: dict[str, OpStatistics]
     listener: ListenStatistics
     store: StoreStatistics
@@ -115,7 +118,11 @@ class Service:
         self._export_number = 0
         self._newer = asyncio.Event()
         server = config.server
-        limits = ReplicationLimits(owners_min=server.owners_min, verify_slots_per_s=server.verify_slots_per_s)
+        limits = ReplicationLimits(
+            owners_min=server.owners_min,
+            verify_slots_per_s=server.verify_slots_per_s,
+            copy_bytes_per_s=server.copy_max_mib_per_s << 20,
+        )
         self.replication = Replication(store, limits)
         self._peers = Peers(self.replication, config, token, self._perform)
         self._tokens = 0
@@ -255,12 +262,15 @@ class Service:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
         compared, different = self.replication.verified
+        copied_rows, copied_bytes = self.replication.copied
         return ServiceStatistics(
             epoch=self.view.epoch,
             draining=self.draining,
             absent_ids=self._absent_ids,
             compared=compared,
             different=different,
+            copied_rows=copied_rows,
+            copied_bytes=copied_bytes,
             operations=operations,
             listener=self.listener.statistics(),
             store=self.store.statistics(),
