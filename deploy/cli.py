@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("deploy.cli_doctor:doctor", "Look for what slows or breaks a cluster on this machine."),
     "recover": ("deploy.cli_cluster:recover", "Give lost slots to live servers, accepting that their rows are gone."),
     "failover": ("deploy.cli_cluster:failover", "Declare a server dead: others take over its slots."),
+    "add-server": ("deploy.cli_servers:add_server", "Start servers that take their share of the slots, under load."),
+    "remove-server": ("deploy.cli_servers:remove_server", "Move the slots of servers to the others, then end them."),
     "verify": ("deploy.verify:verify", "Compare the copies of every slot, and repair what differs."),
     "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
     "train": ("deploy.cli_train:train", "Train a model whose tables live in the cluster."),

@@ -101,6 +101,10 @@ def render(record: Mapping[str, Any]) -> Any:
         cure = "`embring checkpoint restore DIR`, or `embring recover --accept-loss`"
         warning = f"{record['slots_lost']} slots are lost: {cure}"
         parts += [Text(), Text(warning, style="bold red")]
+    if record["move"] or record["starting"]:
+        from deploy.cli_servers import stage
+
+        parts += [Text(), Text(f"{stage(record)}; {record['slots_left']:,} slots are left to do", style="yellow")]
     if record["slots_under_replicated"]:
         warning = (
             f"{record['slots_under_replicated']} slots have fewer copies than their tables ask for; "
