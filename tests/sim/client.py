@@ -62,6 +62,8 @@ class Flight:
         self.resume(None)
 
     def resume(self, outcome: Any) -> None:
+        if not self.client.alive:
+            return
         try:
             command = self.steps.send(outcome)
         except StopIteration as stop:

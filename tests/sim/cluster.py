@@ -14,8 +14,9 @@ from hashring.planner import CreateTable, Enlist, plan
 from hashring.tokens import tokens
 from hashring.view import Server as ServerEntry
 from hashring.view import View
-from ps.errors import EmbringError, NotApplied, WrongView
+from ps.errors import EmbringError, NotApplied, RequestError, WrongView
 from ps.spec import SGD, Initializer, TableSpec
+from tests.sim.changes import Changes
 from tests.sim.checks import Checks
 from tests.sim.client import Client
 from tests.sim.controller import Controller, Log
@@ -33,6 +34,9 @@ WANTED = 204
 """Pushes that are to be acknowledged: as many are sent as that takes."""
 
 ACKED_MIN = 200
+CLIENTS_MAX = 7
+"""Clients of a run, with those that came in the place of others."""
+
 IDS = 8
 CHURNED = 100
 REST_S = 40.0
@@ -102,22 +106,22 @@ class Cluster:
             ],
         )
         view = self.log.newest
-        self.specs = {t.number: TableSpec.from_plain(t.spec) for t in view.tables}
-        self.numbers = {t.name: t.number for t in view.tables}
-        self.born = {g.number: view.epoch for g in view.groups}
         self.checks = Checks(self)
         self.faults = Faults(self, calm)
+        self.changes = Changes(self, calm)
         for entry in entries:
             server = self.by_incarnation[entry.incarnation] = Server(self, entry.name, entry.incarnation)
             server.install(view)
         self.controllers.append(Controller(self, "controller0"))
         self._controllers_made = 1
         self.clients = [Client(self, f"client{i}") for i in range(rng.choice((2, 3)))]
+        self._clients_made = len(self.clients)
         self.subscriber = Subscriber(self)
         self.column = 0
         self.acked = 0
         if not calm:
             self.faults.begin()
+        self.changes.begin()
 
     def _incarnation(self) -> int:
         self._incarnations += 1
@@ -146,7 +150,7 @@ class Cluster:
         entry = next(t for t in view.tables if t.number == table)
         group = view.group(entry.group)
         bits = group.slots.bit_length() - 1
-        token = int(tokens(np.array([id_]), self.specs[table].seed)[0])
+        token = int(tokens(np.array([id_]), int(entry.spec["seed"]))[0])
         return group.first + (token >> (64 - bits) if bits else 0)
 
     # -- what happens to processes
@@ -167,7 +171,8 @@ class Cluster:
     def _orphans(self, view: View, without: Server | None) -> bool:
         alive = {s.incarnation for s in self.running() if s is not without}
         there = np.array([s.incarnation in alive for s in view.servers] + [False])
-        return bool((~there[view.owners()].any(axis=1)).any())
+        owners = view.owners()[view.owners()[:, 0] >= 0]
+        return bool((~there[owners].any(axis=1)).any())
 
     def crash(self, victim: Server) -> None:
         """Kill a server; it is started again under its name, and Ray says so to the controllers, in any order."""
@@ -179,13 +184,48 @@ class Cluster:
         self.world.at(rng.choice((0.05, 0.5, 2.0)), self._restart, victim.name)
 
     def _restart(self, name: str) -> None:
-        incarnation = self._incarnation()
-        server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
+        if self.log.newest.server_index(name) is None:
+            return  # it has left meanwhile, or never joined
+        server = self.start(name)
         for controller in self.controllers:
             self.world.at(self.world.rng.uniform(0.0, 0.3), controller.told_started, server.entry)
 
+    def listens(self, name: str) -> bool:
+        """Whether a process of this name runs."""
+        return any(s.name == name for s in self.running())
+
+    def start(self, name: str) -> Server:
+        """Start a process, of which no controller knows yet."""
+        incarnation = self._incarnation()
+        server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
+        return server
+
+    def end(self, name: str) -> None:
+        """End the process of a server that has left, or never joined, if it runs and that is still so."""
+        if self.log.newest.server_index(name) is not None or name in self.changes.starting:
+            return
+        for victim in [s for s in self.running() if s.name == name]:
+            self.world.counts["servers ended"] += 1
+            victim.kill()
+            self.dead.append(victim.incarnation)
+            for controller in self.controllers:
+                self.world.at(self.world.rng.uniform(0.05, 1.3), controller.told_dead, victim.incarnation)
+
+    def crash_client(self, victim: Client) -> None:
+        """A client vanishes with all that it has under way; another comes in its place, as somebody else."""
+        victim.kill()
+        client = self.clients[self.clients.index(victim)] = Client(self, f"client{self._clients_made}")
+        self._clients_made += 1
+        self.world.at(self.world.rng.choice((0.05, 1.0)), self._work, client)
+
+    def may_crash_a_client(self) -> bool:
+        """Servers remember a few only."""
+        return self._clients_made < CLIENTS_MAX
+
     def add_controller(self) -> None:
-        """Start a controller, which reads the log."""
+        """Start a controller, which reads the log, and ends processes that are in no view."""
+        for name in sorted({s.name for s in self.running()}):
+            self.end(name)
         self.controllers.append(Controller(self, f"controller{self._controllers_made}"))
         self._controllers_made += 1
 
@@ -201,14 +241,18 @@ class Cluster:
 
     def logged(self, view: View) -> None:
         """A view is in the log, and nobody knows it yet."""
-        self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]}")
-        self.checks.logged(view, self.log.views[view.epoch - 1])
+        before = self.log.views[view.epoch - 1]
+        self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]} {view.move or ''}")
+        self.checks.logged(view, before)
+        for name in sorted({s.name for s in before.servers} - {s.name for s in view.servers}):
+            if "~" not in name:
+                self.world.at(self.world.rng.uniform(0.05, 2.0), self.end, name)
 
     # -- work
 
     def _work(self, client: Client) -> None:
         rng = self.world.rng
-        if self.done():
+        if self.done() or not client.alive:
             return
         self.world.at(rng.expovariate(1 / self.pace), self._work, client)
         if client.undecided >= 6:
@@ -240,11 +284,13 @@ class Cluster:
 
     def _push(self, client: Client) -> None:
         rng = self.world.rng
-        column, name = self.column, rng.choice("aabw")
+        column, name = self.column, rng.choice(["a", "a", "b", "w", *self.changes.tables])
+        entry = self.log.newest.table(name) or self.log.newest.table("a")
+        assert entry is not None
+        table, name = entry.number, entry.name
         self.column += 1
         ids = rng.sample(range(IDS), rng.choice((1, 2, 2, 4)))
-        table = self.numbers[name]
-        grads = np.zeros((len(ids), self.specs[table].dim), np.float32)
+        grads = np.zeros((len(ids), entry.spec["dim"]), np.float32)  # type: ignore[call-overload]
         grads[:, column] = -1.0
         self.checks.begin(table, ids, column)
 
@@ -252,6 +298,8 @@ class Cluster:
             if error is None:
                 self.acked += 1
                 self.checks.acknowledge(table, ids, column)
+            elif type(error) is RequestError and table not in self.checks.tables:
+                self.world.counts["given up: the table was dropped"] += 1
             else:
                 self._given_up(error)
 
@@ -286,6 +334,7 @@ class Cluster:
                     self._work(client)
                 self.world.until(self.world.now + 1.0)
             self.faults.stop()
+            self.changes.stop()
             began = self.world.now
             self._rest(began)
             self.checks.end()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
-    *("suspicion", "controller crash", "controller pause", "second controller", "old view"),
+    *("suspicion", "controller crash", "controller pause", "second controller", "old view", "client crash"),
 )
 
 
@@ -29,8 +29,8 @@ class Faults:
         self.rate = rng.choice((0.5, 1.0, 2.0, 4.0))
         self.aim = rng.choice((0.0, 0.001, 0.002, 0.004))
         cells = [(kind, step) for step in STEPS for kind in KINDS]
-        first = self.world.seed * 4  # four cells a seed, so that every cell has its turn
-        self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(4)}
+        first = self.world.seed * 8  # eight cells a seed, so that every cell has its turn
+        self.aimed_at = {cells[(first + i) % len(cells)]: 1 for i in range(8)}
         cluster.network.p_after_a_break = 0.3
         self.hasty = False
         if rng.random() < 0.25:  # a run of copies to learners that break and begin again
@@ -88,6 +88,11 @@ class Faults:
         servers = cluster.running()
         if kind.startswith("controller") or kind == "second controller":
             made = self._controller(kind, process)
+        elif kind == "client crash":
+            caller = connection.caller if connection is not None else None
+            made = cluster.may_crash_a_client()
+            if made:
+                cluster.crash_client(next((c for c in cluster.clients if c is caller), rng.choice(cluster.clients)))
         else:
             from tests.sim.server import Server as ServerProcess
 
@@ -189,6 +194,7 @@ STEPS = (
     *("copy leaves", "copy arrives", "copy taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
+    *("a move begins or ends", "a slot is handed over"),
 )
 
 CELLS = tuple((kind, step) for kind in KINDS for step in STEPS)

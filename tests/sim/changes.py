@@ -1,0 +1,128 @@
+"""What administrators wish for during a run: servers that join and leave, wishes undone, tables that come and go."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hashring.planner import Abort, AlterTable, Begin, Change, CreateTable, DropTable
+from hashring.view import Move
+from ps.spec import SGD, Initializer, TableSpec
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+SERVERS_MORE = 3
+"""Servers that there may be beyond the replicas of a table."""
+
+TABLES_MAX = 2
+"""Tables of these that there are at a time."""
+
+
+class Changes:
+    """Draws and makes the wishes of one run, of whichever controller there is; what comes of them is not waited for."""
+
+    def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
+        self.cluster, self.world = cluster, cluster.world
+        rng = self.world.rng
+        self.kinds = ["join", "leave", "join", "leave", "abort"] if rng.random() < 0.6 else []
+        self.kinds += ["create", "alter", "drop"] if rng.random() < 0.4 else []
+        self.rate = rng.choice((0.3, 0.6, 1.2))
+        self.names: list[str] = []
+        self.tables: list[str] = []
+        self.starting: set[str] = set()
+        self._made = 0
+        self.active = bool(self.kinds) and not calm
+
+    def begin(self) -> None:
+        """From here on there are wishes."""
+        if self.active:
+            self.world.at(self.world.rng.expovariate(self.rate), self._next)
+
+    def stop(self) -> None:
+        """From here on there are none."""
+        self.active = False
+
+    def _next(self) -> None:
+        if self.active:
+            getattr(self, "_" + self.world.rng.choice(self.kinds))()
+            self.begin()
+
+    def wish(self, change: Change, what: str) -> bool:
+        """Tell a controller; False where none can be told."""
+        live = [c for c in self.cluster.controllers if c.alive and not c.paused]
+        if not live:
+            return False
+        controller = self.world.rng.choice(live)
+        self.world.counts[what] += 1
+        self.world.say(f"WISH {what}")
+        controller.mind.change(what, change)
+        controller.perform()
+        return True
+
+    # -- servers
+
+    def _present(self) -> list[str]:
+        return [s.name for s in self.cluster.log.newest.servers if "~" not in s.name]
+
+    def _join(self) -> None:
+        """One or two processes, of new names or of such as have left, are started and then join."""
+        rng, names = self.world.rng, []
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            left = [name for name in self.names if name not in self._present() and not self.cluster.listens(name)]
+            if len(self._present()) + len(names) >= self.cluster.replicas + SERVERS_MORE:
+                break
+            if not left or rng.random() < 0.5:
+                self._made += 1
+                left = [f"n{self._made}"]
+            names.append(left[0])
+            self.names = [*(n for n in self.names if n != left[0]), left[0]]
+        if names:
+            self.starting |= set(names)
+            entries = tuple(self.cluster.start(name).entry for name in names)
+            self.world.at(rng.uniform(0.0, 0.5), self._started, tuple(names), entries)
+
+    def _started(self, names: tuple[str, ...], entries: tuple[Any, ...]) -> None:
+        self.wish(Begin(Move("join", names), entries), "join")
+        self.world.at(1.0, self._settled, names)
+
+    def _settled(self, names: tuple[str, ...]) -> None:
+        """Processes whose wish came to nothing are ended."""
+        self.starting -= set(names)
+        for name in names:
+            if name not in self._present():
+                self.cluster.end(name)
+
+    def _leave(self) -> None:
+        rng, names = self.world.rng, self._present()
+        if len(names) > self.cluster.replicas:
+            some = rng.sample(names, rng.choice((1, 1, 1, 2)))
+            self.names += [name for name in some if name not in self.names]
+            self.wish(Begin(Move("leave", tuple(some))), "leave")
+
+    def _abort(self) -> None:
+        self.wish(Abort(), "abort")
+
+    # -- tables
+
+    def _create(self) -> None:
+        if len(self.tables) >= TABLES_MAX:
+            return
+        self._made += 1
+        name, placement = f"t{self._made}", self.world.rng.choice(("sharded", "sharded", "whole"))
+        spec = TableSpec(
+            name, self.cluster.columns, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement,
+            replicas=self.cluster.replicas,
+        ).check()  # fmt: skip
+        if self.wish(CreateTable(name, spec.to_plain(), placement, self.cluster.replicas), "create table"):
+            self.tables.append(name)
+
+    def _alter(self) -> None:
+        """A setting that changes nothing which is checked."""
+        table = self.cluster.log.newest.table(self.world.rng.choice(["a", *self.tables]))
+        if table is not None:
+            rule = SGD(lr=1.0, clip=float(self.world.rng.randrange(100, 200)))
+            spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
+            self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
+
+    def _drop(self) -> None:
+        if self.tables:
+            self.wish(DropTable(self.tables.pop(0)), "drop table")
