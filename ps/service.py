@@ -102,6 +102,13 @@ class _Export:
     part: int = 0
 
 
+def judged_by(mine: int, asked: int, error: EmbringError) -> EmbringError:
+    """The error of a request that knows epoch `asked`, at a server of epoch `mine`."""
+    if type(error) is RequestError and asked > mine:
+        return NotApplied(f"judged by epoch {mine}, where the request knows epoch {asked}: {error}")
+    return error
+
+
 class Service:
     """Answers the fabric's requests from one store; everything but the constructor runs on the data thread."""
 
@@ -314,7 +321,10 @@ class Service:
         return {**fields, "epoch": self.view.epoch}, arrays
 
     async def _later(self, request: Message, epoch: int) -> Result:
-        """Handle a request once the view that it knows is here, or could not be had."""
+        """Handle a request once the view that it knows is here, or could not be had.
+
+        By an older view nobody can say that a request is wrong for good: its table may be new.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + NEWER_S
         while epoch > self.view.epoch:
@@ -323,8 +333,11 @@ class Service:
                     await self._newer.wait()
             except TimeoutError:
                 break
-        result = self._handlers[request.op](request)
-        return result if isinstance(result, tuple) else await result
+        try:
+            result = self._handlers[request.op](request)
+            return result if isinstance(result, tuple) else await result
+        except RequestError as error:
+            raise judged_by(self.view.epoch, epoch, error) from None
 
     # -- rows
 

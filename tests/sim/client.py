@@ -115,6 +115,10 @@ class Client(Process):
         self._numbers = 0
         self._calls: dict[tuple[Connection, int], tuple[Attempt, int]] = {}
 
+    def knows(self, table: int) -> bool:
+        """Whether this client's view has a table."""
+        return any(t.number == table for t in self.verbs.routing.tables.values())
+
     def _room(self) -> None:
         if self.waiting:
             flight = self.waiting.pop(0)

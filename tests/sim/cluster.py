@@ -298,8 +298,8 @@ class Cluster:
             if error is None:
                 self.acked += 1
                 self.checks.acknowledge(table, ids, column)
-            elif type(error) is RequestError and table not in self.checks.tables:
-                self.world.counts["given up: the table was dropped"] += 1
+            elif type(error) is RequestError and (table not in self.checks.tables or not client.knows(table)):
+                self.world.counts["given up: the table was dropped, or is too new"] += 1
             else:
                 self._given_up(error)
 

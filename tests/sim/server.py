@@ -11,6 +11,7 @@ from ps.errors import EmbringError, NotApplied, RequestError, WrongView
 from ps.replication import Answer, Forward, Refuse, Replication, ReplicationLimits, Send, SendView
 from ps.replication.members import ADMITTED
 from ps.rowblock import RowBlock, Watermark
+from ps.service import judged_by
 from ps.share import PullReply, PullShare
 from ps.store import StoreLimits
 from ps.wire import (
@@ -55,6 +56,7 @@ class Server(Process):
         self.machine._primary._advance = self._advance  # type: ignore[method-assign]
         self._links: dict[int, Connection] = {}
         self._exports: dict[Hashable, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._ahead: dict[Hashable, int] = {}
         self.every(TICK_S, self.tick)
 
     @property
@@ -89,6 +91,8 @@ class Server(Process):
 
     def _request(self, connection: Connection, request: Message) -> None:
         token = (connection, request.request)
+        if request.fields.get("epoch", 0) > self.store.epoch:
+            self._ahead[token] = request.fields["epoch"]
         op = "copy" if "full" in request.arrays and request.arrays["full"].any() else request.op
         self.cluster.step(f"{op} arrives", self, connection)
         if not self.alive:
@@ -96,7 +100,7 @@ class Server(Process):
         try:
             result = self._handle(token, request)
         except EmbringError as error:
-            self._send(connection, Message("error", request.request, error_fields(error)))
+            self._refuse(token, error)
             return
         if result is not None:
             self._answer(token, *result)
@@ -179,13 +183,19 @@ class Server(Process):
                     self._answer(action.token, fields, arrays)
                 elif isinstance(action, Refuse):
                     self._exports.pop(action.token, None)
-                    connection, number = action.token  # type: ignore[misc]
-                    self._send(connection, Message("error", number, error_fields(action.error)))
+                    self._refuse(action.token, action.error)
                 else:
                     self._to_peer(action)
 
+    def _refuse(self, token: Hashable, error: EmbringError) -> None:
+        """Answer with an error; the product waits a while for the view that the request knows, which comes to this."""
+        connection, number = token  # type: ignore[misc]
+        error = judged_by(self.store.epoch, self._ahead.pop(token, 0), error)
+        self._send(connection, Message("error", number, error_fields(error)))
+
     def _answer(self, token: Hashable, fields: dict[str, Any], arrays: dict[str, Any]) -> None:
         connection, number = token  # type: ignore[misc]
+        self._ahead.pop(token, None)
         epoch = self.view.epoch if self.view else 0
         self._send(connection, Message("ok", number, {**fields, "epoch": epoch}, arrays))
 
