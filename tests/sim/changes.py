@@ -20,6 +20,8 @@ TABLES_MAX = 2
 class Changes:
     """Draws and makes the wishes of one run, of whichever controller there is; what comes of them is not waited for."""
 
+    KINDS = ("join", "leave", "abort")
+
     def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
         self.cluster, self.world = cluster, cluster.world
         rng = self.world.rng
@@ -29,6 +31,7 @@ class Changes:
         self.names: list[str] = []
         self.tables: list[str] = []
         self.starting: set[str] = set()
+        """Servers whose processes run, and that are in no view yet."""
         self._made = 0
         self.active = bool(self.kinds) and not calm
 
@@ -43,8 +46,13 @@ class Changes:
 
     def _next(self) -> None:
         if self.active:
-            getattr(self, "_" + self.world.rng.choice(self.kinds))()
+            self.make(self.world.rng.choice(self.kinds))
             self.begin()
+
+    def make(self, kind: str) -> bool:
+        """Wish for a change of a kind; whether there was one to be wished for, and somebody to be told."""
+        made: bool = getattr(self, "_" + kind)()
+        return made
 
     def wish(self, change: Change, what: str) -> bool:
         """Tell a controller; False where none can be told."""
@@ -63,7 +71,7 @@ class Changes:
     def _present(self) -> list[str]:
         return [s.name for s in self.cluster.log.newest.servers if "~" not in s.name]
 
-    def _join(self) -> None:
+    def _join(self) -> bool:
         """One or two processes, of new names or of such as have left, are started and then join."""
         rng, names = self.world.rng, []
         for _ in range(rng.choice((1, 1, 1, 2))):
@@ -78,7 +86,8 @@ class Changes:
         if names:
             self.starting |= set(names)
             entries = tuple(self.cluster.start(name).entry for name in names)
-            self.world.at(rng.uniform(0.0, 0.5), self._started, tuple(names), entries)
+            self.world.at(rng.choice((0.0, rng.uniform(0.0, 0.5))), self._started, tuple(names), entries)
+        return bool(names)
 
     def _started(self, names: tuple[str, ...], entries: tuple[Any, ...]) -> None:
         self.wish(Begin(Move("join", names), entries), "join")
@@ -91,38 +100,41 @@ class Changes:
             if name not in self._present():
                 self.cluster.end(name)
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
         rng, names = self.world.rng, self._present()
-        if len(names) > self.cluster.replicas:
-            some = rng.sample(names, rng.choice((1, 1, 1, 2)))
-            self.names += [name for name in some if name not in self.names]
-            self.wish(Begin(Move("leave", tuple(some))), "leave")
+        if len(names) <= self.cluster.replicas:
+            return False
+        some = rng.sample(names, rng.choice((1, 1, 1, 2)))
+        self.names += [name for name in some if name not in self.names]
+        return self.wish(Begin(Move("leave", tuple(some))), "leave")
 
-    def _abort(self) -> None:
-        self.wish(Abort(), "abort")
+    def _abort(self) -> bool:
+        return self.cluster.log.newest.move is not None and self.wish(Abort(), "abort")
 
     # -- tables
 
-    def _create(self) -> None:
+    def _create(self) -> bool:
         if len(self.tables) >= TABLES_MAX:
-            return
+            return False
         self._made += 1
         name, placement = f"t{self._made}", self.world.rng.choice(("sharded", "sharded", "whole"))
         spec = TableSpec(
             name, self.cluster.columns, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement,
             replicas=self.cluster.replicas,
         ).check()  # fmt: skip
-        if self.wish(CreateTable(name, spec.to_plain(), placement, self.cluster.replicas), "create table"):
-            self.tables.append(name)
+        if not self.wish(CreateTable(name, spec.to_plain(), placement, self.cluster.replicas), "create table"):
+            return False
+        self.tables.append(name)
+        return True
 
-    def _alter(self) -> None:
+    def _alter(self) -> bool:
         """A setting that changes nothing which is checked."""
         table = self.cluster.log.newest.table(self.world.rng.choice(["a", *self.tables]))
-        if table is not None:
-            rule = SGD(lr=1.0, clip=float(self.world.rng.randrange(100, 200)))
-            spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
-            self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
+        if table is None:
+            return False
+        rule = SGD(lr=1.0, clip=float(self.world.rng.randrange(100, 200)))
+        spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
+        return self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
 
-    def _drop(self) -> None:
-        if self.tables:
-            self.wish(DropTable(self.tables.pop(0)), "drop table")
+    def _drop(self) -> bool:
+        return bool(self.tables) and self.wish(DropTable(self.tables.pop(0)), "drop table")

@@ -185,7 +185,9 @@ class Cluster:
 
     def _restart(self, name: str) -> None:
         if self.log.newest.server_index(name) is None:
-            return  # it has left meanwhile, or never joined
+            if name in self.changes.starting:  # it may be about to join
+                self.world.at(0.3, self._restart, name)
+            return  # else it has left meanwhile, or never joined
         server = self.start(name)
         for controller in self.controllers:
             self.world.at(self.world.rng.uniform(0.0, 0.3), controller.told_started, server.entry)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KINDS = (
     *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
     *("suspicion", "controller crash", "controller pause", "second controller", "old view", "client crash"),
+    *("join", "leave", "abort"),
 )
 
 
@@ -88,6 +89,8 @@ class Faults:
         servers = cluster.running()
         if kind.startswith("controller") or kind == "second controller":
             made = self._controller(kind, process)
+        elif kind in cluster.changes.KINDS:
+            made = cluster.changes.make(kind)
         elif kind == "client crash":
             caller = connection.caller if connection is not None else None
             made = cluster.may_crash_a_client()
@@ -99,7 +102,7 @@ class Faults:
             victim = process if isinstance(process, ServerProcess) and process.alive else rng.choice(servers)
             made = self._server(kind, victim, [s for s in servers if s is not victim], connection)
         if made:
-            world.counts[kind] += 1
+            world.counts[kind] += kind not in cluster.changes.KINDS
             world.say(f"FAULT {kind}")
         return made
 
