@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hashring.planner import Abort, AlterTable, Begin, Change, CreateTable, DropTable
+from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable
 from hashring.view import Move
+from ps.failover import Wish
 from ps.spec import SGD, Initializer, TableSpec
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 SERVERS_MORE = 3
 """Servers that there may be beyond the replicas of a table."""
+
+MOVING = (
+    *("copy leaves", "copy arrives", "copy taken", "learn leaves", "learn arrives", "a learner is admitted"),
+    *("a move begins or ends", "a slot is handed over"),
+)
+"""Steps that there are more of where servers join and leave."""
 
 TABLES_MAX = 2
 """Tables of these that there are at a time."""
@@ -25,7 +32,8 @@ class Changes:
     def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
         self.cluster, self.world = cluster, cluster.world
         rng = self.world.rng
-        self.kinds = ["join", "leave", "join", "leave", "abort"] if rng.random() < 0.6 else []
+        moves = rng.random() < 0.6 or cluster.faults.aims_at(*MOVING)
+        self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
         self.kinds += ["create", "alter", "drop"] if rng.random() < 0.4 else []
         self.rate = rng.choice((0.3, 0.6, 1.2))
         self.names: list[str] = []
@@ -54,7 +62,7 @@ class Changes:
         made: bool = getattr(self, "_" + kind)()
         return made
 
-    def wish(self, change: Change, what: str) -> bool:
+    def wish(self, change: Wish, what: str) -> bool:
         """Tell a controller; False where none can be told."""
         live = [c for c in self.cluster.controllers if c.alive and not c.paused]
         if not live:

@@ -134,10 +134,27 @@ class Checks:
         for id_ in ids:
             self._columns(self.tried, table, id_)[column] = True
 
-    def acknowledge(self, table: int, ids: list[int], column: int) -> None:
-        """A push was acknowledged: every owner of the newest logged view must hold it."""
+    def lost(self, slots: set[int]) -> None:
+        """All owners of slots are dead: nothing is promised of them."""
+        for key in [key for key in self.acked if self.slot_of[key] in slots]:
+            del self.acked[key]
+
+    def restored(self, slots: set[int], floor: dict[tuple[int, int], np.ndarray]) -> None:
+        """Slots are back as a checkpoint has them, which holds at least what was acknowledged before it."""
+        for key, columns in floor.items():
+            if self.slot_of[key] in slots and key[0] in self.tables:
+                self.acked[key] = columns.copy()
+
+    def acknowledge(self, table: int, ids: list[int], column: int, begun: float) -> None:
+        """A push was acknowledged: every owner of the newest logged view must hold it.
+
+        Not where the slot was lost, or restored since it was begun: the acknowledgement may be of what is lost.
+        """
         if table not in self.tables:
             return
+        back = self.cluster.keeper.restored_at
+        places = {id_: self.cluster.slot_of(table, id_) for id_ in ids}
+        ids = [i for i in ids if places[i] not in self.cluster.lost and begun >= back.get(places[i], 0.0)]
         for id_ in ids:
             self._columns(self.acked, table, id_)[column] = True
         self._owners_hold([(table, id_) for id_ in ids], f"push {column}")
@@ -240,6 +257,8 @@ class Checks:
     def resting(self) -> str:
         """Empty where all is level and whole, else what is not yet."""
         view = self.cluster.log.newest
+        if self.cluster.lost:
+            return f"slots {sorted(self.cluster.lost)} are lost"
         if view.move is not None:
             return f"{view.move} is not over"
         for client in self.cluster.clients:

@@ -14,9 +14,10 @@ from hashring.planner import CreateTable, Enlist, plan
 from hashring.tokens import tokens
 from hashring.view import Server as ServerEntry
 from hashring.view import View
-from ps.errors import EmbringError, NotApplied, RequestError, WrongView
+from ps.errors import EmbringError, NotApplied, RequestError, SlotsLost, WrongView
 from ps.spec import SGD, Initializer, TableSpec
 from tests.sim.changes import Changes
+from tests.sim.checkpoints import Keeper
 from tests.sim.checks import Checks
 from tests.sim.client import Client
 from tests.sim.controller import Controller, Log
@@ -24,7 +25,7 @@ from tests.sim.faults import Faults
 from tests.sim.network import Connection, Network
 from tests.sim.process import Process
 from tests.sim.server import Server
-from tests.sim.subscriber import Subscriber
+from tests.sim.subscriber import Subscriber, owned_slots
 from tests.sim.world import Violation, World
 
 COLUMNS = 260
@@ -117,6 +118,8 @@ class Cluster:
         self.clients = [Client(self, f"client{i}") for i in range(rng.choice((2, 3)))]
         self._clients_made = len(self.clients)
         self.subscriber = Subscriber(self)
+        self.lost: set[int] = set()
+        self.keeper = Keeper(self, calm)
         self.column = 0
         self.acked = 0
         if not calm:
@@ -171,8 +174,18 @@ class Cluster:
     def _orphans(self, view: View, without: Server | None) -> bool:
         alive = {s.incarnation for s in self.running() if s is not without}
         there = np.array([s.incarnation in alive for s in view.servers] + [False])
-        owners = view.owners()[view.owners()[:, 0] >= 0]
+        owners = view.owners()[[slot for slot in owned_slots(view) if slot not in self.lost]]
         return bool((~there[owners].any(axis=1)).any())
+
+    def mourn(self) -> None:
+        """Slots without a living owner are lost, and with them what was acknowledged there."""
+        self.lost = self._orphaned(self.log.newest)
+        self.checks.lost(self.lost)
+
+    def _orphaned(self, view: View) -> set[int]:
+        running = {s.incarnation for s in self.running()}
+        alive = np.array([s.incarnation in running for s in view.servers] + [False])
+        return {slot for slot in owned_slots(view) if not alive[view.owners()[slot]].any()}
 
     def crash(self, victim: Server) -> None:
         """Kill a server; it is started again under its name, and Ray says so to the controllers, in any order."""
@@ -246,6 +259,12 @@ class Cluster:
         before = self.log.views[view.epoch - 1]
         self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]} {view.move or ''}")
         self.checks.logged(view, before)
+        if self.lost:
+            still = self._orphaned(view)
+            back = {slot for slot in self.lost - still if before.lost()[slot]}  # else a learner was made owner in time
+            self.lost &= still
+            if back:
+                self.keeper.concluded(back)
         for name in sorted({s.name for s in before.servers} - {s.name for s in view.servers}):
             if "~" not in name:
                 self.world.at(self.world.rng.uniform(0.05, 2.0), self.end, name)
@@ -290,16 +309,19 @@ class Cluster:
         entry = self.log.newest.table(name) or self.log.newest.table("a")
         assert entry is not None
         table, name = entry.number, entry.name
-        self.column += 1
         ids = rng.sample(range(IDS), rng.choice((1, 2, 2, 4)))
+        if self.lost and any(self.slot_of(table, id_) in self.lost for id_ in ids):
+            return
+        self.column += 1
         grads = np.zeros((len(ids), entry.spec["dim"]), np.float32)  # type: ignore[call-overload]
         grads[:, column] = -1.0
         self.checks.begin(table, ids, column)
+        begun = self.world.now
 
         def done(error: EmbringError | None) -> None:
             if error is None:
                 self.acked += 1
-                self.checks.acknowledge(table, ids, column)
+                self.checks.acknowledge(table, ids, column, begun)
             elif type(error) is RequestError and (table not in self.checks.tables or not client.knows(table)):
                 self.world.counts["given up: the table was dropped, or is too new"] += 1
             else:
@@ -309,6 +331,8 @@ class Cluster:
 
     def _given_up(self, error: EmbringError) -> None:
         self.world.counts[f"given up: {type(error).__name__}"] += 1
+        if isinstance(error, SlotsLost) and self.world.counts["losses"]:
+            return
         if not isinstance(error, NotApplied) and type(error).__name__ not in ("PerhapsApplied", "WrongView"):
             self.checks.fail(f"a push met {type(error).__name__}: {error}")
 

@@ -52,6 +52,10 @@ class Faults:
         if calm:
             self.duplicates = cluster.network.p_late = 0.0
 
+    def aims_at(self, *steps: str) -> bool:
+        """Whether something is to go wrong at one of these steps."""
+        return any(step in steps for _, step in self.aimed_at)
+
     def begin(self) -> None:
         """From here on things go wrong."""
         self.active = True
@@ -197,7 +201,7 @@ STEPS = (
     *("copy leaves", "copy arrives", "copy taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
-    *("a move begins or ends", "a slot is handed over"),
+    *("a move begins or ends", "a slot is handed over", "absorb arrives"),
 )
 
 CELLS = tuple((kind, step) for kind in KINDS for step in STEPS)

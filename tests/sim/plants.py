@@ -25,6 +25,7 @@ import ps.store.fork
 import ps.store.holdings
 import ps.store.stream
 import ps.window
+import tests.sim.checkpoints
 import tests.sim.cluster
 import tests.sim.controller
 import tests.sim.server
@@ -756,6 +757,67 @@ def exported_before_it_is_safe_unchecked(patch: Patch) -> None:
     real = ps.slots.SlotTable.on_lineage
     patch(ps.slots.SlotTable, "on_lineage", lambda self, slots, since: real(self, slots, since) | (since > 0))
     patch(Replication, "hold", lambda self, token, slots, positions: self._primary.answer(token, {}))
+
+
+# -- checkpoints and restores
+
+
+@plant
+def restored_slot_keeps_its_term(patch: Patch) -> None:
+    """A restore gives slots an owner in the term that they were lost in: positions are used again."""
+    real = tests.sim.checkpoints.conclude
+
+    def conclude(view: Any, restore: Any) -> Any:
+        after = real(view, restore)
+        terms = {g.number: g.terms for g in view.groups}
+        return replace(after, groups=tuple(replace(g, terms=terms[g.number]) for g in after.groups))
+
+    patch(tests.sim.checkpoints, "conclude", conclude)
+
+
+@plant
+def restored_without_windows(patch: Patch) -> None:
+    """A restore brings rows, and leaves out what the slots had seen of whom."""
+    real = Store.absorb
+
+    def absorb(self: Any, block: RowBlock, replace_clients: bool = False, allowed: Any = None) -> Any:
+        return real(self, _without_clients(block) if allowed is None else block, replace_clients, allowed)
+
+    patch(Store, "absorb", absorb)
+
+
+@plant
+def checkpoint_cut_through_a_push(patch: Patch) -> None:
+    """The windows of an export are those from before the newest push, whose rows it has."""
+    real = transfer._block
+
+    def block(*arguments: Any) -> Any:
+        made = real(*arguments)
+        return replace(made, clients=replace(made.clients, mask=made.clients.mask & ~np.uint64(1)))
+
+    patch(transfer, "_block", block)
+
+
+@plant
+def one_restored_to_many(patch: Patch) -> None:
+    """A restored slot gets all its owners at once, of whom one alone was given its rows."""
+    real = tests.sim.checkpoints.conclude
+
+    def conclude(view: Any, restore: Any) -> Any:
+        after = real(view, restore)
+        alive = [i for i, s in enumerate(after.servers) if s.alive]
+        groups = []
+        for g in after.groups:
+            owners = np.full((g.slots, max(2, g.owners.shape[1])), -1, np.int16)
+            owners[:, : g.owners.shape[1]] = g.owners
+            for at in range(g.slots):
+                others = [i for i in alive if i not in owners[at]]
+                if g.first + at in restore.wanted and others:
+                    owners[at, 1] = others[0]
+            groups.append(replace(g, owners=owners))
+        return replace(after, groups=tuple(groups))
+
+    patch(tests.sim.checkpoints, "conclude", conclude)
 
 
 # -- comparing copies

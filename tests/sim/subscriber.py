@@ -92,6 +92,11 @@ class Subscriber(Process):
         for key in [key for key in self.asked if key[0] is connection]:
             del self.asked[key]
 
+    def forget(self, slots: set[int]) -> None:
+        """Slots went back to a checkpoint: what was exported of them since is void, and was said to be."""
+        for slot in slots:
+            self.exported[slot].clear()
+
     def behind(self) -> str:
         """Empty where every slot is as its primary has it; asks for the others."""
         view = self.cluster.log.newest
