@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from tests.sim.cluster import Report
 from tests.sim.plants import PLANTS
-from tests.sim.runner import hunt, run, runs, summary
+from tests.sim.runner import hunt, run, runs, summary, workers
 
 
 def traced(first: int, seeds: int, plant: str, calm: bool) -> Iterator[Report]:
@@ -38,16 +38,19 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="print what happens, in one process")
     parser.add_argument("--calm", action="store_true", help="without faults")
     options = parser.parse_args()
+    jobs = max(1, options.jobs)
     if options.plant and not options.trace:
         names = list(PLANTS) if options.plant == "all" else options.plant.split(",")
-        found = hunt(names, options.first, options.seeds, max(1, options.jobs))
+        with workers(jobs) as pool:
+            found = hunt(pool, names, options.first, options.seeds, jobs)
         print(json.dumps({"seeds_max": options.seeds, "plants": len(found), "found_at_run": found}))
         return 0 if all(found.values()) else 1
     begun = time.perf_counter()
     if options.trace:
         reports = list(traced(options.first, options.seeds, options.plant, options.calm))
     else:
-        reports = list(runs(options.first, options.seeds, max(1, options.jobs), options.calm))
+        with workers(jobs) as pool:
+            reports = list(runs(pool, options.first, options.seeds, 2 * jobs, options.calm))
     told = summary(reports, time.perf_counter() - begun)
     if options.json:
         print(json.dumps(told))

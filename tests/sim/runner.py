@@ -89,18 +89,17 @@ class Progress:
             print(f"{done} of {self.total} {self.what}, {more}about {left:.0f} s left", file=sys.stderr, flush=True)
 
 
-def runs(first: int, seeds: int, jobs: int, calm: bool = False) -> Iterator[Report]:
-    """The reports of the seeds asked for, in order; failures are told as they come."""
+def runs(pool: Executor, first: int, seeds: int, ahead: int, calm: bool = False) -> Iterator[Report]:
+    """The reports of the seeds asked for, in order; failures are told as they come. ahead: blocks under way."""
     progress, done, failed = Progress(seeds, "seeds"), 0, 0
-    with workers(jobs) as pool:
-        for reports in _in_order(pool, run_block, ((block, calm) for block in blocks(first, seeds)), 2 * jobs):
-            for report in reports:
-                done += 1
-                if report.violation:
-                    failed += 1
-                    print(f"seed {report.seed}: {report.violation}", file=sys.stderr, flush=True)
-                yield report
-            progress.tell(done, f"{failed} failed, ")
+    for reports in _in_order(pool, run_block, ((block, calm) for block in blocks(first, seeds)), ahead):
+        for report in reports:
+            done += 1
+            if report.violation:
+                failed += 1
+                print(f"seed {report.seed}: {report.violation}", file=sys.stderr, flush=True)
+            yield report
+        progress.tell(done, f"{failed} failed, ")
 
 
 def _in_order(
@@ -138,20 +137,19 @@ def summary(reports: list[Report], seconds: float) -> dict[str, object]:
     }
 
 
-def hunt(names: list[str], first: int, seeds: int, jobs: int) -> dict[str, int]:
+def hunt(pool: Executor, names: list[str], first: int, seeds: int, jobs: int) -> dict[str, int]:
     """For each plant the number of runs until it was found; 0 where it was not. Each worker hunts one plant."""
     found: dict[str, int] = {}
     begun = time.perf_counter()
     left = iter(names)
     searches: dict[Future[tuple[int, str]], str] = {}
     todo = list(range(first, first + seeds))
-    with workers(jobs) as pool:
-        while len(found) < len(names):
-            searches |= {pool.submit(hunt_block, name, todo): name for name in islice(left, jobs - len(searches))}
-            for future in wait(searches, return_when=FIRST_COMPLETED).done:
-                name = searches.pop(future)
-                seed, what = future.result()
-                found[name] = seed - first + 1 if what else 0
-                line = f"{name}: run {found[name]}, {time.perf_counter() - begun:.0f} s: {what or 'NOT FOUND'}"
-                print(line[:200], file=sys.stderr, flush=True)
+    while len(found) < len(names):
+        searches |= {pool.submit(hunt_block, name, todo): name for name in islice(left, jobs - len(searches))}
+        for future in wait(searches, return_when=FIRST_COMPLETED).done:
+            name = searches.pop(future)
+            seed, what = future.result()
+            found[name] = seed - first + 1 if what else 0
+            line = f"{name}: run {found[name]}, {time.perf_counter() - begun:.0f} s: {what or 'NOT FOUND'}"
+            print(line[:200], file=sys.stderr, flush=True)
     return {name: found[name] for name in names}
