@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "add-server": ("deploy.cli_servers:add_server", "Start servers that take their share of the slots, under load."),
     "remove-server": ("deploy.cli_servers:remove_server", "Move the slots of servers to the others, then end them."),
     "verify": ("deploy.verify:verify", "Compare the copies of every slot, and repair what differs."),
+    "table": ("deploy.cli_table:app", "List, describe, alter and drop tables."),
     "checkpoint": ("deploy.cli_checkpoint:app", "Save, restore and list checkpoints."),
     "train": ("deploy.cli_train:train", "Train a model whose tables live in the cluster."),
     "serve": ("deploy.cli_serve:serve", "Start a router that serves the models of a folder."),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import JsonOption, YesOption, running, say
+from deploy.cli_common import JsonOption, YesOption, running, say, size
 
 POLL_S = 0.5
 """Between two looks at how far a move is."""
@@ -139,10 +139,11 @@ def _remember(runtime: Any, record: Mapping[str, Any]) -> None:
         write_runtime(replace(runtime, addresses=addresses))
 
 
-def follow(ask: Ask) -> dict[str, Any]:
+def follow(ask: Ask, to_the_end: bool = False) -> dict[str, Any]:
     """Wait until no change is under way, with a bar on a terminal; the status then.
 
-    Raises NotApplied where the controller is away for too long: the change goes on when it is back.
+    to_the_end: until nothing at all is left to copy. Raises NotApplied where the controller is away for too long: the
+    change goes on when it is back.
     """
     from ps.errors import NotApplied
 
@@ -158,7 +159,8 @@ def follow(ask: Ask) -> dict[str, Any]:
                 time.sleep(POLL_S)
                 continue
             ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
-            if record["move"] is None and not record["starting"] and not ending:
+            left = to_the_end and record["slots_left"]
+            if record["move"] is None and not record["starting"] and not ending and not left:
                 return record
             total = max(total, record["slots_left"])
             show(stage(record), total - record["slots_left"], total)
@@ -171,7 +173,7 @@ def stage(record: Mapping[str, Any]) -> str:
         return f"starting {', '.join(record['starting'])}"
     move = record["move"]
     if move is None:
-        return "ending processes that have left"
+        return "copying slots" if record["slots_left"] else "ending processes that have left"
     states = {s["name"]: s["state"] for s in record["servers"]}
     bad = [f"{name} is {states.get(name, 'gone')}" for name in move["names"] if states.get(name) != "alive"]
     what = f"{', '.join(move['names'])} {'joining' if move['kind'] == 'join' else 'leaving'}"
@@ -206,8 +208,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def line_of(plan: Mapping[str, Any]) -> str:
     """The change in one line."""
-    from deploy.cli_status import size
-
     verb = "joins" if plan["kind"] == "join" else "leaves"
     return (
         f"{', '.join(plan['names'])} {verb}: {plan['slots']:,} copies of slots with about {plan['rows']:,} rows "
@@ -217,8 +217,6 @@ def line_of(plan: Mapping[str, Any]) -> str:
 
 def table_of(plan: Mapping[str, Any]) -> str:
     """The change, with loads before and after."""
-    from deploy.cli_status import size
-
     lines = [line_of(plan), ""]
     for what in ("server", "host"):
         head = ("copies", "primaries", "bytes")

@@ -13,7 +13,7 @@
     Withdraw(slots)      servers leave the owner lists of named slots, but those where they are last
     Reassign(slots)      slots get the owners that are given, who must hold them
     Renew(slots)         a new term under the same owners
-    CreateTable, AlterTable, TruncateTable, DropTable
+    CreateTable, AlterTable, SetReplicas, TruncateTable, DropTable
 
 `Join`, `Leave` and `Rebalance` are the goal of a view in one step, which a cluster with rows goes in many: slots are
 copied first. Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change
@@ -154,6 +154,17 @@ class AlterTable:
 
 
 @dataclass(frozen=True)
+class SetReplicas:
+    """All tables of some groups, by name with their specifications, are to have another number of copies.
+
+    Tables that share slots have the same owners: all of them change, or none.
+    """
+
+    specs: Mapping[str, Mapping[str, object]]
+    replicas: int | Literal["all"]
+
+
+@dataclass(frozen=True)
 class TruncateTable:
     """The same table without its rows: it gets a new number."""
 
@@ -170,7 +181,7 @@ class DropTable:
 Membership = (
     Join | Leave | Fail | Return | Recover | Rebalance | Enlist | Withdraw | Reassign | Renew | Begin | Abort | End
 )
-Change = Membership | CreateTable | AlterTable | TruncateTable | DropTable
+Change = Membership | CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable
 
 
 def plan(view: View, change: Change) -> View:
@@ -206,6 +217,8 @@ def plan(view: View, change: Change) -> View:
             after = _create(view, change)
         case AlterTable(name, spec):
             after = replace(view, tables=_swap_table(view, replace(_table(view, name), spec=spec)))
+        case SetReplicas(specs, replicas):
+            after = _set_replicas(view, specs, replicas)
         case TruncateTable(name):
             fresh = replace(_table(view, name), number=view.next_table)
             after = replace(view, tables=_swap_table(view, fresh), next_table=view.next_table + 1)
@@ -255,7 +268,7 @@ def _without(view: View, names: Sequence[str]) -> View:
 def _check_leave(view: View, names: Sequence[str]) -> None:
     for name in names:
         if view.server_index(name) is None:
-            known = ", ".join(s.name for s in view.servers)
+            known = ", ".join(sorted(s.name for s in view.servers))
             raise PlanError(f"no server is named {name!r}; the servers are {known}")
     left = [s for s in view.servers if s.name not in names]
     alive, before = sum(s.alive for s in left), sum(s.alive for s in view.servers)
@@ -371,17 +384,38 @@ def _renumber(view: View, servers: Sequence[Server]) -> View:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+def _check_replicas(view: View, name: str, replicas: int | Literal["all"]) -> None:
+    alive = sum(s.alive for s in view.servers)
+    if replicas != "all" and replicas > alive:
+        raise PlanError(
+            f"replicas of table {name!r} is {replicas}; the cluster has {alive} living servers, "
+            "and a server holds one copy of a row at most"
+        )
+
+
+def _set_replicas(view: View, specs: Mapping[str, Mapping[str, object]], replicas: int | Literal["all"]) -> View:
+    groups = {_table(view, name).group for name in specs}
+    for name in specs:
+        _check_replicas(view, name, replicas)
+    others = [t.name for t in view.tables if t.group in groups and t.name not in specs]
+    if others:
+        raise PlanError(
+            f"tables of equal placement and replicas share their slots: {', '.join(specs)} and {', '.join(others)} "
+            "change replicas together, so name them all"
+        )
+    return replace(
+        view,
+        tables=tuple(replace(t, spec=specs[t.name]) if t.name in specs else t for t in view.tables),
+        groups=tuple(replace(g, replicas=replicas) if g.number in groups else g for g in view.groups),
+    )
+
+
 def _create(view: View, change: CreateTable) -> View:
     if view.table(change.name) is not None:
         raise PlanError(f"table {change.name!r} exists already")
-    alive = sum(s.alive for s in view.servers)
-    if not alive:
+    if not any(s.alive for s in view.servers):
         raise PlanError(f"table {change.name!r} cannot be made: the cluster has no living server")
-    if change.replicas != "all" and change.replicas > alive:
-        raise PlanError(
-            f"replicas of table {change.name!r} is {change.replicas}; the cluster has {alive} living servers, "
-            "and a server holds one copy of a row at most"
-        )
+    _check_replicas(view, change.name, change.replicas)
     group = None
     if change.placement == "sharded":
         group = next((g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas)), None)

@@ -315,7 +315,7 @@ class AsyncClient:
         """As `Client.describe`."""
         return await self._run(self._verbs.describe(name, timeout))
 
-    async def alter_table(self, name: str, timeout: float | None = None, **changes: Any) -> None:
+    async def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
         """As `Client.alter_table`."""
         await self._run(self._verbs.alter_table(name, changes, timeout))
 

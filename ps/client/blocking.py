@@ -365,10 +365,14 @@ class Client:
         """
         return self._run(self._verbs.describe(name, timeout))
 
-    def alter_table(self, name: str, timeout: float | None = None, **changes: Any) -> None:
-        """Change a table's optimizer settings, initializer, absent or default; its rows stay.
+    def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
+        """Change a table's optimizer settings, initializer, absent or default, or its replicas; its rows stay.
 
-        >>> client.alter_table("item", optimizer=ps.RowWiseAdagrad(lr=0.01))
+        Tables of equal placement and replicas share slots: of those all are named to change replicas. Copies are made,
+        or given up, after this returns; `embring table alter` waits for that.
+
+            >>> client.alter_table("item", optimizer=ps.RowWiseAdagrad(lr=0.01))
+            >>> client.alter_table(["item", "user"], replicas=2)
         """
         self._run(self._verbs.alter_table(name, changes, timeout))
 

@@ -290,21 +290,26 @@ class Verbs(Core):
                 f"table {name!r} exists with another specification: its {key} is {have[key]!r}, asked was {want[key]!r}"
             )
 
-    def alter_table(self, name: str, changes: Mapping[str, Any], timeout: float | None) -> Steps:
-        """Give a table new settings."""
+    def alter_table(self, name: str | Sequence[str], changes: Mapping[str, Any], timeout: float | None) -> Steps:
+        """Give tables new settings."""
         until = deadline(timeout, self.default_timeout)
-        present = yield from self.describe(name, timeout)
-        plain = present.to_plain()
-        unknown = [k for k in changes if k not in plain]
-        if unknown:
-            raise RequestError(f"a table has no setting {unknown[0]!r}; it has {', '.join(plain)}")
-        wanted = TableSpec(**{**{k: getattr(present, k) for k in plain}, **changes}).check()
-        plain_changes = {k: wanted.to_plain()[k] for k in changes}
+        names = [name] if isinstance(name, str) else list(name)
+        wanted: dict[str, TableSpec] = {}
+        for each in names:
+            present = yield from self.describe(each, timeout)
+            plain = present.to_plain()
+            unknown = [k for k in changes if k not in plain]
+            if unknown:
+                raise RequestError(f"a table has no setting {unknown[0]!r}; it has {', '.join(plain)}")
+            wanted[each] = TableSpec(**{**{k: getattr(present, k) for k in plain}, **changes}).check()
+        if not wanted:
+            raise RequestError("no table is named")
+        plain_changes = {k: wanted[names[0]].to_plain()[k] for k in changes}
         yield from self.admin(
             "alter_table",
-            {"name": name, "changes": plain_changes},
+            {"names": names, "changes": plain_changes},
             until,
-            lambda now: name not in now.tables or now.tables[name].spec == wanted,
+            lambda now: all(n not in now.tables or now.tables[n].spec == spec for n, spec in wanted.items()),
         )
 
     def truncate(self, name: str, timeout: float | None) -> Steps:
