@@ -9,6 +9,7 @@ Every reply carries `epoch`, the epoch of the server's view.
 """
 
 import asyncio
+import contextlib
 import gc
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
-from ps.errors import EmbringError, NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError, judged_by
 from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
 from ps.fabric.protocol import Welcome
 from ps.meter import Meter, OpStatistics
@@ -100,13 +101,6 @@ class _Export:
 
     blocks: Iterator[RowBlock]
     part: int = 0
-
-
-def judged_by(mine: int, asked: int, error: EmbringError) -> EmbringError:
-    """The error of a request that knows epoch `asked`, at a server of epoch `mine`."""
-    if type(error) is RequestError and asked > mine:
-        return NotApplied(f"judged by epoch {mine}, where the request knows epoch {asked}: {error}")
-    return error
 
 
 class Service:
@@ -321,18 +315,11 @@ class Service:
         return {**fields, "epoch": self.view.epoch}, arrays
 
     async def _later(self, request: Message, epoch: int) -> Result:
-        """Handle a request once the view that it knows is here, or could not be had.
-
-        By an older view nobody can say that a request is wrong for good: its table may be new.
-        """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + NEWER_S
-        while epoch > self.view.epoch:
-            try:
-                async with asyncio.timeout_at(until):
+        """Handle a request once the view that it knows is here, or could not be had."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEWER_S):
+                while epoch > self.view.epoch:
                     await self._newer.wait()
-            except TimeoutError:
-                break
         try:
             result = self._handlers[request.op](request)
             return result if isinstance(result, tuple) else await result

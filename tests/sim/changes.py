@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable
+from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable, SetReplicas
 from hashring.view import Move
 from ps.failover import Wish
 from ps.spec import SGD, Initializer, TableSpec
@@ -34,7 +34,7 @@ class Changes:
         rng = self.world.rng
         moves = rng.random() < 0.6 or cluster.faults.aims_at(*MOVING)
         self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
-        self.kinds += ["create", "alter", "drop"] if rng.random() < 0.4 else []
+        self.kinds += ["create", "alter", "drop", "copies"] if rng.random() < 0.4 else []
         self.rate = rng.choice((0.3, 0.6, 1.2))
         self.names: list[str] = []
         self.tables: list[str] = []
@@ -143,6 +143,17 @@ class Changes:
         rule = SGD(lr=1.0, clip=float(self.world.rng.randrange(100, 200)))
         spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
         return self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
+
+    def _copies(self) -> bool:
+        """Another number of copies, of all tables that share slots."""
+        view, rng = self.cluster.log.newest, self.world.rng
+        group, replicas = rng.choice(view.groups), rng.choice((2, 3, "all"))
+        specs = {
+            t.name: replace(TableSpec.from_plain(t.spec), replicas=replicas).check().to_plain()
+            for t in view.tables
+            if t.group == group.number
+        }
+        return self.wish(SetReplicas(specs, replicas), "set replicas")
 
     def _drop(self) -> bool:
         return bool(self.tables) and self.wish(DropTable(self.tables.pop(0)), "drop table")

@@ -5,7 +5,8 @@ slot are killed at once. What was acknowledged there since the checkpoint is los
 acknowledged before it began is not, and no push is ever applied twice.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,17 @@ class Checkpoint:
             "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in view.tables],
             "groups": [[g.number, g.placement, g.replicas, g.first, g.slots] for g in view.groups],
         }
+
+
+def only(block: RowBlock, tables: Collection[int]) -> RowBlock:
+    """The block of one slot without rows of other tables, which were dropped since."""
+    sections = []
+    for s in block.sections:
+        keep = np.isin(s.tables, list(tables))
+        arrays = {name: getattr(s, name)[keep] for name in ("ids", "tables", "values", "state", "meta")}
+        if keep.any():
+            sections.append(replace(s, offsets=np.array([0, keep.sum()]), **arrays))
+    return replace(block, sections=tuple(sections))
 
 
 class Keeper(Process):
@@ -157,7 +169,7 @@ class Keeper(Process):
             slot = self.world.rng.choice(sorted(self._left))
             if slot not in self._asked.values() or self.world.chance(0.1):
                 assert self.saved is not None
-                fields, arrays = self.saved.blocks[slot].to_arrays()
+                fields, arrays = only(self.saved.blocks[slot], self._restore.tables).to_arrays()
                 final = self._restore.final
                 owner = final.servers[final.owners()[slot, 0]].incarnation
                 self._send(owner, "absorb", slot, {"block": fields}, arrays)
@@ -174,7 +186,7 @@ class Keeper(Process):
         """At its turn: what goes where."""
         assert self.saved is not None
         try:
-            restore = prepare(view, self.saved.manifest(), replace_tables=False, accept_loss=False)
+            restore = prepare(view, self.saved.manifest(), replace_tables=False, accept_loss=True)
         except RequestError:
             return  # nothing is lost by this controller's view
         self._restore, self._left = restore, set(restore.wanted)

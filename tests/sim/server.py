@@ -7,11 +7,10 @@ import numpy as np
 
 from hashring.view import Server as ServerEntry
 from hashring.view import View
-from ps.errors import EmbringError, NotApplied, RequestError, WrongView
+from ps.errors import EmbringError, NotApplied, RequestError, WrongView, judged_by
 from ps.replication import Answer, Forward, Refuse, Replication, ReplicationLimits, Send, SendView
 from ps.replication.members import ADMITTED
 from ps.rowblock import RowBlock, Watermark
-from ps.service import judged_by
 from ps.share import PullReply, PullShare
 from ps.store import StoreLimits
 from ps.wire import (
