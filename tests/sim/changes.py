@@ -32,10 +32,11 @@ class Changes:
     def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
         self.cluster, self.world = cluster, cluster.world
         rng = self.world.rng
-        moves = rng.random() < 0.6 or cluster.faults.aims_at(*MOVING)
+        aimed = cluster.faults.aims_at(*MOVING, *self.KINDS)
+        moves = rng.random() < 0.6 or aimed
         self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
         self.kinds += ["create", "alter", "drop", "copies"] if rng.random() < 0.4 else []
-        self.rate = rng.choice((0.3, 0.6, 1.2))
+        self.rate = 1.5 if aimed else rng.choice((0.3, 0.6, 1.2))
         self.names: list[str] = []
         self.tables: list[str] = []
         self.starting: set[str] = set()

@@ -305,7 +305,7 @@ class Cluster:
 
     def _push(self, client: Client) -> None:
         rng = self.world.rng
-        column, name = self.column, rng.choice(["a", "a", "b", "w", *self.changes.tables])
+        column, name = self.column, rng.choice(["a", "a", "b", "w", *self.changes.tables * 2])
         entry = self.log.newest.table(name) or self.log.newest.table("a")
         assert entry is not None
         table, name = entry.number, entry.name

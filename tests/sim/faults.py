@@ -44,6 +44,8 @@ class Faults:
             }
             cluster.network.p_after_a_break = 0.8
             self.hasty = True
+        elif rng.random() < 0.2:  # controllers that do not know of each other
+            self.weights |= {"second controller": 3.0, "controller pause": 1.0, "suspicion": 1.0}
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
@@ -52,9 +54,9 @@ class Faults:
         if calm:
             self.duplicates = cluster.network.p_late = 0.0
 
-    def aims_at(self, *steps: str) -> bool:
-        """Whether something is to go wrong at one of these steps."""
-        return any(step in steps for _, step in self.aimed_at)
+    def aims_at(self, *names: str) -> bool:
+        """Whether something is to go wrong at one of these steps, or is one of these kinds."""
+        return any(step in names or kind in names for kind, step in self.aimed_at)
 
     def begin(self) -> None:
         """From here on things go wrong."""
@@ -131,6 +133,8 @@ class Faults:
         elif kind in ("block", "one-way"):
             names = [p.name for p in (*others, *cluster.controllers, *cluster.clients)]
             other = rng.choice(names)
+            if connection is not None and victim in (connection.caller, connection.called) and rng.random() < 0.7:
+                other = (connection.called if victim is connection.caller else connection.caller).name
             pairs = [(victim.name, other), (other, victim.name)]
             if kind == "one-way":
                 pairs = [rng.choice(pairs)]

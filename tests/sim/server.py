@@ -37,7 +37,7 @@ LIMITS = ReplicationLimits(
     repair_slots=3,
     copy_bytes=1000,
     verify_rows=4,
-    verify_slots_per_s=2.0,
+    verify_slots_per_s=4.0,
 )
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
