@@ -268,20 +268,10 @@ class Service:
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
-        compared, different = self.replication.verified
-        copied_rows, copied_bytes = self.replication.copied
         return ServiceStatistics(
-            epoch=self.view.epoch,
-            draining=self.draining,
-            absent_ids=self._absent_ids,
-            compared=compared,
-            different=different,
-            copied_rows=copied_rows,
-            copied_bytes=copied_bytes,
-            operations=operations,
-            listener=self.listener.statistics(),
-            store=self.store.statistics(),
-        )
+            self.view.epoch, self.draining, self._absent_ids, *self.replication.verified, *self.replication.copied,
+            operations, self.listener.statistics(), self.store.statistics(),
+        )  # fmt: skip
 
     # -- dispatch
 
