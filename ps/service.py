@@ -10,6 +10,7 @@ Every reply carries `epoch`, the epoch of the server's view.
 """
 
 import asyncio
+import contextlib
 import gc
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -23,16 +24,16 @@ from numpy.typing import NDArray
 from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
-from ps.errors import EmbringError, NotApplied, RequestError
-from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
+from ps.errors import EmbringError, NotApplied, RequestError, judged_by
+from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
-from ps.meter import Meter, OpStatistics
+from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock, Watermark
 from ps.shared import lease
 from ps.spec import TableSpec
-from ps.store import Store, StoreStatistics
+from ps.store import Store
 from ps.store.sharing import described
 from ps.wire import (
     FrameLimits,
@@ -65,36 +66,6 @@ TICK_S = 0.05
 
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row.
-
-    compared, different: copies of slots that were compared with their other owners', and those that differed.
-    copied_rows, copied_bytes: what was copied to other servers, so that they own it.
-    """
-
-    epoch: int
-    draining: bool
-    absent_ids: int
-    compared: int
-    different: int
-    copied_rows: int
-    copied_bytes: int
-    operations: dict[str, OpStatistics]
-    listener: ListenStatistics
-    store: StoreStatistics
-
-    @property
-    def requests(self) -> int:
-        """Requests of every kind."""
-        return sum(op.requests for op in self.operations.values())
-
-    @property
-    def errors(self) -> int:
-        """Those that were answered with an error."""
-        return sum(op.errors for op in self.operations.values())
 
 
 @dataclass(slots=True)
@@ -267,20 +238,10 @@ class Service:
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
-        compared, different = self.replication.verified
-        copied_rows, copied_bytes = self.replication.copied
         return ServiceStatistics(
-            epoch=self.view.epoch,
-            draining=self.draining,
-            absent_ids=self._absent_ids,
-            compared=compared,
-            different=different,
-            copied_rows=copied_rows,
-            copied_bytes=copied_bytes,
-            operations=operations,
-            listener=self.listener.statistics(),
-            store=self.store.statistics(),
-        )
+            self.view.epoch, self.draining, self._absent_ids, *self.replication.verified, *self.replication.copied,
+            operations, self.listener.statistics(), self.store.statistics(),
+        )  # fmt: skip
 
     # -- dispatch
 
@@ -321,16 +282,15 @@ class Service:
 
     async def _later(self, request: Message, epoch: int) -> Result:
         """Handle a request once the view that it knows is here, or could not be had."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + NEWER_S
-        while epoch > self.view.epoch:
-            try:
-                async with asyncio.timeout_at(until):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEWER_S):
+                while epoch > self.view.epoch:
                     await self._newer.wait()
-            except TimeoutError:
-                break
-        result = self._handlers[request.op](request)
-        return result if isinstance(result, tuple) else await result
+        try:
+            result = self._handlers[request.op](request)
+            return result if isinstance(result, tuple) else await result
+        except RequestError as error:
+            raise judged_by(self.view.epoch, epoch, error) from None
 
     # -- rows
 
@@ -463,7 +423,8 @@ class Service:
         return plain, {}
 
     def _install(self, request: Message) -> Result:
-        self.install(view_of(request.fields, request.arrays))
+        if whole(request.fields, "view_epoch", default=2**62) > self.store.epoch:  # most have it when it is handed on
+            self.install(view_of(request.fields, request.arrays))
         return {}, {}
 
     def _drain(self, request: Message) -> Result:

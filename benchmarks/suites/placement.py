@@ -214,7 +214,10 @@ class Bench:
         settings = self.settings
         token = read_token(self._runtime.token_path)
         # A client each: one that several placements shared would even out with the one what another made uneven.
-        clients = [await ps.AsyncClient.connect(list(self._runtime.addresses), token, TIMEOUT_S) for _ in self.placed]
+        clients = [
+            await ps.AsyncClient.connect(list(self._runtime.addresses), token, TIMEOUT_S, in_place=False)
+            for _ in self.placed
+        ]
         pairs = list(zip(clients, self.placed, strict=True))
         idle = await self._idle()
         for client, placed in pairs:  # not counted: connections, and kernels' first calls

@@ -86,10 +86,11 @@ class AsyncClient:
         timeout: float = 10.0,
         tls: ssl.SSLContext | None = None,
         acks: Acks = "all",
+        in_place: bool = True,
     ) -> None:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
-        self._verbs.configure(timeout, acks)
+        self._verbs.configure(timeout, acks, in_place)
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
@@ -103,10 +104,11 @@ class AsyncClient:
         timeout: float = 10.0,
         tls: Tls = None,
         acks: Acks = "all",
+        in_place: bool = True,
     ) -> "AsyncClient":
         """A client of a running cluster; all arguments are as those of `ps.connect`."""
         found, secret, trust = where(addresses, token, tls)
-        client = cls(found, secret, timeout, trust, acks)
+        client = cls(found, secret, timeout, trust, acks, in_place)
         prepare()
         try:
             await client._run(client._verbs.begin(deadline(None, timeout)))

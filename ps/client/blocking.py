@@ -67,9 +67,10 @@ class Client:
         timeout: float = 10.0,
         tls: ssl.SSLContext | None = None,
         acks: Acks = "all",
+        in_place: bool = True,
     ) -> None:
         self._verbs = Verbs(addresses)
-        self._verbs.configure(timeout, acks)
+        self._verbs.configure(timeout, acks, in_place)
         self._token = token
         self._tls = tls
         self._turn = threading.RLock()
@@ -457,6 +458,7 @@ def connect(
     timeout: float = 10.0,
     tls: Tls = None,
     acks: Acks = "all",
+    in_place: bool = True,
 ) -> Client:
     """A `Client` of a running cluster.
 
@@ -466,13 +468,14 @@ def connect(
     that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
     is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
     acks: who must hold a push before it is acknowledged, "all" owners or the "primary", whose death may then lose it.
+    in_place: whether rows are read from the memory of servers on this host, where that can be; else by messages alone.
     Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
     token or a certificate that is not trusted; NotApplied where nobody answers.
 
         >>> client = ps.connect("localhost:7400", token="...")
     """
     found, secret, trust = where(addresses, token, tls)
-    return Client(found, secret, timeout, trust, acks)
+    return Client(found, secret, timeout, trust, acks, in_place)
 
 
 def _after_fork() -> None:

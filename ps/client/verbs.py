@@ -44,9 +44,9 @@ class RowRange:
 class ClientStatistics:
     """What a client has done: pulls and pushes, the ids in them, ids without a row, retries, views learnt, pushes open.
 
+    in_place: pulls that were read from the memory of servers on this host.
     calls: messages to servers that pulls and pushes took. rows: those that servers sent for pulls, each a partial sum
     of a bag or one distinct id's. frames_ and bytes_: of all connections, see `ps.fabric.protocol.Traffic`.
-    in_place: pulls that were read from the memory of servers on this host, without a message.
     """
 
     pulls: int
@@ -71,12 +71,13 @@ class Verbs(Core):
 
     default_timeout = 10.0
     acks: Acks = "all"
+    in_place = True
 
-    def configure(self, timeout: float, acks: Acks) -> None:
-        """What holds for every call: seconds that one without a timeout has, and who acknowledges a push."""
+    def configure(self, timeout: float, acks: Acks, in_place: bool) -> None:
+        """What holds for every call: seconds that one without a timeout has, who acknowledges, reads in place."""
         if acks not in get_args(Acks):
             raise RequestError(f'acks is {acks!r}; it must be "all" or "primary"')
-        self.default_timeout, self.acks = timeout, acks
+        self.default_timeout, self.acks, self.in_place = timeout, acks, in_place
 
     def statistics_now(self) -> ClientStatistics:
         """The counters, as one value."""
@@ -131,37 +132,46 @@ class Verbs(Core):
         """Rows of all features, flat. A big batch is cut by bags, whose rows stand one behind another in the answer."""
         code = absent_code(absent)
         where = Places.of(batch.starts, features.dims)
-        without = 0
+        flat = np.empty(where.total, np.float32)
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
-            flat = np.empty(where.total, np.float32)
-            if not self.reader.ready(self.routing):
-                yield from self._look_around(until)
-            without = self.reader.pull(batch, features, modes, code, where.places, flat)
-            if without < 0:
-                request = PullRequest(batch, features, modes, code, where, flat)
-                yield from self.exchange(request, until)
-                self.counters.rows += request.rows
-                request.finish()
-                without = request.absent
-            else:
-                self.counters.in_place += 1
+            without = yield from self._pull_part(batch, features, modes, code, where, flat, until)
         else:
-            flat = np.empty(where.total, np.float32)
-            at = 0
+            at = without = 0
             for low, high in _chunks(batch, features):
                 part = batch.part(low, high)
                 there = Places.of(part.starts, features.dims)
-                request = PullRequest(part, features, modes, code, there, flat[at : at + there.total])
-                yield from self.exchange(request, until)
-                request.finish()
+                rows = flat[at : at + there.total]
+                without += yield from self._pull_part(part, features, modes, code, there, rows, until)
                 at += there.total
-                without += request.absent
-                self.counters.rows += request.rows
         self.absent = without
         self.counters.pulls += 1
         self.counters.ids += len(batch.ids)
         self.counters.absent += without
         return flat
+
+    def _pull_part(
+        self,
+        batch: Batch,
+        features: Features,
+        modes: NDArray[np.uint8],
+        absent: int | None,
+        where: Places,
+        out: Rows,
+        until: float,
+    ) -> Steps:
+        """Fill `out`, in place where that can be, else with what servers answer; how many ids were absent."""
+        if self.in_place:
+            if not self.reader.ready(self.routing):
+                yield from self._look_around(until)
+            without = self.reader.pull(batch, features, modes, absent, where.places, out)
+            if without >= 0:
+                self.counters.in_place += 1
+                return without
+        request = PullRequest(batch, features, modes, absent, where, out)
+        yield from self.exchange(request, until)
+        request.finish()
+        self.counters.rows += request.rows
+        return request.absent
 
     def _look_around(self, until: float) -> Steps:
         """Ask the servers of this host what they share, and map it: before the first pull by a view."""
