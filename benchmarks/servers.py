@@ -62,7 +62,7 @@ class Servers:
 
     def fresh_client(self) -> "ps.Client":
         """A client that knows the servers there are now: those of the start may all be gone."""
-        return ps.connect([a for s in self.living() for a in s["addresses"]], self._token, ASK_S)
+        return ps.connect([a for s in self.living() for a in s["addresses"]], self._token, ASK_S, in_place=False)
 
     def view(self) -> View:
         """The newest view that a server knows."""
@@ -167,11 +167,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Bytes of memory that a process has to itself."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes of memory that a process has written: its own, and what it lets others of its host read."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssShmem:"))
 
 
 def own_cpu_seconds() -> float:

@@ -201,6 +201,7 @@ def rebalance(
 def chaos(
     changes: Annotated[str, typer.Option(help="Of join, leave, failover.")] = "join,leave,failover",
     rounds: Annotated[int, typer.Option(min=1, help="How often each of them is gone through.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.0, help="No round begins later than this; 0: no limit.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the table.")] = 100_000,
     rate: Annotated[float, typer.Option(min=1.0, help="Requests a second meanwhile.")] = 100.0,
     output: JsonOption = None,
@@ -212,7 +213,8 @@ def chaos(
     from benchmarks.suites import chaos as suite
 
     chosen = _chosen("--changes", changes, ("join", "leave", "failover"))
-    _finish(suite.run(suite.Settings(changes=chosen, rounds=rounds, rows=rows, rate=rate), _say), output)
+    settings = suite.Settings(changes=chosen, rounds=rounds, seconds=seconds, rows=rows, rate=rate)
+    _finish(suite.run(settings, _say), output)
 
 
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:

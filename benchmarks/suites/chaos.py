@@ -18,7 +18,7 @@ import ps
 from benchmarks.counted import PUSH_S, Counted, make_table
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, moving, watching
-from benchmarks.suites.cluster import Report, cluster, over_the_wire
+from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from ps.errors import EmbringError, NotApplied
 from ps.runtime import Runtime, read_token
 
@@ -49,30 +49,31 @@ STEPS: Mapping[str, Callable[[Record], bool]] = {
     "ending": lambda now: any(s["state"] == "ending" for s in now["servers"]) or not moving(now),
 }
 
-ROUNDS = (
-    Round("join", "starting", "kill", "old"),
+ROUNDS = (  # a leave after a join, so that the cluster mostly has the size that the next round begins with
     Round("join", "copying", "kill", "new"),
-    Round("join", "copying", "kill", "old"),
-    Round("join", "copying", "pause", "new"),
-    Round("join", "copying", "pause", "old"),
-    Round("join", "ending", "kill", "new"),
-    Round("leave", "copying", "kill", "new"),
     Round("leave", "copying", "kill", "old"),
-    Round("leave", "copying", "pause", "new"),
-    Round("leave", "copying", "pause", "old"),
-    Round("leave", "ending", "kill", "old"),
-    Round("failover", "starting", "pause", "old"),
+    Round("join", "copying", "pause", "old"),
+    Round("leave", "copying", "kill", "new"),
     Round("failover", "copying", "kill", "new"),
+    Round("join", "copying", "kill", "old"),
+    Round("leave", "copying", "pause", "new"),
+    Round("join", "starting", "kill", "old"),
+    Round("leave", "copying", "pause", "old"),
+    Round("failover", "starting", "pause", "old"),
+    Round("join", "copying", "pause", "new"),
+    Round("leave", "ending", "kill", "old"),
+    Round("join", "ending", "kill", "new"),
     Round("failover", "copying", "pause", "old"),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done. rate: requests a second. changes: of join, leave, failover."""
+    """What is done. rate: requests a second. changes: of join, leave, failover. seconds: no round begins after"""
 
     changes: Sequence[str] = ("join", "leave", "failover")
     rounds: int = 1
+    seconds: float = 0.0
     rows: int = 100_000
     dim: int = 16
     replicas: int = 2
@@ -83,9 +84,9 @@ class Settings:
 def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, go through the rounds, end it; one JSON-able result. `equal`: nothing promised was broken."""
     findings = Findings()
-    config = over_the_wire(settings.servers).with_settings("control", restarts_max=10_000)
+    config = benchmark_config(settings.servers).with_settings("control", restarts_max=10_000)
     with (
-        cluster(config, report) as (runtime, client),
+        cluster(config, report, in_place=False) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -121,13 +122,15 @@ class Chaos:
     async def go(self) -> list[dict[str, Any]]:
         """Every round of the chosen changes, as often as asked for."""
         addresses, token = list(self._runtime.addresses), read_token(self._runtime.token_path)
-        client = await ps.AsyncClient.connect(addresses, token, PUSH_S)
+        client = await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False)
         stop = asyncio.Event()
         load = asyncio.create_task(self.load.run(client, self.settings.rate, stop))
-        done = []
+        done: list[dict[str, Any]] = []
+        begun = time.monotonic()
         try:
             for one in ROUNDS * self.settings.rounds:
-                if one.change in self.settings.changes:
+                late = 0 < self.settings.seconds < time.monotonic() - begun
+                if one.change in self.settings.changes and not late:
                     done.append(await self._round(one))
                     self.report(f"{one.change} {one.step} {one.fault} {one.victim}: {done[-1]}")
         finally:
