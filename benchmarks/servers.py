@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import ps
 from hashring.view import View
 from ps.cluster import controller
-from ps.errors import EmbringError
+from ps.errors import EmbringError, NotApplied
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
@@ -91,7 +91,12 @@ class Servers:
             address = next(iter(pick(server["addresses"])))
             found = BlockingConnection.connect(address, Hello(self._token), ASK_S)
             self._open[server["incarnation"]] = found
-        return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+        try:
+            return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+        except NotApplied:
+            if not found.closed:
+                raise
+        return self._ask(server, op, arrays)  # it was silent for so long that the server had closed it
 
     def join(self) -> dict[str, int]:
         """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""

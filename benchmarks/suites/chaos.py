@@ -175,6 +175,9 @@ class Chaos:
             return names, old - set(names)
         lost = max(before["servers"], key=lambda s: s["slots"])
         os.kill(lost["pid"], signal.SIGKILL)
+        until = time.monotonic() + STEP_S
+        while self._whole(await self._status()) and time.monotonic() < until:  # until the death is noticed
+            await asyncio.sleep(POLL_S)
         return [lost["name"]], old
 
     async def _at_step(self, step: str) -> bool:
