@@ -193,10 +193,19 @@ class Chaos:
         raise EmbringError(f"the change was not {step} within {STEP_S:g} s")
 
     async def _victim(self, which: str, names: Sequence[str], old: set[str]) -> dict[str, Any] | None:
-        """A living server to strike: one of those that join, leave or returned, or the first of the others."""
-        living = [s for s in (await self._status())["servers"] if s["state"] in ("alive", "ending") and s["pid"]]
-        some = [s for s in living if (s["name"] in names) == (which == "new") and (which == "new" or s["name"] in old)]
-        return some[0] if some else None
+        """A living server to strike: one of those that join, leave or returned, or the first of the others.
+
+        Whoever returns after a death is waited for, as long as the change goes on.
+        """
+        while True:
+            record = await self._status()
+            living = [s for s in record["servers"] if s["state"] in ("alive", "ending") and s["pid"]]
+            for s in living:
+                if (s["name"] in names) if which == "new" else (s["name"] in old and s["name"] not in names):
+                    return dict(s)
+            if self._whole(record) and not moving(record):
+                return None
+            await asyncio.sleep(POLL_S)
 
     async def _strike(self, victim: Mapping[str, Any] | None, fault: str) -> None:
         if victim is None:
