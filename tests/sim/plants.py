@@ -367,9 +367,9 @@ def admitted_learner_dropped(patch: Patch) -> None:
         slots, columns = self.members.where(link.index)
         free = self.members.ranks[slots, columns] <= ADMITTED
         self.members.drop(slots[free], columns[free])
-        self._primary.release()
+        self.release()
 
-    patch(Replication, "_drop_learner", drop)
+    patch(Primary, "drop_learner", drop)
 
 
 @plant
@@ -523,9 +523,9 @@ def owner_dropped_by_its_primary(patch: Patch) -> None:
     def drop(self: Any, link: Any) -> None:
         slots, columns = self.members.where(link.index)
         self.members.drop(slots, columns)
-        self._primary.release()
+        self.release()
 
-    patch(Replication, "_drop_learner", drop)
+    patch(Primary, "drop_learner", drop)
 
 
 @plant
