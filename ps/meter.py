@@ -73,33 +73,3 @@ class Meter:
     def statistics(self) -> OpStatistics:
         """What was counted so far."""
         return OpStatistics(self.requests, self.errors, self.seconds, tuple(self.buckets))
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row.
-
-    compared, different: copies of slots that were compared with their other owners', and those that differed.
-    copied_rows, copied_bytes: what was copied to other servers, so that they own it.
-    """
-
-    epoch: int
-    draining: bool
-    absent_ids: int
-    compared: int
-    different: int
-    copied_rows: int
-    copied_bytes: int
-    operations: dict[str, OpStatistics]
-    listener: ListenStatistics
-    store: StoreStatistics
-
-    @property
-    def requests(self) -> int:
-        """Requests of every kind."""
-        return sum(op.requests for op in self.operations.values())
-
-    @property
-    def errors(self) -> int:
-        """Those that were answered with an error."""
-        return sum(op.errors for op in self.operations.values())
