@@ -29,8 +29,8 @@ from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
 class FailoverLimits:
     """Limits of the controller, in rounds of pings (200 ms) where they are of time.
 
-    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long after a failure lost copies
-    are made anew: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what is
+    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long, while a server is
+    missing, lost copies are not made anew: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what is
     missing. dispute_rounds: how long two servers that could not reach each other are kept apart.
     learn_max: slots on their way from one primary at a time.
     """
@@ -217,6 +217,8 @@ class Failover:
             return False
         if isinstance(change, Withdraw | Fail):
             self._changed_round = self._round
+        elif isinstance(change, Reassign):  # copies are complete: there is room for others
+            self._learned_round = self._round - self.limits.learn_rounds
         return self._log(view, token)
 
     def _log(self, view: View, token: Hashable) -> bool:
@@ -350,7 +352,7 @@ class Failover:
 
     def _teach(self) -> None:
         """Have missing copies made, some at a time."""
-        if self._round - self._changed_round < self.limits.wait_rounds or not self.view.groups:
+        if self._awaited() or not self.view.groups:
             return
         unusable = frozenset(
             s.name for s in self.view.servers if s.incarnation in self._dead or not self._usable(s.incarnation)
@@ -376,6 +378,13 @@ class Failover:
                 room -= len(wanted)
                 if len(wanted):
                     self.out.append(Learn(int(primary), wanted, other, self.view.epoch))
+
+    def _awaited(self) -> bool:
+        """Whether a server is missing that may come back soon: paused, with what it has, or started again, for its
+        share of the copies. Others that were given them would keep them."""
+        names = (s for s in self.view.servers if "~" not in s.name)
+        away = not all(s.alive and self._usable(s.incarnation) for s in names)
+        return away and self._round - self._changed_round < self.limits.wait_rounds
 
     def _usable(self, incarnation: int) -> bool:
         health = self.servers.get(incarnation)

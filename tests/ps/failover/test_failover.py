@@ -277,6 +277,36 @@ def test_missing_copies_are_learnt_after_a_wait_and_learners_become_owners() -> 
     assert (after.owners()[first.slots, 0] == view.owners()[first.slots, 0]).all()
 
 
+@pytest.mark.parametrize("dead", [True, False])
+def test_copies_are_made_as_soon_as_nobody_is_missing(dead: bool) -> None:
+    shell = Shell(cluster(3))
+    shell.mind.limits = replace(LIMITS, wait_rounds=100)
+    shell.run(2)
+    shell.down = {11}
+    if dead:
+        shell.mind.died(11)
+    shell.run(10)
+    assert len(owned(shell.mind.view, 1)) == 0
+    assert not shell.of(Learn)  # it may come back
+    shell.down = set()
+    if dead:
+        shell.mind.started(Server("s1", 21, "h1"))
+    shell.run(3)
+    assert (21 if dead else 11) in {lesson.learner for lesson in shell.of(Learn)}
+
+
+def test_when_copies_are_complete_the_next_are_begun_at_once() -> None:
+    shell = Shell(cluster(2))
+    shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=50, learn_max=3)
+    shell.mind.change("x", Withdraw({"s1": np.arange(8)}))
+    shell.perform()
+    shell.run(51)
+    (first,) = shell.of(Learn)
+    shell.standing[10] = says(shell.mind.view, ADMISSION, 11, first.slots)
+    shell.run(3)
+    assert [len(lesson.slots) for lesson in shell.of(Learn)] == [3, 3]
+
+
 def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> None:
     shell = Shell(cluster(2))
     shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=1, learn_max=3)
