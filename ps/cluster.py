@@ -111,7 +111,7 @@ def start(
             tls_ca=config.tls.trusted,
         )
         report("starting the controller")
-        runtime = _start_actors(runtime, config, report)
+        runtime = _start_actors(runtime, config, target, report)
         write_runtime(runtime, target)
         return runtime
     except BaseException:
@@ -166,7 +166,7 @@ def _python_path() -> str:
     return f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)
 
 
-def _start_actors(runtime: Runtime, config: Config, report: Report) -> Runtime:
+def _start_actors(runtime: Runtime, config: Config, runtime_file: Path, report: Report) -> Runtime:
     """Start the controller, which starts the servers; the runtime with what they tell."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -191,6 +191,7 @@ def _start_actors(runtime: Runtime, config: Config, report: Report) -> Runtime:
             namespace,
             str(ROOT),
             environment,
+            str(runtime_file),
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ControllerActor

@@ -483,6 +483,7 @@ async def serve(service: Service, addresses: Sequence[str], tls: ssl.SSLContext 
 
     Raises ConfigError for an address that is none, is taken, or can be reached from elsewhere while there is no token.
     """
-    service.begin()
     gc.freeze()  # the modules loaded so far stay: no collection walks through them in the middle of a request
-    return list(await service.listener.start(addresses, tls))
+    taken = await service.listener.start(addresses, tls)
+    service.begin()
+    return list(taken)

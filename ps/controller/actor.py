@@ -38,6 +38,7 @@ from ps.fabric.protocol import Hello
 from ps.fabric.tls import trusting
 from ps.failover import FailoverLimits, Wish
 from ps.loop import LoopThread
+from ps.runtime import readdress
 from ps.server import Setup, log_to
 from ps.viewlog import ViewLog
 from ps.wire import error_fields
@@ -73,6 +74,7 @@ class Control:
         self._begun = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restoring: Restore | None = None
+        self._published: tuple[str, ...] = ()
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
@@ -84,6 +86,8 @@ class Control:
             self._begun.set()
         names = [f"server-{i}" for i in range(self.config.server.servers)]
         names += [s.name for s in view.servers if s.alive and s.name not in names]
+        listened = {s.name: s.addresses for s in view.servers}
+        self.members.by_name |= {name: Member(name, addresses=listened.get(name, ())) for name in names}
         launches = (self._launch(name, tell=bool(view.servers)) for name in names)
         outcomes = await asyncio.gather(*launches, return_exceptions=True)
         failed = [o for o in outcomes if isinstance(o, BaseException)]
@@ -116,11 +120,22 @@ class Control:
         return await dial(server.addresses, hello, CONNECT_S, self._tls)
 
     async def _ask_figures(self) -> None:
-        """Ask every server for its figures, without end."""
+        """Ask every server for its figures, and keep the runtime file up, without end."""
         interval = self.config.control.statistics_interval_ms / 1000
         while True:
+            await asyncio.to_thread(self._publish)
             await asyncio.gather(*(self._ask_one(m, interval) for m in self.members.alive()))
             await asyncio.sleep(interval)
+
+    def _publish(self) -> None:
+        """Have the runtime file name the servers that live, for clients that begin or look for them anew."""
+        addresses = tuple(a for m in self.members.alive() for a in m.addresses)
+        if addresses and addresses != self._published:
+            try:
+                if readdress(self._setup.runtime_file, self.shell.view.cluster, addresses):
+                    self._published = addresses
+            except OSError as error:
+                log.warning("the runtime file %s cannot be written: %s", self._setup.runtime_file, error)
 
     async def _ask_one(self, member: Member, timeout: float) -> None:
         loop = asyncio.get_running_loop()

@@ -89,7 +89,7 @@ class Members:
             "runtime_env": {"env_vars": self._setup.environment},
         }
         index = int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdecimal() else 0
-        return ServerActor.options(**options).remote(self._setup, name, index)
+        return ServerActor.options(**options).remote(self._setup, name, index, self.by_name[name].addresses)
 
     async def _watch(self, member: Member) -> None:
         """Wait for Ray's word of the member's death: a call that never returns fails when the process is gone."""

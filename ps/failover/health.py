@@ -42,6 +42,10 @@ class Disputes:
         """A round has passed."""
         self.left = {pair: n - 1 for pair, n in self.left.items() if n > 1}
 
+    def settle(self, one: int) -> None:
+        """It has no dispute any more."""
+        self.left = {pair: n for pair, n in self.left.items() if one not in pair}
+
     def between(self, one: int, other: int) -> bool:
         """Whether either complained of the other lately."""
         return (one, other) in self.left or (other, one) in self.left

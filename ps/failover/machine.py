@@ -148,6 +148,8 @@ class Failover:
         health = self.servers.get(incarnation)
         if health is None or self.retired:
             return
+        if health.missed > 1:  # it was paused, for everybody: nobody is cut off from it
+            self.disputes.settle(incarnation)
         health.missed, health.awaiting, health.heard = 0, False, True
         health.epoch, health.standing = max(health.epoch, epoch), standing
         if epoch > self.view.epoch:  # another controller has logged a view, and may be gone: the log must be read again

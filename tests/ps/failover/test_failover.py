@@ -252,6 +252,19 @@ def test_disputes_are_forgotten_after_their_rounds() -> None:
     assert not disputes.between(1, 2)
 
 
+def test_disputes_with_a_server_that_was_paused_end_when_it_answers_again() -> None:
+    view = cluster(3)
+    shell = Shell(view)
+    shell.run(2)
+    shell.down = {11}
+    shell.standing[10] = says(view, COMPLAINT, 11, primary_of(view, 0))
+    shell.run(3)
+    assert shell.mind.disputes.between(10, 11)
+    shell.down = set()
+    shell.run(2)
+    assert not shell.mind.disputes.between(10, 11)
+
+
 def test_missing_copies_are_learnt_after_a_wait_and_learners_become_owners() -> None:
     shell = Shell(cluster(3))
     shell.run(2)
