@@ -29,9 +29,9 @@ from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
 class FailoverLimits:
     """Limits of the controller, in rounds of pings (200 ms) where they are of time.
 
-    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long, while a server is
-    missing, lost copies are not made anew: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what is
-    missing. dispute_rounds: how long two servers that could not reach each other are kept apart.
+    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long, while a server is missing,
+    lost copies are not made anew: a paused process that returns by then needs only its fork. learn_rounds: between two
+    looks at what is missing. dispute_rounds: how long two servers that could not reach each other are kept apart.
     learn_max: slots on their way from one primary at a time.
     """
 
