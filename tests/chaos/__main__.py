@@ -117,7 +117,8 @@ def _figures(given: argparse.Namespace, servers: int, load: Load, done: list[dic
         "longest_pull_s": round(found.pull_max_s, 3),
         "first_ack_of_killed_primaries_s": _spread(killed),
         "errors": found.errors[:20],
-        "failed_reads": found.traces[:20],
+        "failed_reads": found.failed_reads[:20],
+        "slow_pushes": found.slow_pushes[:20],
     }
 
 

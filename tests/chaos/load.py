@@ -18,6 +18,9 @@ TABLE = "chaos"
 PUSH_S = 120.0
 """Seconds that a push may take, with its retries: longer than any fault here lasts."""
 
+SLOW_S = 1.5
+"""Seconds after which a push is worth its story."""
+
 PULL_S = 0.25
 """Seconds that a pull may take, with its retries."""
 
@@ -28,7 +31,7 @@ Rows = NDArray[np.int64]
 class Findings:
     """What went wrong, and what was measured.
 
-    acks: when acknowledged pushes began and ended. traces: of each failed read, what was tried until then.
+    acks: when acknowledged pushes began and ended. failed_reads, slow_pushes: what was tried in each, and when.
     """
 
     lost: int = 0
@@ -40,7 +43,8 @@ class Findings:
     pull_max_s: float = 0.0
     acks: list[tuple[float, float]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    traces: list[str] = field(default_factory=list)
+    failed_reads: list[str] = field(default_factory=list)
+    slow_pushes: list[str] = field(default_factory=list)
 
 
 class Load:
@@ -77,7 +81,9 @@ class Load:
 
     def _push(self, k: int) -> None:
         with self._connect() as client:
+            trace = _traced(client)
             while not self._stop.is_set():
+                trace.clear()
                 rows = self.chosen
                 grads = np.zeros((len(rows), self._pushers), np.float32)
                 grads[:, k] = -1.0
@@ -88,6 +94,8 @@ class Load:
                     client.push(TABLE, self.ids[rows], grads, timeout=PUSH_S)
                     self.acked[rows, k] += 1
                     self.found.acks.append((begun, time.monotonic()))
+                    if time.monotonic() - begun > SLOW_S:
+                        self.found.slow_pushes.append(_told(trace, begun))
                 except EmbringError as error:
                     self.found.failed_pushes += 1
                     self.found.errors.append(f"push: {type(error).__name__}: {error}"[:300])
@@ -111,8 +119,7 @@ class Load:
                 except EmbringError as error:
                     self.found.failed_pulls += 1
                     self.found.errors.append(f"pull: {type(error).__name__}: {error}"[:300])
-                    told = "; ".join(f"{at - begun:.3f} s: {what}" for at, what in trace)
-                    self.found.traces.append(f"{time.monotonic() - begun:.3f} s in all: {told}")
+                    self.found.failed_reads.append(_told(trace, begun))
                 self.found.pull_max_s = max(self.found.pull_max_s, time.monotonic() - begun)
                 self._stop.wait(self._pause)
 
@@ -131,6 +138,11 @@ class Load:
         """Seconds from a moment until the first push that began after it was acknowledged; None if none was yet."""
         later = [end for begun, end in reversed(self.found.acks[-5000:]) if begun > moment]
         return min(later) - moment if later else None
+
+
+def _told(trace: list[tuple[float, str]], begun: float) -> str:
+    steps = "; ".join(f"{at - begun:.3f} s: {what}" for at, what in trace)
+    return f"{time.monotonic() - begun:.3f} s in all: {steps}"
 
 
 def _traced(client: ps.Client) -> list[tuple[float, str]]:

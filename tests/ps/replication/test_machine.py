@@ -165,6 +165,24 @@ def test_an_owner_hands_a_push_to_the_primary_once() -> None:
     assert isinstance(trio.answers[forwarded], WrongView)
 
 
+def test_a_push_that_was_handed_to_a_primary_that_hangs_is_given_back_when_another_takes_over() -> None:
+    trio = Trio()
+    trio.down = {1}
+    token = trio.push(2, 1, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    trio.install(replace(trio.view, epoch=trio.view.epoch + 1), 2, 3)
+    assert token not in trio.answers  # the primary is the same
+    trio.install(plan(trio.view, Withdraw({trio.view.servers[0].name: np.arange(4)})), 2, 3)
+    assert isinstance(trio.answers.pop(token), PerhapsApplied)
+    (forward,) = (a for i, a in trio.sent if i == 2 and isinstance(a, Forward))
+    trio.machines[2].replied(1, forward.link, forward.number, {"applied": 4}, {})
+    trio.collect()
+    assert token not in trio.answers  # what the old one says in the end counts no more
+    again = trio.push(2, 1, IDS, token="again")
+    assert trio.answers[again]["applied"] == 4
+
+
 def test_a_push_of_several_primaries_is_decided_part_by_part() -> None:
     trio = Trio()
     mixed = plan(trio.view, Reassign(np.array([0, 1]), np.array([[1, 0], [1, 0]], np.int16)))
