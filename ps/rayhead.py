@@ -10,6 +10,8 @@ What Ray does by itself, and what is done about it here:
 * Every process ends 60 s after the head died: RAY_gcs_rpc_server_reconnect_timeout_s is raised. With `--block` the node
   ends at once with any of its processes, the head's GCS too: so it is left out, and the head is the GCS.
 * Of a node that was given no CPUs it starts one process at a time: RAY_worker_maximum_startup_concurrency.
+* Its workers run at nice 15, so that servers starve, miss pings and keep pulls waiting wherever other work runs beside
+  them: RAY_worker_niceness=0.
 * It gives its own processes 30 to 60 s to come up, too little on a busy host: the variables are raised, and where there
   is none (the node's own registration) the head is started once more.
 """
@@ -69,6 +71,7 @@ def ray_environment(config: RayConfig, token_path: str | Path) -> dict[str, str]
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_enable_worker_prestart": "0",
+        "RAY_worker_niceness": "0",
         "RAY_worker_maximum_startup_concurrency": str(max(2, os.cpu_count() or 2)),
         "RAY_worker_register_timeout_seconds": f"{START_TIMEOUT_S:.0f}",
         "RAY_agent_register_timeout_ms": f"{START_TIMEOUT_S * 1000:.0f}",
