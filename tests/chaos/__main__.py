@@ -11,6 +11,7 @@ Ray's head is killed, then a primary, then the controller, and nothing is starte
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--kinds", help="some of them, after commas; head: the last rounds")
     parser.add_argument("--ids", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, help="a new folder for the logs of the processes")
     parser.add_argument("--head-loss", action="store_true", help="no rounds: head and controller killed at once")
     parser.add_argument("--minutes", type=float, default=10.0, help="of --head-loss")
     given = parser.parse_args()
@@ -56,6 +58,8 @@ def main() -> int:
                 place.close()
         finally:
             stop(runtime, runtime_file=file)
+            if given.logs:
+                shutil.copytree(Path(runtime.state) / "logs", given.logs)
     print(json.dumps(report))
     return int(any(report[name] for name in BROKEN) or not (given.head_loss or report["rounds_counted"]))
 
@@ -88,16 +92,16 @@ def _trial(given: argparse.Namespace, place: Place, servers: int, kinds: list[st
 
 
 def _rounds(scene: Scene, wanted: int, kinds: list[str], done: list[dict[str, Any]]) -> None:
-    """So many rounds that count, the kinds in turn; one that cannot be now gives its turn to a killed primary."""
+    """So many rounds that count, the kinds in turn; before one that cannot be now, a primary is killed."""
     turn = 0
-    while kinds and sum(r["counted"] for r in done) < wanted and turn < 2 * wanted:
+    while kinds and sum(r["counted"] for r in done) < wanted and len(done) < 2 * wanted:
         kind = kinds[turn % len(kinds)]
-        turn += 1
         try:
             found = scene.round(kind)
+            turn += 1
         except NotNow as error:
             _say(f"not now: {kind}: {error}")
-            found = scene.round("primary")
+            found = scene.round("primary", error.instead)
         done.append(found)
         _say(f"round {len(done)}: {found}")
 

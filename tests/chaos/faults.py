@@ -38,7 +38,11 @@ KINDS = (
 
 
 class NotNow(Exception):
-    """The cluster is not such that this kind could count."""
+    """The cluster is not such that this kind could count. instead: servers whose deaths bring it nearer to that."""
+
+    def __init__(self, why: str, instead: set[str]) -> None:
+        super().__init__(why)
+        self.instead = instead
 
 
 @dataclass
@@ -60,11 +64,14 @@ class Scene:
 
     # -- rounds
 
-    def round(self, kind: str) -> dict[str, Any]:
-        """One fault, from the load's full swing until all is well again. Raises NotNow, TimeoutError."""
+    def round(self, kind: str, among: set[str] | None = None) -> dict[str, Any]:
+        """One fault, from the load's full swing until all is well again. Raises NotNow, TimeoutError.
+
+        among: a primary of these is killed, whatever the kind.
+        """
         begun = time.monotonic()
         epoch = self.ask("status")["epoch"]
-        strike = _STRIKES[kind](self)
+        strike = _STRIKES[kind](self) if among is None else self.strike(*self.choose(among=among))
         settled = until(lambda: self.settled(strike), SETTLE_S, "a settled cluster")
         self.load.chosen = np.arange(len(self.load.ids))
         acked = until(lambda: self.load.acked_since(strike.moment) is not None, SETTLE_S, "an acknowledged push")
@@ -101,10 +108,7 @@ class Scene:
     def choose(self, backup: bool = False, among: set[str] | None = None) -> tuple[str, Rows]:
         """A victim, and the rows of the load that it holds so."""
         found = self.candidates(backup)
-        names = sorted(found if among is None else found.keys() & among)
-        if not names:
-            raise NotNow("no server is " + ("a backup" if backup else "a primary") + " of what is written")
-        name = self.chance.choice(names)
+        name = self.chance.choice(sorted(found.keys() & among if among else found) or sorted(found))
         return name, found[name]
 
     def aim(self, rows: Rows, chosen: Rows | None = None) -> bool:
@@ -118,8 +122,11 @@ class Scene:
             time.sleep(0.0005)
         return flying
 
-    def strike(self, names: tuple[str, ...], rows: Rows, chosen: Rows | None = None, stop: bool = False) -> Strike:
+    def strike(
+        self, names: str | tuple[str, ...], rows: Rows, chosen: Rows | None = None, stop: bool = False
+    ) -> Strike:
         """Kill servers at once, or stop them for a while."""
+        names = (names,) if isinstance(names, str) else names
         struck = [self.status_of(name) for name in names]
         counted = self.aim(rows, chosen)
         moment = time.monotonic()
@@ -135,14 +142,12 @@ class Scene:
 def _servers(backup: bool, stop: bool) -> Callable[[Scene], Strike]:
     def strike(scene: Scene) -> Strike:
         name, rows = scene.choose(backup)
-        return scene.strike((name,), rows, rows if backup else None, stop)
+        return scene.strike(name, rows, rows if backup else None, stop)
 
     return strike
 
 
 def _pair(scene: Scene) -> Strike:
-    if scene.replicas < 3:
-        raise NotNow("two servers hold every copy of some slots")
     first, rows = scene.choose()
     second, _ = scene.choose(among={s["name"] for s in scene.ask("status")["servers"]} - {first})
     return scene.strike((first, second), rows)
@@ -219,8 +224,10 @@ def _raylet(scene: Scene) -> Strike:
     rows = np.flatnonzero(np.isin(owners[:, 0], list(struck)))
     everywhere = view.owners()
     safe = ((everywhere >= 0) & ~np.isin(everywhere, list(struck))).any(axis=1)
-    if not there or not len(rows) or not safe.all():
-        raise NotNow("the servers of the second node are no primaries, or the only owners of a slot")
+    if not len(rows):  # they are given rows as backups, and are primaries once those before them have died
+        raise NotNow("no server of the second node is a primary", {s["name"] for s in status} - there.keys())
+    if not safe.all():
+        raise NotNow("every owner of some slots is on the second node", set(there))
     (raylet,) = place.pids("raylet/raylet", SECOND_HOST)
     counted = scene.aim(rows)
     moment = time.monotonic()

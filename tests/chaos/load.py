@@ -142,7 +142,7 @@ class Load:
 
 def _told(trace: list[tuple[float, str]], begun: float) -> str:
     steps = "; ".join(f"{at - begun:.3f} s: {what}" for at, what in trace)
-    return f"{time.monotonic() - begun:.3f} s in all: {steps}"
+    return f"{time.monotonic() - begun:.3f} s in all: {steps}"[:1000]
 
 
 def _traced(client: ps.Client) -> list[tuple[float, str]]:
@@ -154,7 +154,8 @@ def _traced(client: ps.Client) -> list[tuple[float, str]]:
     def told(failures, routing, attempt, until):  # type: ignore[no-untyped-def]
         names = [s.name for s in routing.servers]
         for server, error in failures.items():
-            trace.append((time.monotonic(), f"{names[server]}: {type(error).__name__} {error} (epoch {routing.epoch})"))
+            line = f"{names[server]}: {type(error).__name__} {error} (epoch {routing.epoch})"
+            trace.append((time.monotonic(), line))
         yield from after(failures, routing, attempt, until)
 
     def refreshed(epoch, until, known):  # type: ignore[no-untyped-def]
