@@ -7,15 +7,20 @@ from numpy.typing import NDArray
 
 from ps.replication import Standing
 
+REFUSED_MAX = 2
+"""Pings for which nobody listened at any address of a process, after which it leaves its slots."""
+
 NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass(slots=True)
 class Health:
-    """One process. missed: pings unanswered, one after another. heard: whether it ever answered this controller."""
+    """One process. missed: pings unanswered, one after another. refused: those since the last answer for which nobody
+    was there any more. heard: whether it ever answered this controller."""
 
     incarnation: int
     missed: int = 0
+    refused: int = 0
     awaiting: bool = False
     heard: bool = False
     epoch: int = 0
@@ -57,11 +62,13 @@ class Disputes:
 
 def silent(servers: dict[int, Health], limit: int) -> set[int]:
     """Processes that have left `limit` pings unanswered; none where more than half of all are quiet at once: then the
-    fault is likely the controller's own, and only Ray's word counts."""
-    quiet = [h for h in servers.values() if h.missed > limit // 2]
+    fault is likely the controller's own, and only Ray's word counts. Where nobody listens any more, REFUSED_MAX pings
+    are enough, and others do not matter."""
+    gone = {h.incarnation for h in servers.values() if h.refused >= REFUSED_MAX}
+    quiet = [h for h in servers.values() if h.missed > limit // 2 and h.incarnation not in gone]
     if 2 * len(quiet) > len(servers):
-        return set()
-    return {h.incarnation for h in quiet if h.missed >= limit}
+        return gone
+    return gone | {h.incarnation for h in quiet if h.missed >= limit}
 
 
 def incarnations(view_servers: tuple[object, ...]) -> NDArray[np.uint64]:

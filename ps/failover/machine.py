@@ -2,6 +2,7 @@
 
     tick()                          a round of pings begins (every 200 ms)
     answered(incarnation, ...)      a ping's answer, with what the server has to say
+    refused(incarnation)            nobody listens where a process was to be asked
     died(incarnation)               Ray's word (or the operator's) that a process is dead
     started(servers)                new processes listen
     change(token, wish)             an administrator's wish
@@ -150,11 +151,18 @@ class Failover:
             return
         if health.missed > 1:  # it was paused, for everybody: nobody is cut off from it
             self.disputes.settle(incarnation)
-        health.missed, health.awaiting, health.heard = 0, False, True
+        health.missed, health.refused, health.awaiting, health.heard = 0, 0, False, True
         health.epoch, health.standing = max(health.epoch, epoch), standing
         if epoch > self.view.epoch:  # another controller has logged a view, and may be gone: the log must be read again
             self.taken()
         self._decide()
+
+    def refused(self, incarnation: int) -> None:
+        """Nobody listens where a process did."""
+        health = self.servers.get(incarnation)
+        if health is not None and not self.retired:
+            health.refused += 1
+            self._decide()
 
     def died(self, incarnation: int) -> None:
         """A process is dead, by the word of who started it."""

@@ -4,11 +4,12 @@ python -m tests.chaos --rounds 100 --replicas 2 [--kinds primary,backup-stop] [-
 python -m tests.chaos --head-loss --minutes 10
 
 prints JSON; its status is 1 if anything was broken. A round counts only if pushes of the victim's slots were in flight
-when it was struck, and (for primaries) the victim was the primary of them. Kinds: see tests/chaos/faults.py. Last of all
+when it was struck, and (for primaries) the victim was the primary of them. Kinds: see tests/chaos/faults.py. At last
 Ray's head is killed, then a primary, then the controller, and nothing is started again.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -46,7 +47,8 @@ def main() -> int:
     given = parser.parse_args()
     servers = given.servers or given.replicas + 1
     kinds = given.kinds.split(",") if given.kinds else [*KINDS, *(["pair"] if given.replicas > 2 else []), "head"]
-    with tempfile.TemporaryDirectory(prefix="embring-chaos-") as folder:
+    # Ray's driver prints what dies to standard output.
+    with tempfile.TemporaryDirectory(prefix="embring-chaos-") as folder, contextlib.redirect_stdout(sys.stderr):
         file = Path(folder) / "cluster.json"
         config = Config().with_settings("server", servers=servers).with_settings("control", restarts_max=10_000)
         runtime = start(config, state=Path(folder) / "state", runtime_file=file, report=_say)
@@ -114,7 +116,9 @@ def _figures(given: argparse.Namespace, servers: int, load: Load, done: list[dic
         "servers": servers,
         "rounds": len(done),
         "rounds_counted": sum(r["counted"] for r in done),
-        "kinds": {kind: _of_kind([r for r in done if r["kind"] == kind]) for kind in dict.fromkeys(r["kind"] for r in done)},
+        "kinds": {
+            kind: _of_kind([r for r in done if r["kind"] == kind]) for kind in dict.fromkeys(r["kind"] for r in done)
+        },
         "pushes_acknowledged": len(found.acks),
         "pulls": found.pulls,
         **{name: getattr(found, name) for name in BROKEN},

@@ -1,5 +1,5 @@
-"""What is done to the cluster, one function a kind: each strikes under load, heals what only we can heal, and tells whom
-it struck.
+"""What is done to the cluster, one function a kind: each strikes under load, heals what only we can heal, and tells
+whom it struck.
 
 kind                what
 primary             kill -9 of a primary of slots that are being written

@@ -43,7 +43,8 @@ def _round(
     moment = time.monotonic()
     strike()
     until(lambda: load.acked_since(moment) is not None, ACK_S, "an acknowledged push")
-    return {"kind": kind, "victims": victims, "counted": counted, "first_ack_s": round(load.acked_since(moment) or 0, 3)}
+    acked = round(load.acked_since(moment) or 0.0, 3)
+    return {"kind": kind, "victims": victims, "counted": counted, "first_ack_s": acked}
 
 
 def head_loss(place: Place, load: Load, minutes: float) -> dict[str, Any]:

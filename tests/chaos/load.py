@@ -3,6 +3,8 @@
 Rows begin at zero and the optimizer is SGD with learning rate 1, so float32 is exact up to 2**24 pushes.
 """
 
+import bisect
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -136,8 +138,9 @@ class Load:
 
     def acked_since(self, moment: float) -> float | None:
         """Seconds from a moment until the first push that began after it was acknowledged; None if none was yet."""
-        later = [end for begun, end in reversed(self.found.acks[-5000:]) if begun > moment]
-        return min(later) - moment if later else None
+        acks = self.found.acks  # in the order of their ends, but for what threads overtake
+        first = bisect.bisect_left(acks, moment, key=lambda ack: ack[1])
+        return next((end - moment for begun, end in itertools.islice(acks, first, None) if begun > moment), None)
 
 
 def _told(trace: list[tuple[float, str]], begun: float) -> str:

@@ -196,6 +196,26 @@ def test_an_owner_leaves_the_slots_that_its_primary_complains_of() -> None:
     assert (after.owners()[rest] == view.owners()[rest]).all()
 
 
+def test_where_nobody_listens_any_more_two_pings_are_enough_even_for_most_servers() -> None:
+    shell = Shell(cluster(4))
+    shell.run(2)
+    shell.down = {11, 12, 13}
+    for gone in (11, 12):
+        shell.mind.refused(gone)
+    shell.run(1)
+    assert len(owned(shell.mind.view, 1))  # once may be chance
+    for gone in (11, 12):
+        shell.mind.refused(gone)
+        shell.perform()
+    view = shell.mind.view
+    both = np.flatnonzero(np.isin(view.owners(), (1, 2)).any(axis=1))
+    assert (view.owners()[both] >= 0).sum(axis=1).max(initial=1) == 1  # the last owner stays
+    assert not len(np.intersect1d(primary_of(view, 1), owned(view, 0)))
+    shell.down = {13}
+    shell.run(1)
+    assert shell.mind.servers[11].refused == 0
+
+
 def test_a_complaint_of_another_term_or_of_a_silent_primary_is_not_heeded() -> None:
     view = cluster(4)
     shell = Shell(view)
