@@ -69,6 +69,7 @@ class ServiceStatistics:
     """Counts since the start. absent_ids: ids of pulls that had no row.
 
     compared, different: copies of slots that were compared with their other owners', and those that differed.
+    lag_changes, lag_s: how far other owners are behind this primary: changes of one slot, seconds that one is silent.
     """
 
     epoch: int
@@ -76,6 +77,8 @@ class ServiceStatistics:
     absent_ids: int
     compared: int
     different: int
+    lag_changes: int
+    lag_s: float
     operations: dict[str, OpStatistics]
     listener: ListenStatistics
     store: StoreStatistics
@@ -255,12 +258,15 @@ class Service:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
         compared, different = self.replication.verified
+        lag_changes, lag_s = self.replication.lag
         return ServiceStatistics(
             epoch=self.view.epoch,
             draining=self.draining,
             absent_ids=self._absent_ids,
             compared=compared,
             different=different,
+            lag_changes=lag_changes,
+            lag_s=lag_s,
             operations=operations,
             listener=self.listener.statistics(),
             store=self.store.statistics(),

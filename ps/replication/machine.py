@@ -255,6 +255,13 @@ class Replication:
         """Copies that were compared since the start, and how many of them differed."""
         return self._primary.verifier.compared, self._primary.verifier.different
 
+    @property
+    def lag(self) -> tuple[int, float]:
+        """How far other owners are behind: changes of one slot, and seconds that an answer has been owed, at the most."""
+        members, positions = self.members, self.store.held.slots.positions
+        owed = max((link.silent for link in self._primary.links.values()), default=0.0)
+        return members.behind(positions[: len(members.peers)]), owed
+
     # -- peers
 
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:

@@ -137,6 +137,24 @@ def test_a_push_is_answered_when_every_owner_holds_it() -> None:
     assert len(blocks) == 1  # for all slots of the push
 
 
+def test_how_far_other_owners_are_behind() -> None:
+    trio = Trio()
+    machine = trio.machines[1]
+    trio.tick(1)
+    assert machine.lag == (0, 0.0)
+    trio.down = {2}
+    for sequence in (1, 2, 3):
+        trio.push(1, sequence, IDS)
+    trio.tick(1, times=4)
+    changes, seconds = machine.lag
+    assert (changes, round(seconds, 2)) == (3, 0.2)
+    trio.down = set()
+    trio.deliver()
+    trio.tick(1)
+    assert machine.lag == (0, 0.0)
+    assert trio.machines[2].lag[0] == 0  # it is no primary
+
+
 def test_a_retry_waits_like_the_first_try() -> None:
     trio = Trio()
     first = trio.push(1, 1, IDS)
