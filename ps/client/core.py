@@ -45,6 +45,10 @@ up for longer than others need to take over from it."""
 SUSPECT_S = 1.0
 """Seconds for which a server that failed is asked only for what no other owner has."""
 
+CATCH_UP_S = 0.1
+"""Seconds between two views that a client fetches because a reply told of a newer one, and that it waits for one: what
+was asked is answered already, but by an old view the next failure would find fewer owners to turn to."""
+
 PROBE_S = 0.5
 """Seconds that servers have to say which view they know."""
 
@@ -133,6 +137,7 @@ class Core:
         self._load = np.zeros(0)
         self._suspects: dict[int, float] = {}
         self._refreshing = False
+        self._caught_up = 0.0
         self._random = random.Random()
 
     @property
@@ -158,7 +163,17 @@ class Core:
         """Drive a request until every id is answered; raises what its caller is to know."""
         attempt = 0
         doubtful: PerhapsApplied | None = None
+        newest = teller = -1
+
+        def absorb(key: int, reply: Message) -> None:
+            nonlocal newest, teller
+            epoch = reply.fields.get("epoch", 0)
+            if epoch > newest:
+                newest, teller = epoch, key
+            request.absorb(key, reply)
+
         while True:
+            newest = teller = -1
             routing = self.routing
             failures: dict[int, EmbringError] = {}
             try:
@@ -167,8 +182,10 @@ class Core:
                 yield from self.hopeless(error, routing, until)
                 continue
             if calls:
-                failures = yield Ask(routing.servers, calls, request.absorb, self.attempt_until(until, attempt))
+                failures = yield Ask(routing.servers, calls, absorb, self.attempt_until(until, attempt))
             if not failures:
+                if newest > self.routing.epoch:
+                    yield from self._catch_up(routing, next(c.server for c in calls if c.key == teller))
                 return
             request.answered(list(failures))
             doubtful = doubtful or next((e for e in failures.values() if isinstance(e, PerhapsApplied)), None)
@@ -222,6 +239,13 @@ class Core:
         raise error
 
     # -- views
+
+    def _catch_up(self, routing: Routing, server: int) -> Steps:
+        """Fetch the newer view that a reply told of, from whoever told, unless one was fetched just now."""
+        now = time.monotonic()
+        if now >= self._caught_up + CATCH_UP_S and not self._refreshing:
+            self._caught_up = now
+            yield from self.fetch_view(routing.servers, server, now + CATCH_UP_S)
 
     def refresh(self, epoch: int, until: float, told: dict[int, int]) -> Steps:
         """Try to learn a view newer than `epoch`. told: servers that are known to have one."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashring.planner import CreateTable, Fail, Join, Leave, Recover, TruncateTable, plan
+from hashring.planner import AlterTable, CreateTable, Fail, Join, Leave, Recover, Renew, TruncateTable, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
 from ps.client.core import Ask, Full, Wait
@@ -344,6 +344,25 @@ def test_many_attempts_are_no_arithmetic_error():
     verbs = world.verbs()
     world.drive(verbs.after({0: Overloaded("not now")}, verbs.routing, 5000, time.monotonic() + 1))
     assert world.waits == 1
+
+
+def test_a_reply_that_tells_of_a_newer_view_is_reason_to_have_it():
+    """Nothing fails by the old view, but it may lack the owner to turn to when something does."""
+    world = World(3, replicas=2)
+    verbs = world.verbs()
+    world.change(AlterTable("a", {**TableSpec("a", DIM, SGD(lr=1.0), seed=1, absent="zeros").to_plain()}))
+    asked = []
+    world.fault = lambda server, op: asked.append(op) or "ok"
+    pull(world, verbs, "a", [1, 2, 3])
+    assert verbs.routing.epoch == world.view.epoch
+    assert asked.count("view") == 1
+    pull(world, verbs, "a", [1, 2, 3])
+    assert asked.count("view") == 1
+    world.change(Renew(np.arange(64)))
+    world.fault = lambda server, op: "refused" if op == "view" else "ok"
+    verbs._caught_up = 0.0
+    push(world, verbs, "a", [1, 2, 3])  # that it cannot be had is no matter
+    assert verbs.routing.epoch == world.view.epoch - 1
 
 
 def test_a_table_made_anew_is_found_under_its_new_number():
