@@ -128,7 +128,7 @@ def run(
     """The whole demo on data set `source`; see `Outcome`. Errors of embring where it could not be carried through.
 
     predictions: a file for one JSON object for each held-out row. report: told each step. watch: told the progress
-    of training, with the number of batches. replicas: owners of each row. kill: a server dies in the middle of training.
+    of training, with the number of batches. replicas: owners of each row. kill: a server, in the middle of training.
     """
     outcome = Outcome(machine=_machine(), replicas=replicas)
     began = time.monotonic()

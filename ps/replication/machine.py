@@ -257,7 +257,7 @@ class Replication:
 
     @property
     def lag(self) -> tuple[int, float]:
-        """How far other owners are behind: changes of one slot, and seconds that an answer has been owed, at the most."""
+        """How far other owners are behind at the most: changes of one slot, seconds that one has owed an answer."""
         members, positions = self.members, self.store.held.slots.positions
         owed = max((link.silent for link in self._primary.links.values()), default=0.0)
         return members.behind(positions[: len(members.peers)]), owed

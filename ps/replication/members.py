@@ -78,9 +78,8 @@ class Members:
         n = self.owner_columns
         slots, columns = np.nonzero(self.peers[:, :n] >= 0)
         counters = positions[slots] & COUNTER_MAX
-        lacking = np.minimum(
-            positions[slots] - self.acked[slots, columns], counters
-        )  # of an older term: all of this one
+        # Whoever stands in an older term lacks all of this one.
+        lacking = np.minimum(positions[slots] - self.acked[slots, columns], counters)
         return int(lacking.max(initial=0))
 
     def column_of(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:

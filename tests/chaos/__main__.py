@@ -72,7 +72,7 @@ def _trial(given: argparse.Namespace, place: Place, servers: int, kinds: list[st
     with place.connect() as client:
         make_table(client, given.replicas, PUSHERS)
         client.push(TABLE, np.arange(given.ids), np.zeros((given.ids, PUSHERS), np.float32))
-    load = Load(place.connect, given.ids, PUSHERS, 0.02 if given.head_loss else 0.002)
+    load = Load(place.connect, given.ids, PUSHERS, 0.1 if given.head_loss else 0.002)
     done: list[dict[str, Any]] = []
     told: dict[str, Any] = {}
     try:
@@ -123,6 +123,7 @@ def _figures(given: argparse.Namespace, servers: int, load: Load, done: list[dic
         "pulls": found.pulls,
         **{name: getattr(found, name) for name in BROKEN},
         "longest_pull_s": round(found.pull_max_s, 3),
+        "load_late_max_s": round(found.late_max_s, 3),
         "first_ack_of_killed_primaries_s": _spread(killed),
         "errors": found.errors[:20],
         "failed_reads": found.failed_reads[:20],

@@ -23,6 +23,8 @@ PUSH_S = 120.0
 SLOW_S = 1.5
 """Seconds after which a push is worth its story."""
 
+WATCH_S = 0.01
+
 PULL_S = 0.25
 """Seconds that a pull may take, with its retries."""
 
@@ -43,6 +45,7 @@ class Findings:
     failed_pushes: int = 0
     pulls: int = 0
     pull_max_s: float = 0.0
+    late_max_s: float = 0.0
     acks: list[tuple[float, float]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     failed_reads: list[str] = field(default_factory=list)
@@ -66,7 +69,7 @@ class Load:
         self._pushers, self._pause = pushers, pause
         self._connect = connect
         self._stop = threading.Event()
-        works = [lambda k=k: self._push(k) for k in range(pushers)] + [self._pull]
+        works = [lambda k=k: self._push(k) for k in range(pushers)] + [self._pull, self._watch]
         self._threads = [threading.Thread(target=self._guard, args=(work,)) for work in works]
         for thread in self._threads:
             thread.start()
@@ -124,6 +127,13 @@ class Load:
                     self.found.failed_reads.append(_told(trace, begun))
                 self.found.pull_max_s = max(self.found.pull_max_s, time.monotonic() - begun)
                 self._stop.wait(self._pause)
+
+    def _watch(self) -> None:
+        """How late this process itself is: of a pull that failed while it did not run, the servers are not guilty."""
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            time.sleep(WATCH_S)
+            self.found.late_max_s = max(self.found.late_max_s, time.monotonic() - begun - WATCH_S)
 
     def stop(self) -> None:
         """End the load; what was pushed is decided then."""
