@@ -28,9 +28,7 @@ def demo(
     kill_server: Annotated[
         bool,
         typer.Option(
-            "--kill-server",
-            help="Do it twice, the second time with kill -9 of a server in the middle of training; the AUCs must agree "
-            "within 0.003.",
+            "--kill-server", help="Do it again with kill -9 of a server halfway: AUCs must agree within 0.003."
         ),
     ] = False,
     predictions: Annotated[
@@ -44,13 +42,9 @@ def demo(
     where a figure is not what it must be.
 
     Example:  embring demo --data synthetic --json figures.json
-
-    Example:  embring demo --replicas 2 --kill-server
     """
     if kill_server and replicas == 1:
-        raise typer.BadParameter(
-            "with one copy, a killed server's rows are lost: --kill-server needs --replicas 2 or 3"
-        )
+        raise typer.BadParameter("one copy dies with its server: --kill-server needs --replicas 2 or 3")
     from ps.cluster import kernel_cache
 
     # Before numba is imported: servers, workers, router and this process share one cache of compiled kernels.

@@ -29,6 +29,8 @@ OPEN_TIMEOUT_S = 280.0
 MEMORY_SHARE = 0.7
 """Of a host's memory, what its servers may fill together unless memory_max_mib says otherwise."""
 
+RECONNECT, RECONNECT_DEFAULT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
+
 PACKAGES = ("ps", "hashring")
 
 log = logging.getLogger("embring.server")
@@ -78,6 +80,14 @@ def log_to(path: Path) -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def reconnect_s() -> float:
+    """Seconds that this node of Ray, and with it this process, outlives Ray's head: workers have its environment."""
+    try:
+        return float(os.environ.get(RECONNECT, ""))
+    except ValueError:
+        return RECONNECT_DEFAULT_S
 
 
 def memory_max(config: ServerConfig) -> int:
@@ -160,7 +170,13 @@ class Server:
 
     async def ready(self) -> dict[str, Any]:
         """Who this is; answers once it listens."""
-        return {"incarnation": self.incarnation, "host": self.host, "addresses": self.addresses, "pid": os.getpid()}
+        return {
+            "incarnation": self.incarnation,
+            "host": self.host,
+            "addresses": self.addresses,
+            "pid": os.getpid(),
+            "reconnect_s": reconnect_s(),
+        }
 
     async def forever(self) -> None:
         """Never returns: whoever waits for it hears from Ray when this process is gone."""

@@ -28,7 +28,8 @@ async def result(reference: Any, timeout: float | None = None) -> Any:
 class Member:
     """One server of the cluster. state: "starting", "alive", "dead" or "given up".
 
-    figures: what it said of itself last. statistics: the raw ones, and when they were had, by the loop's clock.
+    reconnect_s: how long it outlives Ray's head. figures: what it said of itself last. statistics: the raw ones, and
+    when they were had, by the loop's clock.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Member:
     host: str = ""
     addresses: tuple[str, ...] = ()
     pid: int = 0
+    reconnect_s: float = float("inf")
     state: str = "starting"
     restarts: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
@@ -72,8 +74,9 @@ class Members:
         member.handle = await asyncio.to_thread(self._actor, name)
         told = await result(member.handle.ready.remote(), START_TIMEOUT_S)
         member.incarnation, member.host, member.pid = told["incarnation"], told["host"], told["pid"]
-        member.addresses = tuple(told["addresses"])
+        member.addresses, member.reconnect_s = tuple(told["addresses"]), told["reconnect_s"]
         member.state = "alive"
+        log.info("server %s runs: incarnation %d, pid %d on %s", name, member.incarnation, member.pid, member.host)
         member.watch = asyncio.create_task(self._watch(member))
         return member
 

@@ -72,7 +72,10 @@ class Scene:
         begun = time.monotonic()
         epoch = self.ask("status")["epoch"]
         strike = _STRIKES[kind](self) if among is None else self.strike(*self.choose(among=among))
-        settled = until(lambda: self.settled(strike), SETTLE_S, "a settled cluster")
+        try:
+            settled = until(lambda: self.settled(strike), SETTLE_S, "a settled cluster")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error} after {strike}; the status is {self.ask('status')}") from None
         self.load.chosen = np.arange(len(self.load.ids))
         acked = until(lambda: self.load.acked_since(strike.moment) is not None, SETTLE_S, "an acknowledged push")
         return {

@@ -63,13 +63,9 @@ class Machine:
         """What the runtime file says."""
         return read_runtime(self.home / ".cache" / "embring" / "cluster.json")
 
-    def connect(self, now: bool = False) -> Any:
-        """A client over TCP, with nothing but addresses and a token.
-
-        now: with the present addresses; servers that were started again since `up` have others than the runtime file.
-        """
-        known = [a for s in self.status()["servers"] for a in s["addresses"]] if now else self.runtime.addresses
-        addresses = [a for a in known if a.startswith("tcp:")]
+    def connect(self) -> Any:
+        """A client over TCP, with nothing but addresses and a token."""
+        addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
         token, ca = Path(self.runtime.token_path).read_text(), self.runtime.tls_ca
         return ps.connect(",".join(addresses), token=token, timeout=120.0, tls=ca or None)
 
@@ -225,6 +221,31 @@ def _answers(client: Any, number: int) -> bool:
     return True
 
 
+def test_clients_find_servers_that_took_the_place_of_all_they_knew(machine):
+    """One that rested meanwhile, at the ports that their names had; and a new one, by the runtime file."""
+    known = machine.runtime.addresses
+    with machine.connect() as resting:
+        resting.create_table("kept", dim=2, replicas=3)
+        resting.push("kept", [1, 2], np.ones((2, 2), np.float32))
+        rows = resting.pull("kept", [1, 2])
+        before = {s["name"]: s["incarnation"] for s in machine.status()["servers"]}
+        for name in before:
+            os.kill(next(s["pid"] for s in machine.status()["servers"] if s["name"] == name), signal.SIGKILL)
+
+            def mended(name: str = name) -> bool:
+                now = machine.status()
+                one = next(s for s in now["servers"] if s["name"] == name)
+                whole = not now["slots_under_replicated"] and all(s["state"] == "alive" for s in now["servers"])
+                return whole and one["incarnation"] != before[name]
+
+            until(mended, f"another {name}, with its copies")
+        np.testing.assert_array_equal(resting.pull("kept", [1, 2]), rows)
+        resting.drop_table("kept")
+    until(lambda: set(machine.runtime.addresses).isdisjoint(a for a in known if a.startswith("unix:")), "their sockets")
+    ports = {a for a in machine.runtime.addresses if a.startswith("tcp:")}
+    assert ports & set(known)  # of ephemeral ports one may have been taken meanwhile
+
+
 def test_the_controller_comes_back_and_finds_the_servers(machine):
     before = machine.status()
     controller = machine.python(
@@ -266,7 +287,7 @@ class Load:
 
     def _run(self, work: Callable[[Any], None]) -> None:
         try:
-            with self._machine.connect(now=True) as client:
+            with self._machine.connect() as client:
                 while not self._over.is_set():
                     work(client)
         except Exception as error:
@@ -293,7 +314,7 @@ class Load:
 def test_a_killed_primary_costs_no_push_and_no_read(machine):
     """kill -9 under load, with two copies: all goes on, nothing acknowledged is lost, and the copies are made anew."""
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         for table in client.tables():
             client.drop_table(table)
         client.create_table(
@@ -326,13 +347,13 @@ def test_a_killed_primary_costs_no_push_and_no_read(machine):
     print(f"{len(load.acknowledged)} pushes, {load.pulls} pulls, longest wait for a push {gap:.2f} s")
     assert gap < 15
     assert machine.status()["slots_lost"] == 0
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         np.testing.assert_array_equal(client.pull("counted", ids), -len(load.acknowledged))
 
 
 def test_a_server_is_declared_dead(machine):
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         before = client.pull("counted", ids)
         client.create_table("single", dim=2)
         victim = machine.status()["servers"][0]
@@ -352,18 +373,22 @@ def test_a_server_is_declared_dead(machine):
 
 
 def test_nothing_is_left_after_down(tmp_path):
-    """Also with a head that was killed: `down` ends what it left, and the next `up` knows that rows are lost."""
+    """Also with a head that was killed: servers answer without it, their rows can be saved, `down` ends what it left,
+    and the next `up` knows that rows are lost until they are restored."""
     user = Machine(tmp_path)
     user.embring("up", "--servers", "1")
     runtime = user.runtime
     mark = Path(runtime.scratch).name
     with user.connect() as client:
         client.create_table("item", dim=4)
+        client.push("item", [1, 2], np.ones((2, 4), np.float32))
+        rows = client.pull("item", [1, 2])
     assert len(marked(mark)) >= 4
     assert "say --yes" in user.embring("down", status=1).stderr
     os.kill(runtime.head_pid, signal.SIGKILL)
     until(lambda: "has died" in _stderr(user, "status"), "the head's end")
     assert "has died" in user.embring("up", status=1).stderr
+    user.embring("checkpoint", "save", str(tmp_path / "saved"))
     assert "ended what a dead cluster had left" in user.embring("down").stdout
     assert marked(mark) == []
     assert not Path(runtime.scratch).exists()
@@ -371,6 +396,9 @@ def test_nothing_is_left_after_down(tmp_path):
     record = user.status()
     assert (record["cluster"], record["slots_lost"]) == (runtime.cluster, 2**14)
     assert [t["name"] for t in record["tables"]] == ["item"]
+    user.embring("checkpoint", "restore", str(tmp_path / "saved"))
+    with user.connect() as client:
+        np.testing.assert_array_equal(client.pull("item", [1, 2]), rows)
     mark = Path(user.runtime.scratch).name
     user.embring("down", "--yes")
     assert marked(mark) == []
