@@ -263,17 +263,13 @@ class Service:
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
-        compared, different = self.replication.verified
-        lag_changes, lag_s = self.replication.lag
         return ServiceStatistics(
-            epoch=self.view.epoch,
-            draining=self.draining,
-            absent_ids=self._absent_ids,
-            compared=compared,
-            different=different,
-            lag_changes=lag_changes,
-            lag_s=lag_s,
-            operations=operations,
+            self.view.epoch,
+            self.draining,
+            self._absent_ids,
+            *self.replication.verified,
+            *self.replication.lag,
+            operations,
             listener=self.listener.statistics(),
             store=self.store.statistics(),
         )
