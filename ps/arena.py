@@ -21,7 +21,7 @@ TABLES_MAX = 4096
 
 ENTRY_BYTES = 16
 META_BYTES = 16
-COMPACT_FROM = 0.25
+COMPACT_FROM = 0.1
 """A compaction begins when this part of the rows ever used is free."""
 
 _COMPACT_ROWS_MIN = 2**14

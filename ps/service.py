@@ -24,15 +24,15 @@ from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
 from ps.errors import EmbringError, NotApplied, RequestError
-from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
+from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
-from ps.meter import Meter, OpStatistics
+from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock, Watermark
 from ps.shared import lease
 from ps.spec import TableSpec
-from ps.store import Store, StoreStatistics
+from ps.store import Store
 from ps.store.sharing import described
 from ps.wire import (
     FrameLimits,
@@ -67,36 +67,6 @@ TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row.
-
-    compared, different: copies of slots that were compared with their other owners', and those that differed.
-    lag_changes, lag_s: how far other owners are behind this primary: changes of one slot, seconds that one is silent.
-    """
-
-    epoch: int
-    draining: bool
-    absent_ids: int
-    compared: int
-    different: int
-    lag_changes: int
-    lag_s: float
-    operations: dict[str, OpStatistics]
-    listener: ListenStatistics
-    store: StoreStatistics
-
-    @property
-    def requests(self) -> int:
-        """Requests of every kind."""
-        return sum(op.requests for op in self.operations.values())
-
-    @property
-    def errors(self) -> int:
-        """Those that were answered with an error."""
-        return sum(op.errors for op in self.operations.values())
-
-
 @dataclass(slots=True)
 class _Export:
     """An export that is under way: its blocks, and the number of the next part."""
@@ -122,7 +92,11 @@ class Service:
         self._export_number = 0
         self._newer = asyncio.Event()
         server = config.server
-        limits = ReplicationLimits(owners_min=server.owners_min, verify_slots_per_s=server.verify_slots_per_s)
+        limits = ReplicationLimits(
+            owners_min=server.owners_min,
+            verify_slots_per_s=server.verify_slots_per_s,
+            copy_bytes_per_s=server.copy_max_mib_per_s << 20,
+        )
         self.replication = Replication(store, limits)
         self._peers = Peers(self.replication, config, token, self._perform)
         self._tokens = 0
@@ -268,6 +242,7 @@ class Service:
             self.draining,
             self._absent_ids,
             *self.replication.verified,
+            *self.replication.copied,
             *self.replication.lag,
             operations,
             listener=self.listener.statistics(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ps.errors import ConfigError
 from ps.fabric.address import parse_address
 from ps.fabric.tls import CA, trusting
-from ps.kernels import batch, merge, split
+from ps.kernels import batch, merge, shared, split
 from ps.runtime import read_runtime, read_token
 
 ADDRESS = "EMBRING_ADDRESS"
@@ -62,3 +62,4 @@ def prepare() -> None:
     batch.warmup()
     split.warmup()
     merge.warmup()
+    shared.warmup()

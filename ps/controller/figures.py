@@ -1,4 +1,4 @@
-"""A server's raw statistics (ps.service.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
+"""A server's raw statistics (ps.meter.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ TIMED = ("pull", "push", "range")
 def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
     """Figures of one server from two of its statistics, `seconds` apart (None: rates are of the whole time as 0).
 
-    rows, bytes, rows_by_table, requests, errors, absent_ids: totals since its start. lag_changes, lag_s: how far other
-    owners are behind it. requests_per_s, p50_ms, p99_ms:
-    of the time between the two; the percentiles are missing where nothing was asked.
+    rows, bytes, rows_by_table, requests, errors, absent_ids, copied_rows, copied_bytes: totals since its start.
+    lag_changes, lag_s: how far other owners are behind it. requests_per_s, p50_ms, p99_ms: of the time between the two;
+    the percentiles are missing where nothing was asked.
     """
     store = now["store"]
     out = {
@@ -30,6 +30,8 @@ def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: f
         "absent_ids": now["absent_ids"],
         "lag_changes": now["lag_changes"],
         "lag_s": now["lag_s"],
+        "copied_rows": now["copied_rows"],
+        "copied_bytes": now["copied_bytes"],
         "requests": _requests(now),
         "errors": sum(m["errors"] for m in now["operations"].values()),
         "requests_per_s": 0.0,

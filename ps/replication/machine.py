@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import EmbringError, PerhapsApplied, WrongView
-from ps.kernels.replicate import ADMITTED, COPY, HOPELESS, IDLE, JOINING
+from ps.kernels.replicate import ADMITTED, HOPELESS
 from ps.replication.actions import Action, Arrays, ReplicationLimits
 from ps.replication.backup import Backup, Reply
 from ps.replication.links import Flight, Link
@@ -141,11 +141,7 @@ class Replication:
         told = self._pass_on(view, same)
         me = next((i for i, s in enumerate(view.servers) if s.incarnation == store.incarnation), -2)
         primary.members = Members.of(view, me, self._links(view), primary.members, same)
-        copying = primary.members.modes == COPY
-        primary.members.modes[copying] = IDLE
-        for link in primary.by_index:
-            link.copies = []
-            link.untidy |= bool(copying.any())
+        for link in primary.by_index:  # copies of slots whose term goes on do so too
             if link.index in told:
                 link.epoch = max(link.epoch, view.epoch)
         opened = np.flatnonzero((view.owners()[:, 0] == me) & ~same)
@@ -251,6 +247,11 @@ class Replication:
         self._primary.verifier.verify(token, slots, start, repair)
 
     @property
+    def copied(self) -> tuple[int, int]:
+        """Rows that were copied to learners since the start, and the bytes that it took."""
+        return self._primary.copied_rows, self._primary.copied_bytes
+
+    @property
     def verified(self) -> tuple[int, int]:
         """Copies that were compared since the start, and how many of them differed."""
         return self._primary.verifier.compared, self._primary.verifier.different
@@ -324,6 +325,7 @@ class Replication:
         self._last = now
         self._clock += elapsed
         primary = self._primary
+        primary.pace(elapsed)
         for link in list(primary.links.values()):
             link.resting = False
             if link.untidy:
@@ -331,7 +333,7 @@ class Replication:
             primary.pump(link)
             link.silent = link.silent + elapsed if link.flights else 0.0
             if self._accused(link):
-                self._drop_learner(link)
+                primary.drop_learner(link)
         primary.verifier.sweep(elapsed)
         if self._clock - self._forgot >= FORGET_S:
             self._forgot = self._clock
@@ -339,15 +341,6 @@ class Replication:
 
     def _accused(self, link: Link) -> bool:
         return link.silent >= self.limits.silent_s or link.refusals >= self.limits.refusals_max
-
-    def _drop_learner(self, link: Link) -> None:
-        """A learner that does not answer is no longer waited for, unless it was promised as an owner."""
-        members = self.members
-        slots, columns = members.where(link.index)
-        free = members.ranks[slots, columns] <= JOINING
-        if free.any():
-            members.drop(slots[free], columns[free])
-            self._primary.release()
 
     def learn(self, slots: NDArray[np.int64], learner: int, epoch: int) -> None:
         """Begin to copy slots to a learner (its incarnation); those whose term began after `epoch` are left out."""

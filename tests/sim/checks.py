@@ -233,6 +233,8 @@ class Checks:
         for client in self.cluster.clients:
             if client.undecided:
                 return f"{client.name} has {client.undecided} pushes undecided"
+        if view.move is not None:
+            return f"{view.move.names} {view.move.kind}"
         owners = view.owners()
         alive = sum(s.alive for s in view.servers)
         for group in view.groups:

@@ -8,10 +8,10 @@ import numpy as np
 import ps.client.core
 import ps.replication.machine
 import ps.window
-from hashring.planner import CreateTable, Enlist, plan
+from hashring.planner import Abort, Begin, CreateTable, Enlist, plan
 from hashring.tokens import tokens
+from hashring.view import Move, View
 from hashring.view import Server as ServerEntry
-from hashring.view import View
 from ps.errors import EmbringError, NotApplied, WrongView
 from ps.spec import SGD, Initializer, TableSpec
 from tests.sim.checks import Checks
@@ -163,10 +163,47 @@ class Cluster:
         self.world.at(rng.choice((0.05, 0.5, 2.0)), self._restart, victim.name)
 
     def _restart(self, name: str) -> None:
+        if self.log.newest.server_index(name) is None:
+            return  # it has left, or never joined
         incarnation = self._incarnation()
         server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
         for controller in self.controllers:
             self.world.at(self.world.rng.uniform(0.0, 0.3), controller.told_started, server.entry)
+
+    def move(self, kind: str) -> bool:
+        """An administrator adds a server, removes one, or takes that back; whether it was asked for."""
+        live = [c for c in self.controllers if c.alive and not c.paused]
+        view, rng = self.log.newest, self.world.rng
+        names = [s.name for s in view.servers if "~" not in s.name]
+        if not live or (view.move is None) == (kind == "abort") or (kind == "join" and len(names) > 5):
+            return False
+        if kind == "leave" and len(names) <= self.replicas:
+            return False
+        wish: Any = Abort()
+        if kind == "join":
+            name, incarnation = f"s{self._incarnations}+", self._incarnation()
+            server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
+            wish = Begin(Move("join", (name,)), (server.entry,))
+        elif kind == "leave":
+            wish = Begin(Move("leave", (rng.choice(names),)))
+        controller = rng.choice(live)
+        controller.mind.change("move", wish)
+        controller.perform()
+        return True
+
+    def unstick(self) -> None:
+        """Take a join back whose server is dead, and was never started again."""
+        move = self.log.newest.move
+        running = {s.name for s in self.running()}
+        if move is not None and move.kind == "join" and not set(move.names) <= running:
+            self.move("abort")
+
+    def _left(self, view: View, before: View) -> None:
+        """Processes of servers that are in the view no more end a while after it."""
+        for gone in {s.name for s in before.servers} - {s.name for s in view.servers}:
+            for server in self.running():
+                if server.name == gone:
+                    self.world.at(1.0, server.kill)
 
     def add_controller(self) -> None:
         """Start a controller, which reads the log."""
@@ -187,6 +224,7 @@ class Cluster:
         """A view is in the log, and nobody knows it yet."""
         self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]}")
         self.checks.logged(view, self.log.views[view.epoch - 1])
+        self._left(view, self.log.views[view.epoch - 1])
 
     # -- work
 
@@ -288,6 +326,7 @@ class Cluster:
     def _rest(self, began: float) -> None:
         while self.world.now < began + REST_S:
             self.world.until(self.world.now + 0.5)
+            self.unstick()
             if not self.checks.resting():
                 return
         self.checks.fail(f"I11: after {REST_S:g} s without faults {self.checks.resting()}")

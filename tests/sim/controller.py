@@ -49,7 +49,7 @@ class Controller(Process):
         self.every(ROUND_S, self.tick)
         for incarnation in cluster.dead:
             self.mind.died(incarnation)
-        for server in cluster.running():
+        for server in (s for s in cluster.running() if self.mind.view.server_index(s.name) is not None):
             self.mind.started(server.entry)
 
     def tick(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KINDS = (
     *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
     *("suspicion", "controller crash", "controller pause", "second controller", "old view"),
+    *("join", "leave", "abort"),
 )
 
 
@@ -86,7 +87,9 @@ class Faults:
         cluster, world = self.cluster, self.world
         rng = world.rng
         servers = cluster.running()
-        if kind.startswith("controller") or kind == "second controller":
+        if kind in ("join", "leave", "abort"):
+            made = cluster.move(kind)
+        elif kind.startswith("controller") or kind == "second controller":
             made = self._controller(kind, process)
         else:
             from tests.sim.server import Server as ServerProcess

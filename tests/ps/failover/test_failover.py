@@ -328,18 +328,6 @@ def test_copies_are_made_as_soon_as_nobody_is_missing(dead: bool) -> None:
     assert (21 if dead else 11) in {lesson.learner for lesson in shell.of(Learn)}
 
 
-def test_when_copies_are_complete_the_next_are_begun_at_once() -> None:
-    shell = Shell(cluster(2))
-    shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=50, learn_max=3)
-    shell.mind.change("x", Withdraw({"s1": np.arange(8)}))
-    shell.perform()
-    shell.run(51)
-    (first,) = shell.of(Learn)
-    shell.standing[10] = says(shell.mind.view, ADMISSION, 11, first.slots)
-    shell.run(3)
-    assert [len(lesson.slots) for lesson in shell.of(Learn)] == [3, 3]
-
-
 def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> None:
     shell = Shell(cluster(2))
     shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=1, learn_max=3)
