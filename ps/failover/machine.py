@@ -425,8 +425,8 @@ class Failover:
     def _awaited(self) -> bool:
         """Whether a server is missing that may come back soon: paused, with what it has, or started again, for its
         share of the copies."""
-        names = (s for s in self.view.servers if "~" not in s.name)
-        away = not all(s.alive and self._usable(s.incarnation) for s in names)
+        there = {i for i, health in self.servers.items() if health.fresh}
+        away = any(s.incarnation not in there for s in self.view.servers if "~" not in s.name)
         return away and self._round - self._changed_round < self.limits.wait_rounds
 
     def _usable(self, incarnation: int) -> bool:
