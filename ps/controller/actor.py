@@ -51,7 +51,7 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, DISPUTE_S = 1.0, 10.0
+LEARN_S, DISPUTE_S = 0.5, 10.0
 """Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
 
 LEAVE_WAIT_S, DRAIN_S = 60.0, 1.0

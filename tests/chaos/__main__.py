@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, help="a new folder for the logs of the processes")
     parser.add_argument("--head-loss", action="store_true", help="no rounds: head and controller killed at once")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of --head-loss")
+    parser.add_argument("--minutes", type=float, help="no round begins later than that; of --head-loss 10")
     given = parser.parse_args()
     servers = given.servers or given.replicas + 1
     kinds = given.kinds.split(",") if given.kinds else [*KINDS, *(["pair"] if given.replicas > 2 else []), "head"]
@@ -79,10 +79,11 @@ def _trial(given: argparse.Namespace, place: Place, servers: int, kinds: list[st
         until(lambda: len(load.found.acks) > 50, SETTLE_S, "the first pushes")
         with controller(place.runtime) as ask:
             scene = Scene(place, load, ask, servers, given.replicas, random.Random(given.seed))
-            _rounds(scene, 0 if given.head_loss else given.rounds, [k for k in kinds if k != "head"], done)
+            end = time.monotonic() + 60 * (given.minutes or 600.0)
+            _rounds(scene, 0 if given.head_loss else given.rounds, [k for k in kinds if k != "head"], done, end)
             pids = {s["incarnation"]: s["pid"] for s in ask("status")["servers"]}
         if given.head_loss:
-            told = head_loss(place, load, given.minutes)
+            told = head_loss(place, load, given.minutes or 10.0)
         elif "head" in kinds:
             done += last_rounds(place, load, pids)
             _say(str(done[-3:]))
@@ -93,10 +94,10 @@ def _trial(given: argparse.Namespace, place: Place, servers: int, kinds: list[st
     return {**_figures(given, servers, load, done), **told, "seconds": round(time.monotonic() - begun, 1)}
 
 
-def _rounds(scene: Scene, wanted: int, kinds: list[str], done: list[dict[str, Any]]) -> None:
+def _rounds(scene: Scene, wanted: int, kinds: list[str], done: list[dict[str, Any]], end: float) -> None:
     """So many rounds that count, the kinds in turn; before one that cannot be now, a primary is killed."""
     turn = 0
-    while kinds and sum(r["counted"] for r in done) < wanted and len(done) < 2 * wanted:
+    while kinds and sum(r["counted"] for r in done) < wanted and len(done) < 2 * wanted and time.monotonic() < end:
         kind = kinds[turn % len(kinds)]
         try:
             found = scene.round(kind)

@@ -152,7 +152,7 @@ def _servers(backup: bool, stop: bool) -> Callable[[Scene], Strike]:
 
 def _pair(scene: Scene) -> Strike:
     first, rows = scene.choose()
-    second, _ = scene.choose(among={s["name"] for s in scene.ask("status")["servers"]} - {first})
+    second = scene.chance.choice(sorted({s["name"] for s in scene.ask("status")["servers"]} - {first}))
     return scene.strike((first, second), rows)
 
 
