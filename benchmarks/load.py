@@ -17,7 +17,7 @@ Request = Callable[[int], Awaitable[object]]
 
 @dataclass
 class Outcome:
-    """What came of a load. seconds: how long it ran. latency_s: of requests that were answered, by their turn.
+    """What came of a load. seconds: how long it ran. latency_s: of the requests that were `answered`, from their turn.
 
     lag_s: of every request, how long after its turn it was begun: the generator's own part of the latency.
     """
@@ -25,6 +25,7 @@ class Outcome:
     seconds: float = 0.0
     requests: int = 0
     failed: int = 0
+    answered: list[int] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
     lag_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -33,10 +34,6 @@ class Outcome:
     def rate(self) -> float:
         """Requests a second."""
         return self.requests / self.seconds
-
-    def percentiles_ms(self, shares: Sequence[float] = (50, 95, 99)) -> dict[str, float]:
-        """{"p50_ms": ...} of the latencies; empty where nothing was answered."""
-        return percentiles_ms(self.latency_s, shares)
 
 
 def percentiles_ms(seconds: Sequence[float], shares: Sequence[float] = (50, 95, 99)) -> dict[str, float]:
@@ -98,6 +95,7 @@ async def _one(request: Request, number: int, due: float, found: Outcome) -> Non
     try:
         await request(number)
         found.latency_s.append(time.perf_counter() - due)
+        found.answered.append(number)
     except EmbringError as error:
         found.failed += 1
         if len(found.errors) < 20:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import ps
 from hashring.view import View
 from ps.cluster import controller
 from ps.errors import EmbringError
@@ -58,6 +59,10 @@ class Servers:
     def living(self) -> list[dict[str, Any]]:
         """Their lines of the status, by name."""
         return [s for s in self.status()["servers"] if s["state"] == "alive"]
+
+    def fresh_client(self) -> "ps.Client":
+        """A client that knows the servers there are now: those of the start may all be gone."""
+        return ps.connect([a for s in self.living() for a in s["addresses"]], self._token, ASK_S)
 
     def view(self) -> View:
         """The newest view that a server knows."""

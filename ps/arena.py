@@ -58,6 +58,9 @@ class Entries:
     offsets: NDArray[np.int64]
 
 
+_NO_ENTRIES = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
+
+
 class Arena:
     """Rows of one `ArenaKey`.
 
@@ -193,6 +196,8 @@ class Arena:
 
     def codes_of(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
         """Codes of table numbers int32[n]; -1 where the table is not of this arena."""
+        if not len(tables):
+            return np.empty(0, np.int32)
         order = np.argsort(self.numbers, kind="stable").astype(np.int32)
         known = self.numbers[order]
         at = np.minimum(np.searchsorted(known, tables), len(known) - 1)
@@ -217,6 +222,8 @@ class Arena:
     ) -> Entries:
         """What slots hold, of one table (or all: -1), with tokens in [low, last]."""
         n = int(self.counts(slots).sum())
+        if not n:
+            return Entries(*_NO_ENTRIES, np.zeros(len(slots) + 1, np.int64))
         found = Entries(
             np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.uint64),
             np.zeros(len(slots) + 1, np.int64),

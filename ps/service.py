@@ -10,6 +10,7 @@ Every reply carries `epoch`, the epoch of the server's view.
 """
 
 import asyncio
+import contextlib
 import gc
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
-from ps.errors import EmbringError, NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError, judged_by
 from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
 from ps.meter import Meter, ServiceStatistics
@@ -238,16 +239,9 @@ class Service:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
         return ServiceStatistics(
-            self.view.epoch,
-            self.draining,
-            self._absent_ids,
-            *self.replication.verified,
-            *self.replication.copied,
-            *self.replication.lag,
-            operations,
-            listener=self.listener.statistics(),
-            store=self.store.statistics(),
-        )
+            self.view.epoch, self.draining, self._absent_ids, *self.replication.verified, *self.replication.copied,
+            *self.replication.lag, operations, self.listener.statistics(), self.store.statistics(),
+        )  # fmt: skip
 
     # -- dispatch
 
@@ -288,16 +282,15 @@ class Service:
 
     async def _later(self, request: Message, epoch: int) -> Result:
         """Handle a request once the view that it knows is here, or could not be had."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + NEWER_S
-        while epoch > self.view.epoch:
-            try:
-                async with asyncio.timeout_at(until):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEWER_S):
+                while epoch > self.view.epoch:
                     await self._newer.wait()
-            except TimeoutError:
-                break
-        result = self._handlers[request.op](request)
-        return result if isinstance(result, tuple) else await result
+        try:
+            result = self._handlers[request.op](request)
+            return result if isinstance(result, tuple) else await result
+        except RequestError as error:
+            raise judged_by(self.view.epoch, epoch, error) from None
 
     # -- rows
 
@@ -430,7 +423,8 @@ class Service:
         return plain, {}
 
     def _install(self, request: Message) -> Result:
-        self.install(view_of(request.fields, request.arrays))
+        if whole(request.fields, "view_epoch", default=2**62) > self.store.epoch:  # most have it when it is handed on
+            self.install(view_of(request.fields, request.arrays))
         return {}, {}
 
     def _drain(self, request: Message) -> Result:

@@ -24,11 +24,12 @@ from benchmarks.model import Model
 from benchmarks.placements import ABOUT, LABELS, NAMES, Lay, lay_out, mixed_tables
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, own_cpu_seconds, watching
-from benchmarks.suites.cluster import Report, benchmark_config, cluster
+from benchmarks.suites.cluster import Report, cluster, over_the_wire
 from benchmarks.suites.loss import lose_a_server
 from benchmarks.tradeoff import CHECKED, summary
 from benchmarks.workloads import PUBLISHED_ROWS, SHAPES, Batch, Shape, Workload
 from hashring.view import Server, View
+from ps.controller.outlook import names_for
 from ps.runtime import Runtime, read_token
 
 T = TypeVar("T")
@@ -94,6 +95,8 @@ class Placed:
     resident: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     closed: list[Outcome] = field(default_factory=list)
     opened: list[Outcome] = field(default_factory=list)
+    read_s: list[list[float]] = field(default_factory=list)
+    write_s: list[list[float]] = field(default_factory=list)
     pushed: list[Outcome] = field(default_factory=list)
     counted: dict[str, float] = field(default_factory=dict)
 
@@ -108,7 +111,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     findings = Findings()
     workload = settings.workload()
     with (
-        cluster(benchmark_config(settings.servers), report, in_place=False) as (runtime, client),
+        cluster(over_the_wire(settings.servers), report) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -130,10 +133,11 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     findings.figures["summary"] = summary(figures)
     findings.figures["workload"] = described(settings, workload, bench.rate)
     for p in bench.placed:
-        findings.raw[p.name] = [{"latency": _us(o.latency_s), "lag": _us(o.lag_s)} for o in p.opened]
+        findings.raw[p.name] = {"read": [*map(_us, p.read_s)], "push": [*map(_us, p.write_s)]}
+        findings.raw[p.name]["lag"] = [_us(o.lag_s) for o in p.opened]
         findings.spreads[p.name] = {
             "samples_per_s": [round(pick(o.rate for o in p.closed) * settings.batch, 1) for pick in (min, max)],
-            "p99_ms": [pick(o.percentiles_ms()["p99_ms"] for o in p.opened) for pick in (min, max)],
+            "p99_ms": [pick(percentiles_ms(read)["p99_ms"] for read in p.read_s) for pick in (min, max)],
         }
     return findings.to_plain({"command": "embring bench placement", **asdict(settings)})
 
@@ -275,7 +279,11 @@ class Bench:
             else:
                 await self._pull(client, placed, i)
 
-        placed.opened.append(await opened(request, due, self._turn))
+        found = await opened(request, due, self._turn)
+        placed.opened.append(found)
+        pushed = [written[number - self._turn] for number in found.answered]
+        placed.read_s.append([s for s, push in zip(found.latency_s, pushed, strict=True) if not push])
+        placed.write_s.append([s for s, push in zip(found.latency_s, pushed, strict=True) if push])
 
     async def _pushed(self, client: "ps.AsyncClient", placed: Placed, idle: float) -> None:
         """The same pushes to each placement, some in flight; and what servers send each other for them."""
@@ -335,9 +343,8 @@ class Bench:
             "samples_per_s": median(o.rate for o in placed.closed) * batch,
             "servers_cpu_us_per_sample": c["servers_cpu_s"] / samples * 1e6,
             "client_cpu_us_per_sample": c["client_cpu_s"] / samples * 1e6,
-            **{
-                name: median(o.percentiles_ms()[name] for o in placed.opened) for name in ("p50_ms", "p95_ms", "p99_ms")
-            },
+            **_percentiles(placed.read_s, (50, 95, 99)),
+            **{f"push_{name}": value for name, value in _percentiles(placed.write_s, (50, 99)).items()},
             "lag_p99_ms": median(percentiles_ms(o.lag_s)["p99_ms"] for o in placed.opened),
             "failed": sum(o.failed for o in (*placed.closed, *placed.opened, *placed.pushed)),
             "push_rows_per_s": median(o.rate for o in placed.pushed) * c["rows_pushed"] / c["pushes"],
@@ -347,10 +354,7 @@ class Bench:
     def _expected(self, model: Model, beside: NDArray[np.int64]) -> dict[str, Any]:
         batch = self.settings.batch
         pull, push, memory, loss = model.pull(batch), model.push(batch, 0), model.memory(beside), model.loss()
-        known = {s.name for s in model.view.servers}
-        name = next(
-            n for n in map("server-{}".format, range(len(known) + 1)) if n not in known
-        )  # as the controller has it
+        (name,) = names_for(model.view, (), 0)
         join = model.join(Server(name, 1, model.view.servers[0].host))
         return {
             "rows_per_sample": pull.rows / batch,
@@ -387,6 +391,12 @@ def described(settings: Settings, workload: Workload, rate: float) -> dict[str, 
         "replicated_in_mixed": sorted(mixed_tables(workload, settings.servers, settings.budget)),
         "placements": {name: {"label": LABELS[name], "about": ABOUT[name]} for name in settings.placements},
     }
+
+
+def _percentiles(rounds: list[list[float]], shares: Sequence[float]) -> dict[str, float]:
+    """Of each percentile the median over the rounds; none where no round has anything."""
+    found = [percentiles_ms(seconds, shares) for seconds in rounds if seconds]
+    return {name: median(of[name] for of in found) for name in found[0]} if found else {}
 
 
 def _us(seconds: Sequence[float]) -> list[float]:

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.replication import Standing
+from ps.replication import NOTHING, Standing
 
 REFUSED_MAX = 2
 """Pings for which nobody listened at any address of a process, after which it leaves its slots."""
-
-NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclass(slots=True)

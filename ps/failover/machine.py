@@ -129,6 +129,11 @@ class Failover:
         out, self.out = self.out, []
         return out
 
+    @property
+    def appending(self) -> bool:
+        """Whether a view of this controller's is on its way into the log."""
+        return self._logging is not None
+
     # -- events
 
     def tick(self) -> None:
@@ -201,7 +206,7 @@ class Failover:
         self._decide()
 
     def taken(self) -> None:
-        """Somebody else has logged that epoch."""
+        """Somebody else has logged the next epoch: who is left must read the log, or nobody would hear of it."""
         self.retired = True
         self.out = [Retire()]
 
@@ -278,12 +283,15 @@ class Failover:
 
     def _reports(self, kind: int) -> list[tuple[int, int, NDArray[np.int64]]]:
         """(primary, peer, slots) of what holds in the present terms, from servers that answer."""
+        speak = [h for h in self.servers.values() if h.fresh and len(h.standing.kinds)]
+        if not speak:
+            return []
         terms, owners = self.view.terms(), self.view.owners()
         ids = incarnations(self.view.servers)
         found = []
-        for primary, health in self.servers.items():
-            said = health.standing
-            if not health.fresh or not len(said.kinds) or primary in self._dead:
+        for health in speak:
+            said, primary = health.standing, health.incarnation
+            if primary in self._dead:
                 continue
             good = (said.kinds == kind) & (said.slots < len(terms))
             slots, peers, when = said.slots[good], said.peers[good], said.terms[good]

@@ -54,6 +54,9 @@ class Standing:
         return {"kinds": self.kinds, "peers": self.peers, "slots": self.slots, "terms": self.terms}
 
 
+NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 class _Parts:
     """A push of which several servers decide a part: one answer, once all have answered."""
 
@@ -358,6 +361,9 @@ class Replication:
     def standing(self) -> Standing:
         """What the controller should know, told again with every ping until a view answers it."""
         members, positions = self.members, self.store.held.slots.positions
+        accused = any(self._accused(link) for link in self._primary.links.values())
+        if not members.learning and not accused and not (members.modes == HOPELESS).any():
+            return NOTHING
         kinds, peers, slots = [], [], []
         for link in self._primary.links.values():
             at, columns = members.where(link.index)
@@ -370,7 +376,6 @@ class Replication:
             peers.append(np.full(int(some.sum()), link.incarnation, np.uint64))
             slots.append(at[some])
         if not kinds or self.store.view is None:
-            nothing = np.empty(0, np.int64)
-            return Standing(nothing.astype(np.uint8), nothing.astype(np.uint64), nothing, nothing)
+            return NOTHING
         where = np.concatenate(slots)
         return Standing(np.concatenate(kinds), np.concatenate(peers), where, self.store.view.terms()[where])

@@ -465,9 +465,9 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
     asyncio.run(asyncio.wait_for(work(), 100))
 
 
-def test_statistics_count_what_pulls_and_pushes_took(cluster):
+def test_statistics_count_what_pulls_and_pushes_took(tmp_path):
     """A bag of ids of three servers is three partial sums; a table on every server is asked of one."""
-    with cluster.client() as client:
+    with local_cluster(tmp_path, shared_reads=False) as cluster, cluster.client() as client:
         name, everywhere = new_table(client), new_table(client, replicas="all")
         before = client.statistics()
         ids = np.arange(1000)

@@ -13,8 +13,7 @@ from ps.controller import shell as shells
 from ps.controller.shell import INSTALLS_MAX, Shell
 from ps.errors import EmbringError, NobodyListens, NotApplied, PerhapsApplied, RequestError, WrongView
 from ps.failover import FailoverLimits
-from ps.failover.health import NOTHING
-from ps.replication import ADMISSION, Standing
+from ps.replication import ADMISSION, NOTHING, Standing
 from ps.viewlog import EpochTakenError
 from ps.wire import Message, view_of
 
@@ -43,6 +42,9 @@ class Disk:
         if self.deny:
             raise self.deny.pop(0)
         self.views.append((view.epoch, after))
+
+    def holds(self, epoch: int) -> bool:
+        return any(epoch == logged for logged, _ in self.views)
 
 
 class Process:
@@ -254,6 +256,18 @@ def test_who_cannot_log_the_next_view_ends() -> None:
         assert net.shell.view.epoch == 2
         assert not any(p.ops("install") for p in net.processes.values())
         wish.cancel()
+
+    run(test)
+
+
+def test_who_finds_a_newer_view_in_the_log_ends_though_it_has_nothing_to_log() -> None:
+    async def test() -> None:
+        net = Network(cluster(2, 1))
+        await net.rounds(2)
+        assert net.retired == 0
+        net.disk.views.append((3, 2))  # by another controller, which died before anybody heard of it
+        await net.rounds(3)
+        assert net.retired == 1
 
     run(test)
 

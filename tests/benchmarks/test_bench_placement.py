@@ -81,6 +81,7 @@ def test_an_open_load_begins_requests_that_are_due_though_none_is_answered() -> 
     found = asyncio.run(run())
     assert (found.requests, found.failed, len(found.latency_s), len(found.lag_s)) == (20, 1, 19, 20)
     assert found.errors == ["NotApplied: as you wish"]
+    assert sorted(found.answered) == [n for n in range(20) if n != 7]
     assert max(found.latency_s) >= 0.0095  # the first waits for the last, from the moment when it was due
 
 
@@ -172,14 +173,15 @@ def test_ticks_are_few_and_reach_far_enough(most: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # its cluster compiles every kernel where none is kept yet
 def test_a_small_run_agrees_with_the_arithmetic() -> None:
-    settings = suite.Settings(ids=(20, 1, 2), dim=64, rows=2000, batch=32, rounds=1, seconds=0.3, pushes=8)
+    settings = suite.Settings(ids=(20, 1, 2), dim=64, rows=2000, batch=32, rounds=1, seconds=0.3, pushes=8, join=False)
     result = suite.run(settings, lambda line: None)
     assert result["equal"]
     assert set(result["placement"]) == set(NAMES)
     for found in result["placement"].values():
         assert found["measured"]["failed"] == 0
-        for key in ("rows_per_sample", "servers_per_request", "memory_bytes", "bytes_per_sample", "join_rows_moved"):
-            assert abs(found["off"].get(key, 0.0)) < 0.03, (key, found)
+        for key in ("rows_per_sample", "servers_per_request", "memory_bytes", "bytes_per_sample"):
+            assert abs(found["off"][key]) < 0.03, (key, found)
     assert result["placement"]["sharded"]["measured"]["loss_share_failed_after"] == 1.0
     page(result)
