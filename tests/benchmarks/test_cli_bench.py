@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_placement import placement_result
+from test_bench_placement import placement_result
 from typer.testing import CliRunner
 
 from benchmarks.suites import placement, pull
