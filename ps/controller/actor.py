@@ -155,7 +155,11 @@ class Control:
         """A server is dead by Ray's word: others take over, and it is started again as another incarnation."""
         self.shell.died(member.incarnation)
         control = self.config.control
-        while control.restart and member.restarts < control.restarts_max and self._named(member.name):
+
+        def wanted() -> bool:  # whoever is about to join is, too: its move would wait for it without end
+            return self._named(member.name) or member.name in self._starting
+
+        while control.restart and member.restarts < control.restarts_max and wanted():
             member.restarts += 1
             try:
                 await self._launch(member.name)
