@@ -92,16 +92,29 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
             say(line_of(plan))
             told = ask("move", **wanted)
         before = _copied(ask("status"))
+        interrupted = False
         try:
-            record = follow(ask)
+            record = follow(ask, to_the_end=abort)
         except KeyboardInterrupt:
-            ask("abort")
-            say("going back to the servers of before; another Ctrl-C leaves that to the cluster")
-            follow(ask)
-            _remember(runtime, ask("status"))
-            raise
+            interrupted = _go_back(ask)
+            record = follow(ask, to_the_end=interrupted)
         _remember(runtime, record)
+    if interrupted:
+        raise typer.Exit(130)
     _report("abort" if abort else kind, told["names"], record, before, as_json)
+
+
+def _go_back(ask: Ask) -> bool:
+    """Undo what is under way; False where it was done before that could be."""
+    from ps.errors import RequestError
+
+    try:
+        ask("abort")
+    except RequestError as error:
+        say(f"too late to go back: {error}")
+        return False
+    say("going back to the servers of before; another Ctrl-C leaves that to the cluster")
+    return True
 
 
 def _report(kind: str, names: list[str], record: Mapping[str, Any], before: tuple[int, int], as_json: bool) -> None:

@@ -25,15 +25,15 @@ from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
 from ps.errors import EmbringError, NotApplied, RequestError, judged_by
-from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
+from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
-from ps.meter import Meter, OpStatistics
+from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock, Watermark
 from ps.shared import lease
 from ps.spec import TableSpec
-from ps.store import Store, StoreStatistics
+from ps.store import Store
 from ps.store.sharing import described
 from ps.wire import (
     FrameLimits,
@@ -66,36 +66,6 @@ TICK_S = 0.05
 
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row.
-
-    compared, different: copies of slots that were compared with their other owners', and those that differed.
-    copied_rows, copied_bytes: what was copied to other servers, so that they own it.
-    """
-
-    epoch: int
-    draining: bool
-    absent_ids: int
-    compared: int
-    different: int
-    copied_rows: int
-    copied_bytes: int
-    operations: dict[str, OpStatistics]
-    listener: ListenStatistics
-    store: StoreStatistics
-
-    @property
-    def requests(self) -> int:
-        """Requests of every kind."""
-        return sum(op.requests for op in self.operations.values())
-
-    @property
-    def errors(self) -> int:
-        """Those that were answered with an error."""
-        return sum(op.errors for op in self.operations.values())
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""A server's raw statistics (ps.service.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
+"""A server's raw statistics (ps.meter.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
