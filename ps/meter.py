@@ -1,4 +1,4 @@
-"""Counts of requests by operation, with a histogram of how long they took, and all that a server tells of itself."""
+"""What a server counts: requests by operation, with a histogram of how long they took, and all else as one record."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -21,28 +21,6 @@ class OpStatistics:
     errors: int
     seconds: float
     buckets: tuple[int, ...]
-
-
-class Meter:
-    """The counters behind OpStatistics."""
-
-    __slots__ = ("buckets", "errors", "requests", "seconds")
-
-    def __init__(self) -> None:
-        self.requests = self.errors = 0
-        self.seconds = 0.0
-        self.buckets = [0] * (len(BUCKETS_S) + 1)
-
-    def add(self, seconds: float, failed: bool) -> None:
-        """Count a request."""
-        self.requests += 1
-        self.errors += failed
-        self.seconds += seconds
-        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
-
-    def statistics(self) -> OpStatistics:
-        """What was counted so far."""
-        return OpStatistics(self.requests, self.errors, self.seconds, tuple(self.buckets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +51,25 @@ class ServiceStatistics:
     def errors(self) -> int:
         """Those that were answered with an error."""
         return sum(op.errors for op in self.operations.values())
+
+
+class Meter:
+    """The counters behind OpStatistics."""
+
+    __slots__ = ("buckets", "errors", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+
+    def add(self, seconds: float, failed: bool) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.errors += failed
+        self.seconds += seconds
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += 1
+
+    def statistics(self) -> OpStatistics:
+        """What was counted so far."""
+        return OpStatistics(self.requests, self.errors, self.seconds, tuple(self.buckets))
