@@ -92,7 +92,7 @@ def _waiting(router: dict[str, Any]) -> str:
 
 def down(
     yes: YesOption = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Save a checkpoint into this folder first.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Save a checkpoint into this DIR first.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """End the cluster: its servers, its controller and the Ray that `up` started, and nothing else.

@@ -48,7 +48,7 @@ Control = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 PART_BYTES = 1024 * 1024
 """Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work."""
 
-EXPORT_ROWS = 4096
+EXPORT_ROWS = 16_384
 """Rows in one part of an export, at most."""
 
 EXPORTS_MAX = 16
@@ -390,7 +390,7 @@ class Service:
             while len(self._exports) >= EXPORTS_MAX:
                 self._exports.pop(next(iter(self._exports)))
             self._export_number += 1
-            cursor, export = self._export_number, _Export(iter(self.store.export(slots, since, EXPORT_ROWS)))
+            cursor, export = self._export_number, _Export(iter(self.store.export(slots, since, self._export_rows())))
         else:
             cursor = whole(request.fields, "cursor")
             found = self._exports.pop(cursor, None)
@@ -408,6 +408,11 @@ class Service:
         self._held[token] = {"more": True, "cursor": cursor, "part": export.part, "block": fields}, arrays
         self.replication.hold(token, block.slots, block.last)  # it leaves once every owner holds what is in it
         return self._outcome(token)
+
+    def _export_rows(self) -> int:
+        """Rows in one part of an export: about PART_BYTES of the widest."""
+        widest = max((arena.key.row_bytes for arena in self.store.held.registry.arenas), default=1)
+        return max(1, min(EXPORT_ROWS, PART_BYTES // widest))
 
     def _absorb(self, request: Message) -> Result:
         plain = request.fields.get("block")

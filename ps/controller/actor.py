@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import ray
 from ray.exceptions import RayError
 
@@ -29,7 +28,7 @@ from ps.controller.admin import change_of, last_owned
 from ps.controller.figures import figures
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
-from ps.controller.restore import Restore, conclude, prepare, recovered
+from ps.controller.restore import Restore, conclude, prepare, recovered, told
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
 from ps.errors import EmbringError, NotApplied, RequestError
@@ -166,13 +165,8 @@ class Control:
             return begun[0].first
 
         await self._change(wish)
-        restore = self._restoring = begun[0]
-        return {
-            "view": msgpack.packb(restore.final.to_plain()),
-            "slots": restore.slots,
-            "tables": restore.tables,
-            "wanted": restore.wanted,
-        }
+        self._restoring = begun[0]
+        return told(begun[0])
 
     async def _restored(self) -> dict[str, Any]:
         """End a restore: its rows are where they belong."""

@@ -62,6 +62,25 @@ def prepare(view: View, manifest: Mapping[str, Any], *, replace_tables: bool, ac
     return _afresh(view, manifest)
 
 
+def told(restore: Restore) -> dict[str, Any]:
+    """What whoever carries the rows must know: plain data.
+
+    slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot here, as bytes; an index into servers
+    ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted.
+    """
+    final = restore.final
+    owners = np.full(final.slots_total, -1, "<i2")
+    wanted = np.array(restore.wanted, np.int64)
+    owners[wanted] = final.owners()[wanted, 0]
+    return {
+        "cluster": final.cluster,
+        "slots": restore.slots,
+        "tables": [[there, here] for there, here in restore.tables.items()],
+        "owners": owners.tobytes(),
+        "servers": [[s.name, s.incarnation, s.host, s.zone, list(s.addresses)] for s in final.servers],
+    }
+
+
 def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore:
     """Lost slots of the very cluster that the checkpoint is of: rows of the other slots stay as they are."""
     saved = {number for number, _, _, _ in manifest["tables"]}

@@ -14,6 +14,9 @@ from ps.window import ClientEntries
 
 _RING = 2**64
 
+SCAN = 4
+"""Rows whose version is read in the time in which one is copied, at the least."""
+
 
 # -- ranges
 
@@ -81,9 +84,12 @@ def export(
     """Blocks that bring an empty copy, or one that stands at `since`, to where the slots stand.
 
     A slot whose `since` is off its lineage, or older than the deletions kept, is sent whole; one of a later term, or
-    of another cluster, is refused. A slot of more than rows_max rows is cut by token intervals, which name the same
-    ids however its segments grow meanwhile; its last part repeats what was changed since the first, so that the slot
-    at `last` is exactly what stood there at that moment.
+    of another cluster, is refused. Changes are found by looking at the version of every row, which costs far less than
+    copying it: they are looked for among SCAN times as many rows as a block may hold.
+
+    A slot of more rows than that is cut by token intervals, which name the same ids however its segments grow
+    meanwhile; its last part repeats what was changed since the first, so that the slot at `last` is exactly what stood
+    there at that moment.
     """
     if since is not None and since.cluster != held.cluster:
         raise RequestError(f"the watermark is of cluster {since.cluster}; this is cluster {held.cluster}")
@@ -92,7 +98,8 @@ def export(
     held.require(slots, PRIMARY)
     if copy is None:
         copy = int(np.random.default_rng().integers(2**62))
-    for batch, part, parts in _pieces(held.registry.arenas, slots, rows_max):
+    looked_at = rows_max if since is None else rows_max * SCAN
+    for batch, part, parts in _pieces(held.registry.arenas, slots, looked_at):
         held.require(batch, PRIMARY)
         if part == 0:
             base = np.zeros(len(batch), np.int64) if since is None else _bases(held, batch, since)
