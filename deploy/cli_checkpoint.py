@@ -101,7 +101,7 @@ def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
     from ps.checkpoint.files import survey
     from ps.checkpoint.storage import Storage
 
-    known, broken = survey(Storage(folder))
+    known, broken = survey(Storage(folder).existing())
     if as_json:
         keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes")
         tables = [{"tables": [t[1] for t in m.tables]} for m in known]
@@ -128,7 +128,7 @@ def verify(folder: Folder, name: NameOption = None, as_json: JsonOption = False)
     from ps.checkpoint.storage import Storage
 
     with progress("verifying") as counter:
-        found = list(verify_files(Storage(folder), name, counter))
+        found = list(verify_files(Storage(folder).existing(), name, counter))
     bad = [c for c in found if c.problems]
     if as_json:
         print(json.dumps([{**vars(c)} for c in found]))

@@ -101,6 +101,8 @@ def render(record: Mapping[str, Any]) -> Any:
         cure = "`embring checkpoint restore DIR`, or `embring recover --accept-loss`"
         warning = f"{record['slots_lost']} slots are lost: {cure}"
         parts += [Text(), Text(warning, style="bold red")]
+    if line := _checkpoint(record):
+        parts += [Text(), Text(line, style="yellow" if record["checkpoint"]["error"] else "")]
     if record["slots_under_replicated"]:
         warning = (
             f"{record['slots_under_replicated']} slots have fewer copies than their tables ask for; "
@@ -108,6 +110,22 @@ def render(record: Mapping[str, Any]) -> Any:
         )
         parts += [Text(), Text(warning, style="yellow")]
     return Group(*parts)
+
+
+def _checkpoint(record: Mapping[str, Any]) -> str:
+    """What the controller saves or restores, "" where it does neither."""
+    told = record.get("checkpoint") or {}
+    if not told.get("directory"):
+        return ""
+    parts = []
+    if last := told["last"]:
+        done = "saved" if last["job"] == "save" else "restored"
+        parts.append(f"{done} {last['name']} {record['time'] - last['at']:.0f} s ago")
+    if told["doing"]:
+        parts.append(f"a {told['doing']} is under way")
+    if told["error"]:
+        parts.append(f"the last one failed: {told['error']}")
+    return f"checkpoints in {told['directory']}: {'; '.join(parts) or 'none yet'}"
 
 
 def _routers(records: list[Mapping[str, Any]]) -> Any:

@@ -64,7 +64,7 @@ def restore(
     for link in links:
         work.absorb(link)
     work.check(manifest)
-    ask("restored")
+    ask("restored", restore=answer["restore"])
     plan = work.plan
     return Restored(
         storage.path(manifest.name), manifest.name, len(links), work.rows, work.bytes,

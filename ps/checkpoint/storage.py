@@ -67,6 +67,12 @@ class Storage:
         """The full path of a folder or file, as messages name it."""
         return "/".join([self.root.rstrip("/"), *parts])
 
+    def existing(self) -> "Storage":
+        """The same, or CheckpointError where there is no such folder."""
+        if not self.has():
+            raise CheckpointError(f"{self.root} is missing")
+        return self
+
     def names(self, *parts: str) -> list[str]:
         """What a folder holds; nothing where there is none. Raises CheckpointError where it cannot be read."""
         place = self.path(*parts) or "/"

@@ -26,6 +26,7 @@ from hashring.view import Server, View
 from ps.config import Config, ControlConfig, config_from_plain
 from ps.controller.admin import change_of, last_owned
 from ps.controller.figures import figures
+from ps.controller.keeper import Job, Keeper
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
 from ps.controller.restore import Restore, conclude, prepare, recovered, told
@@ -71,7 +72,9 @@ class Control:
         self._tls = trusting(config.tls.trusted)
         self._begun = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._restoring: Restore | None = None
+        self._restoring: tuple[int, Restore] | None = None
+        self._restores = 0
+        self.keeper = Keeper(config.checkpoint, lambda: self.shell.view, self._order)
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
@@ -92,6 +95,7 @@ class Control:
         await self.shell.until(self._all_in, START_TIMEOUT_S)
         await self.shell.spread(self.shell.view.epoch)
         self._begun.set()
+        self._keep(self.keeper.run())
         log.info("%d servers run", len(names))
 
     def _keep(self, work: Any) -> None:
@@ -165,15 +169,32 @@ class Control:
             return begun[0].first
 
         await self._change(wish)
-        self._restoring = begun[0]
-        return told(begun[0])
+        self._restores += 1
+        self._restoring = (self._restores, begun[0])
+        return {**told(begun[0]), "restore": self._restores}
 
-    async def _restored(self) -> dict[str, Any]:
+    async def _restored(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """End a restore: its rows are where they belong."""
-        restore, self._restoring = self._restoring, None
-        if restore is None:
-            raise RequestError("no restore is under way, or the controller was restarted during it: restore again")
+        number, restore = self._restoring or (0, None)
+        if restore is None or number != fields.get("restore"):
+            raise RequestError("another restore has begun, or the controller was restarted: restore again")
+        self._restoring = None
         return {"epoch": await self._change(lambda view: conclude(view, restore))}
+
+    def _order(self, what: Job) -> dict[str, Any]:
+        """What the process that saves or restores for the controller must know."""
+        checkpoint, view = self.config.checkpoint, self.shell.view
+        return {
+            "what": what,
+            "directory": checkpoint.directory,
+            "full_every": checkpoint.full_every,
+            "keep": checkpoint.keep,
+            "servers": [[s.name, s.incarnation, list(s.addresses)] for s in view.servers if s.alive],
+            "token": self._setup.token,
+            "tls_ca": self.config.tls.trusted,
+            "fingerprint": self.config.fingerprint,
+            "cluster": view.cluster,
+        }
 
     async def _recover(self) -> dict[str, Any]:
         """Give lost slots to living servers, without their rows."""
@@ -211,7 +232,7 @@ class Control:
         if verb == "restore":
             return await self._restore(fields)
         if verb == "restored":
-            return await self._restored()
+            return await self._restored(fields)
         if verb == "failover":
             return await self._fail_over(fields)
         changed = [False]
@@ -228,6 +249,7 @@ class Control:
         return {
             **cluster_status(self.shell.mind, list(self.members.by_name.values())),
             "fingerprint": self.config.fingerprint,
+            "checkpoint": self.keeper.status(),
             "metrics": self.metrics,
             "time": time.time(),
         }

@@ -179,7 +179,7 @@ class LoopCluster:
         self._restoring = prepare(self.view, fields.pop("manifest"), **fields)
         if self._restoring.first is not None:
             self.install(self._restoring.first)
-        return told(self._restoring)
+        return {**told(self._restoring), "restore": 1}
 
     def save(self, storage: Storage, name: str | None = None, **options: Any) -> Saved:
         return save(storage, self.view.servers, ACCESS, CONFIG.fingerprint, name=name, **options)

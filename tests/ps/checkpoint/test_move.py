@@ -1,5 +1,7 @@
 """Rows to files and back, over real services in this process: any number of servers, other numbers, lost slots."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
 from hashring.view import Server, View
 from ps.checkpoint.files import checkpoints
+from ps.checkpoint.job import work
 from ps.checkpoint.reach import Access
 from ps.checkpoint.restore import Restored, restore
 from ps.checkpoint.save import Saved, save
@@ -51,7 +54,7 @@ class Cluster:
 
         async def begin() -> list[str]:
             async def control(verb: str, fields: dict[str, Any]) -> dict[str, Any]:
-                raise RequestError(f"{verb} is not for this test")
+                return await asyncio.to_thread(self.ask, verb, **fields)
 
             service = Service(Store(incarnation), CONFIG, TOKEN, control, name)
             self.services[incarnation] = (thread, service)
@@ -92,7 +95,7 @@ class Cluster:
         if done.first is not None:
             self.install(done.first)
         self.final = done.final
-        return told(done)
+        return {**told(done), "restore": 1}
 
     def client(self) -> Client:
         living = [s.addresses[0] for s in self.view.servers if s.alive]
@@ -278,3 +281,35 @@ def test_an_empty_cluster_is_saved_and_restored(clusters, tmp_path):
     assert target.restore(tmp_path, replace_tables=True).rows == 0
     assert target.view.tables == ()
     assert all(s.alive for s in target.view.servers)
+
+
+def test_the_controllers_job_saves_prunes_and_restores_by_the_servers_alone(clusters, tmp_path):
+    """As its process does: an order of plain data, the controller reached through a server."""
+    cluster = clusters(3, cluster=11)
+    cluster.create(ITEM, USER, WHOLE)
+    train(cluster)
+
+    def order(what: str, **other: Any) -> dict[str, Any]:
+        servers = [[s.name, s.incarnation, list(s.addresses)] for s in cluster.view.servers if s.alive]
+        plain = {
+            "what": what, "directory": str(tmp_path), "full_every": 3, "keep": 1, "servers": servers, "token": TOKEN,
+            "tls_ca": "", "fingerprint": CONFIG.fingerprint, "cluster": cluster.view.cluster, **other,
+        }  # fmt: skip
+        return json.loads(json.dumps(work(json.loads(json.dumps(plain)))))
+
+    parents = []
+    for number in range(4):
+        with cluster.client() as client:
+            client.push("item", IDS[:20], np.full((20, 4), number, np.float32))
+        told = order("save")
+        parents.append(told["parent"])
+    assert [bool(p) for p in parents] == [False, True, True, False]
+    assert len(told["pruned"]) == 3
+    before = rows(cluster)
+    with pytest.raises(CheckpointError, match="there is no checkpoint of this cluster in"):
+        order("restore", cluster=12)
+    cluster.kill("s1")
+    told = order("restore")
+    assert told["rows"] > 0
+    assert not cluster.view.lost().any()
+    assert_equal(rows(cluster), before)
