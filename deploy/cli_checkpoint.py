@@ -64,7 +64,13 @@ def save(
 def restore(
     folder: Folder,
     name: NameOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Drop the cluster's tables first.")] = False,
+    table: Annotated[
+        list[str] | None, typer.Option(help="Only this table (again for more), into any running cluster.")
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Drop the cluster's tables first; with --table, replace those at the end."),
+    ] = False,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Go on though tables made later lose rows in the lost slots.")
     ] = False,
@@ -72,9 +78,10 @@ def restore(
 ) -> None:
     """Bring back the newest checkpoint of DIR: all of it into an empty cluster, or the lost slots of its own cluster.
 
-    An increment is restored with all that it stands on. The number of servers may be another.
+    An increment is restored with all that it stands on. The number of servers may be another. With --table the
+    rest of the cluster goes on, and a table of that name serves until the restored one takes its place.
 
-    Example:  embring checkpoint restore backups --name before
+    Example:  embring checkpoint restore backups --name before --table item --replace
     """
     from ps.checkpoint.restore import restore as restore_rows
     from ps.checkpoint.storage import Storage
@@ -84,8 +91,9 @@ def restore(
     access = access_to(runtime)
     with controller(runtime) as ask, progress("restoring") as counter:
         done = restore_rows(
-            Storage(folder), ask, access, name=name, replace_tables=replace, accept_loss=accept_loss, counter=counter
-        )
+            Storage(folder), ask, access, name=name, replace_tables=replace, accept_loss=accept_loss,
+            tables=table or (), counter=counter,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(vars(done)))
     else:

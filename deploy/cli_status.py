@@ -117,10 +117,10 @@ def _checkpoint(record: Mapping[str, Any]) -> str:
     told = record.get("checkpoint") or {}
     if not told.get("directory"):
         return ""
-    parts = []
-    if last := told["last"]:
-        done = "saved" if last["job"] == "save" else "restored"
-        parts.append(f"{done} {last['name']} {record['time'] - last['at']:.0f} s ago")
+    done = {"save": "saved", "restore": "restored"}
+    parts = [
+        f"{done[job]} {last['name']} {record['time'] - last['at']:.0f} s ago" for job, last in told["last"].items()
+    ]
     if told["doing"]:
         parts.append(f"a {told['doing']} is under way")
     if told["error"]:

@@ -4,7 +4,7 @@ A chain is absorbed link by link, the full one first: a slot takes an increment 
 increment begins, and at last where the manifest says, so that no link can be left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -44,12 +44,14 @@ def restore(
     name: str | None = None,
     replace_tables: bool = False,
     accept_loss: bool = False,
+    tables: Sequence[str] = (),
     counter: Counter | None = None,
 ) -> Restored:
     """Bring a checkpoint's rows (the newest one's, or the named one's) into the cluster.
 
     Into a cluster without tables (or replace_tables: it drops them) everything; into the cluster that the checkpoint
-    is of, where slots were lost, the lost slots. Until all is there, those slots answer SlotsLost.
+    is of, where slots were lost, the lost slots. Until all is there, those slots answer SlotsLost. tables: only these,
+    into any cluster: one of the same name (with replace_tables) serves on until all is there.
     Raises CheckpointError or RequestError.
     """
     links = chain(storage, name)
@@ -58,7 +60,9 @@ def restore(
         check_files(storage, link)
     check_fingerprint(storage, manifest, ask)
     wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
-    answer = ask("restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss)
+    answer = ask(
+        "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)
+    )
     work = _Work(storage, Translation.of(answer, manifest), access, counter or Counter())
     work.counter.expect(sum(link.bytes for link in links))
     for link in links:

@@ -161,7 +161,8 @@ class Control:
 
     async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
-        flags = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        flags: dict[str, Any] = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        flags["tables"] = [str(name) for name in fields.get("tables") or ()]
         begun: list[Restore] = []
 
         def wish(view: View) -> View | None:

@@ -24,8 +24,8 @@ LOOK_S = 0.5
 RETRY_S = 30.0
 """After a failure."""
 
-LOST_WAIT_S = 5.0
-"""Before lost slots are restored: a server that is started again is given its part of them."""
+LOST_WAIT_S = 20.0
+"""How long a server that died may take to be started again before lost slots are restored without it."""
 
 JOB_MAX_S = 24 * 3600.0
 
@@ -67,7 +67,8 @@ class Keeper:
         self._lost_since = (self._lost_since if self._lost_since is not None else now) if lost else None
         job: Job | None = None
         if self._doing is None and self._config.restore_lost and self._lost_since is not None:
-            if now - self._lost_since >= LOST_WAIT_S and now >= self._next["restore"]:
+            waited = complete(self._view()) or now - self._lost_since >= LOST_WAIT_S
+            if waited and now >= self._next["restore"]:
                 job = "restore"
         elif self._doing is None and self._config.every_s and self._view().tables and now >= self._next["save"]:
             job = "save"  # with lost slots there is nothing to save, it would say so again and again
@@ -84,10 +85,10 @@ class Keeper:
             log.warning("checkpoint: %s", self._error)
             return
         log.info("checkpoint: %s %s, %d rows, %d bytes", job, told["name"], told["rows"], told["bytes"])
-        self._last = {"job": job, "at": time.time(), **{k: told[k] for k in ("name", "rows", "bytes")}}
+        self._last[job] = {"at": time.time(), **{k: told[k] for k in ("name", "rows", "bytes")}}
 
     def status(self) -> dict[str, Any]:
-        """doing: the job under way, or None. last: the last that ended well. error: of the last one, "" where none."""
+        """doing: the job under way, or None. last: by job, the last that ended well. error: of the last, "" if none."""
         return {
             "directory": self._config.directory,
             "every_s": self._config.every_s,
@@ -101,6 +102,11 @@ def lost_for_good(view: View) -> bool:
     """Whether slots are lost that no restore is under way for: such ones are, by name, owned by "restore~EPOCH"."""
     hidden = np.array([s.name.startswith("restore~") for s in view.servers] + [False])
     return bool((view.lost() & ~hidden[view.owners()[:, 0]]).any())
+
+
+def complete(view: View) -> bool:
+    """Whether no server is missing: those of dead processes whose name is back lie in graves, as "NAME~..."."""
+    return all(s.alive or "~" in s.name for s in view.servers)
 
 
 def run_job(order: dict[str, Any]) -> dict[str, Any]:

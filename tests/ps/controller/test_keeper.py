@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hashring.planner import CreateTable, Fail, Join, plan
+from hashring.planner import CreateTable, Fail, Join, Return, plan
 from hashring.view import Server, View
 from ps.config import Config, annotated, load_config
 from ps.config.checkpoint import CheckpointConfig
@@ -47,7 +47,7 @@ def test_saves_are_due_from_the_end_of_the_last_one_on() -> None:
     assert world.after(1) == "save"
     world.keeper.ended("save", {"error": "the disk is full"})
     assert world.keeper.status()["error"] == "save: the disk is full"
-    assert world.keeper.status()["last"]["name"] == "c"
+    assert world.keeper.status()["last"]["save"]["name"] == "c"
     assert world.after(RETRY_S - 1) is None
     assert world.after(1) == "save"
     world.keeper.ended("save", GOOD)
@@ -69,7 +69,12 @@ def test_lost_slots_are_restored_once_the_server_had_time_to_return() -> None:
     world.view = plan(world.view, Fail("s0"))
     assert world.after(0) is None
     assert world.after(LOST_WAIT_S - 1) is None
-    assert world.after(1) == "restore"
+    back = plan(world.view, Return(Server("s0", 20, "h0")))
+    world.view, gone = back, world.view  # it is back, and will be given its part
+    assert world.after(0) == "restore"
+    world.keeper.ended("restore", {"error": "it dies again"})
+    world.view = gone
+    assert world.after(RETRY_S) == "restore"
     world.keeper.ended("restore", {"error": "no table u in it"})
     assert world.after(RETRY_S - 1) is None
     assert world.after(1) == "restore"
