@@ -40,7 +40,7 @@ def import_rows(
 
     Example:  embring table import item embedding.safetensors --values item.weight
     """
-    from deploy.bulk import bring, check_dim, open_source
+    from ps.bulk import bring, check_dim, open_source
     from ps.client import connect
 
     view = _view(running())
@@ -70,7 +70,7 @@ def export_rows(
 
     Example:  embring table export item item.parquet
     """
-    from deploy.bulk import Export, take
+    from ps.bulk import Export, take
     from ps.client import connect
 
     view = _view(running())

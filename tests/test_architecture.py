@@ -38,7 +38,7 @@ PS_LAYERS = (  # from the bottom; a module may import its own layer and those be
     {"arena", "rowblock", "slots", "window"},
     {"store", "replication", "rebalance", "failover"},
     {"wire", "fabric", "service", "peers", "meter", "viewlog"},
-    {"client", "checkpoint", "nn"},
+    {"client", "checkpoint", "nn", "bulk"},
     {"server", "controller"},
     {"cluster", "rayhead"},
 )

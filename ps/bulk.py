@@ -244,7 +244,7 @@ class _Parquet:
 
 
 class Progress(Protocol):
-    """Where an import writes down how many rows have come, to be gone on from (deploy.cli_transfer)."""
+    """Where an import writes down how many rows have come, to be gone on from (`embring table import`)."""
 
     def write(self, rows: int) -> None:
         """The first `rows` of the file are there."""

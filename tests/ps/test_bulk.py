@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deploy import bulk
-from deploy.bulk import Export, bring, check_dim, checked_rows, ids_path, open_source, take
+from ps import bulk
+from ps.bulk import Export, bring, check_dim, checked_rows, ids_path, open_source, take
 from ps.checkpoint.reach import Counter
 from ps.errors import RequestError
 
