@@ -61,24 +61,28 @@ class Entries:
 class Arena:
     """Rows of one `ArenaKey`.
 
-    values float32[r, dim], state float32[r, w], meta int64[r, 2] (version; time << 32 | pushes).
+    values float32[r, dim], state float32[r, w], meta int64[r, 2] (version; time << 32 | pushes). shared: the memory
+    that a pull reads, which other processes may map (ps/shared.py).
     """
 
-    def __init__(self, key: ArenaKey, slots_max: int, memory_max: int) -> None:
+    def __init__(self, key: ArenaKey, slots_max: int, memory_max: int, shared: bool = False) -> None:
         self.key = key
         self.rule = RULES[key.optimizer]
         rows_max = min(memory_max // key.row_bytes + 2**16, 2**31 - 1)
         chunks_max = memory_max // _CHUNK_BYTES + 2 * ix.CLASSES
-        self._values = Reservation((rows_max, key.dim), np.float32)
+        self._values = Reservation((rows_max, key.dim), np.float32, shared=shared)
         self._state = Reservation((rows_max, key.state_width), np.float32)
         self._meta = Reservation((rows_max, 2), np.int64)
-        self._entries = Reservation((chunks_max * ix.CHUNK_ENTRIES, 2), np.int64)
+        self._entries = Reservation((chunks_max * ix.CHUNK_ENTRIES, 2), np.int64, shared=shared)
+        directory = Reservation((slots_max,), np.int64, huge=False, shared=shared)
+        nodes = Reservation((rows_max // 1024 + 1024, 16), np.int64, huge=False, shared=shared)
+        self.shared = {"directory": directory, "nodes": nodes, "entries": self._entries, "values": self._values}
         self.values, self.state, self.meta = self._values.array, self._state.array, self._meta.array
         heap = np.zeros(ix.HEAP_FIELDS, np.int64)
         heap[ix.TARGET], heap[ix.PEAK] = 2**62, -1
         self.index = ix.Index(
-            directory=reserve((slots_max,), np.int64, huge=False),
-            nodes=reserve((rows_max // 1024 + 1024, 16), np.int64, huge=False),
+            directory=directory.array,
+            nodes=nodes.array,
             entries=self._entries.array,
             codes=np.zeros((TABLES_MAX, ix.CODE_COLUMNS), np.int64),
             heap=heap,

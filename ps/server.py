@@ -111,7 +111,10 @@ class Server:
         warmup()  # from the cache: a first request must not wait for it
         server = self.config.server
         limits = StoreLimits(
-            memory_max=memory_max(server), clients_max=server.clients_max, deletions_max=server.deletions_max
+            memory_max=memory_max(server),
+            clients_max=server.clients_max,
+            deletions_max=server.deletions_max,
+            shared=server.shared_reads,
         )
         store = Store(self.incarnation, limits)
         self._service = Service(store, self.config, self._setup.token, self._control, self.name)

@@ -3,7 +3,8 @@
 Handlers run on the data thread, each request from its beginning to its end, so that each is atomic on its server.
 What could take long (exports, ranges) is cut into parts of bounded size, one request each.
 
-    ping, view, pull, push, range, export, absorb, drop, digest, verify, watermark, statistics, install, drain, admin
+    ping, view, pull, push, shared, range, export, absorb, drop, digest, verify, watermark, statistics, install, drain,
+    admin
 
 Every reply carries `epoch`, the epoch of the server's view.
 """
@@ -29,8 +30,10 @@ from ps.meter import Meter, OpStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock, Watermark
+from ps.shared import lease
 from ps.spec import TableSpec
 from ps.store import Store, StoreStatistics
+from ps.store.sharing import described
 from ps.wire import (
     FrameLimits,
     Message,
@@ -108,6 +111,7 @@ class Service:
         self.draining = False
         self.listener = Listener(self.handle, token, self.welcome, *_limits(config))
         self._config = config
+        self._lease = lease(config.control.ping_interval_ms * config.control.pings_max)
         self._control = control
         self._name = name
         self._absent_ids = 0
@@ -129,6 +133,7 @@ class Service:
             "view": lambda request: view_message(self.view),
             "pull": self._pull,
             "push": self._push,
+            "shared": lambda request: (described(self.store.held), {}),
             "range": self._range,
             "export": self._export,
             "absorb": self._absorb,
@@ -180,6 +185,7 @@ class Service:
         """Let time go by for the machine of replication, until `end`."""
         loop = asyncio.get_running_loop()
         self._ticking = loop.call_later(TICK_S, self.begin)
+        self.store.held.latch.beat(0 if self.draining else self._lease)
         self.replication.tick(loop.time())
         self._perform()
 

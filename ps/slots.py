@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import RequestError
-from ps.memory import reserve
+from ps.memory import Reservation, reserve
 from ps.rowblock import LINEAGE, TERM_SHIFT
 
 NONE, OWNER, PRIMARY = 0, 1, 2
@@ -34,9 +34,10 @@ class SlotTable:
     roles uint8 (what may be done now), positions int64, horizon int64 (deletions up to it may be forgotten).
     """
 
-    def __init__(self, slots_max: int) -> None:
+    def __init__(self, slots_max: int, shared: bool = False) -> None:
         self.slots_max = slots_max
-        self.roles: NDArray[np.uint8] = reserve((slots_max,), np.uint8, huge=False)
+        self.roles_memory = Reservation((slots_max,), np.uint8, huge=False, shared=shared)
+        self.roles: NDArray[np.uint8] = self.roles_memory.array
         self.named: NDArray[np.uint8] = reserve((slots_max,), np.uint8, huge=False)
         self.positions: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self.horizon: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)

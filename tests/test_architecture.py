@@ -35,7 +35,7 @@ PRODUCT = tuple(MAY_IMPORT)
 
 PS_LAYERS = (  # from the bottom; a module may import its own layer and those below
     {"errors", "ragged", "spec", "share", "kernels", "optimizers", "memory", "config", "runtime", "loop"},
-    {"arena", "rowblock", "slots", "window"},
+    {"arena", "rowblock", "shared", "slots", "window"},
     {"store", "replication", "rebalance", "failover"},
     {"wire", "fabric", "service", "peers", "meter", "viewlog"},
     {"client", "checkpoint", "nn", "bulk"},

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hashring.view import Server, View
 from ps.client.request import Call
 from ps.client.routing import Features, Routing
+from ps.client.shared import SharedReader
 from ps.client.window import Window
 from ps.errors import (
     EmbringError,
@@ -98,6 +99,7 @@ class Counters:
     pushes: int = 0
     ids: int = 0
     absent: int = 0
+    in_place: int = 0
     retries: int = 0
     views: int = 0
 
@@ -123,6 +125,7 @@ class Core:
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = tuple(addresses)
         self.window = Window()
+        self.reader = SharedReader()
         self.counters = Counters()
         self.absent = 0
         self._routing: Routing | None = None

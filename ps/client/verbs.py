@@ -1,5 +1,6 @@
 """What a client can do, as generators over `Core`: each verb once, for the blocking and the asynchronous client."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.tokens import tokens
 from ps.client.batch import Bag, Batch, absent_code, bags_batch, modes_of, ragged_batch, rows_batch, writable
-from ps.client.core import Core, Full, Steps, deadline
-from ps.client.request import NONE_DONE, Places, PullRequest, PushRequest, check_finite
+from ps.client.core import PROBE_S, Ask, Core, Full, Steps, deadline
+from ps.client.request import NONE_DONE, Call, Places, PullRequest, PushRequest, check_finite
 from ps.client.routing import Features, Routing
 from ps.errors import RequestError
 from ps.kernels.batch import cut
@@ -41,12 +42,16 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True)
 class ClientStatistics:
-    """What a client has done: calls, the ids in them, ids without a row, retries, views learnt, pushes open."""
+    """What a client has done: calls, the ids in them, ids without a row, retries, views learnt, pushes open.
+
+    in_place: pulls that were read from the memory of servers on this host.
+    """
 
     pulls: int
     pushes: int
     ids: int
     absent: int
+    in_place: int
     retries: int
     views: int
     undecided: int
@@ -62,7 +67,15 @@ class Verbs(Core):
         """The counters, as one value."""
         c = self.counters
         return ClientStatistics(
-            c.pulls, c.pushes, c.ids, c.absent, c.retries, c.views, self.window.undecided, self.routing.epoch
+            c.pulls,
+            c.pushes,
+            c.ids,
+            c.absent,
+            c.in_place,
+            c.retries,
+            c.views,
+            self.window.undecided,
+            self.routing.epoch,
         )
 
     # -- pulls
@@ -102,9 +115,17 @@ class Verbs(Core):
         where = Places.of(batch.starts, features.dims)
         without = 0
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
-            request = PullRequest(batch, features, modes, code, where)
-            yield from self.exchange(request, until)
-            flat, without = request.finish(), request.absent
+            flat = np.empty(where.total, np.float32)
+            if not self.reader.ready(self.routing):
+                yield from self._look_around(until)
+            without = self.reader.pull(batch, features, modes, code, where.places, flat)
+            if without < 0:
+                request = PullRequest(batch, features, modes, code, where, flat)
+                yield from self.exchange(request, until)
+                request.finish()
+                without = request.absent
+            else:
+                self.counters.in_place += 1
         else:
             flat = np.empty(where.total, np.float32)
             at = 0
@@ -121,6 +142,16 @@ class Verbs(Core):
         self.counters.ids += len(batch.ids)
         self.counters.absent += without
         return flat
+
+    def _look_around(self, until: float) -> Steps:
+        """Ask the servers of this host what they share, and map it: before the first pull by a view."""
+        routing, reader = self.routing, self.reader
+        servers = routing.servers
+        calls = [Call(s, s, "shared", {}, {}) for s in reader.asked(routing)]
+        if calls:
+            learn = lambda s, reply: reader.learn(servers[s], reply.fields)  # noqa: E731
+            yield Ask(servers, calls, learn, min(self.attempt_until(until), time.monotonic() + PROBE_S))
+        reader.adopt(routing)
 
     # -- pushes
 

@@ -115,6 +115,14 @@ class ServerConfig:
         2**28,
         "Deletions remembered for incremental exports; older ones make an export send whole slots. 28 bytes each.",
     )
+    shared_reads: bool = _setting(
+        True,
+        "switch",
+        None,
+        None,
+        "Processes of this user on a server's own host read its rows in place, without a message. Without huge pages"
+        " for shared memory (`embring doctor`) the server's own random reads take up to half as long again.",
+    )
     connections_max: int = _setting(
         4096,
         "connections",

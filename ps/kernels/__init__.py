@@ -71,6 +71,7 @@ BATCH = 64
 
 KERNEL_MODULES = (
     "index", "plan", "scan", "pool", "update", "optimize", "window", "batch", "split", "merge", "replicate",
+    "shared",
 )  # fmt: skip
 
 

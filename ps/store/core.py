@@ -18,6 +18,7 @@ from ps.kernels import window as win
 from ps.memory import physical_memory, reserve
 from ps.rowblock import RowBlock, Watermark
 from ps.share import TABLE, PullReply, PullShare, PushReply, PushShare
+from ps.shared import Latch
 from ps.slots import NONE, OWNER, PRIMARY, SlotTable, Tombstones
 from ps.store import absorption, fork, stream, transfer
 from ps.store.changes import NOTHING_APPLIED, Applied, Changed, Forgotten, Streams
@@ -37,13 +38,15 @@ class StoreLimits:
     memory_max: bytes of rows and their directory; beyond it new rows are refused. 0: 70 % of the memory of this host.
     clients_max: clients that are remembered; a push of one more is refused as Overloaded.
     slots_max: slot numbers, of all groups ever made (address space only). deletions_max: deletions remembered for
-    incremental exports; older ones make an export send whole slots.
+    incremental exports; older ones make an export send whole slots. shared: processes of this host may map what a pull
+    reads (ps/shared.py).
     """
 
     memory_max: int = 0
     clients_max: int = 256
     slots_max: int = 2**24
     deletions_max: int = 2**18
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +79,12 @@ class Store:
         self.limits = limits or StoreLimits()
         slots_max, memory_max = self.limits.slots_max, self.limits.memory_max or int(physical_memory() * _MEMORY_SHARE)
         self.held = Holdings(
-            slots=SlotTable(slots_max),
-            registry=Registry(slots_max, memory_max),
+            slots=SlotTable(slots_max, self.limits.shared),
+            registry=Registry(slots_max, memory_max, self.limits.shared),
             clients=ClientTable(slots_max, self.limits.clients_max),
             tombstones=Tombstones(self.limits.deletions_max),
             memory_max=memory_max,
+            latch=Latch(incarnation, self.limits.shared),
             clock=clock,
         )
         self._marks = np.zeros(slots_max, np.int32)
@@ -113,11 +117,15 @@ class Store:
                 raise RequestError(f"the view is of cluster {view.cluster}; this server is of cluster {held.cluster}")
             if view.epoch <= held.view.epoch:
                 return
-        gone = held.slots.install(view, self.incarnation)
-        if len(gone):
-            held.free(gone)
-        held.registry.install(view)
-        held.view = view
+        with held.latch:
+            gone = held.slots.install(view, self.incarnation)
+            if len(gone):
+                held.free(gone)
+            before = dict(held.registry.entries)
+            held.registry.install(view)
+            if before != held.registry.entries:
+                held.latch.renew()
+            held.view = view
 
     # -- pull
 
@@ -210,7 +218,8 @@ class Store:
         if share.kind != "delete":
             self._check_memory(changes)
         win.number(touched, share.sequence, self._verdicts, window.last, window.mask, self.held.slots.positions)
-        made = sum(self._apply(change, share, work, values) for change in changes)
+        with self.held.latch:
+            made = sum(self._apply(change, share, work, values) for change in changes)
         self._counts["pushes"] += 1
         self._counts["pushes_seen"] += new < len(touched)
         self._counts["rows_new"] += made
@@ -298,7 +307,8 @@ class Store:
         self, block: RowBlock, replace_clients: bool = False, allowed: NDArray[np.bool_] | None = None
     ) -> NDArray[np.bool_]:
         """Take a block, each slot whole or not at all: which were taken, bool[s]; see `ps.store.absorb`."""
-        return absorption.absorb(self.held, block, replace_clients, allowed)
+        with self.held.latch:
+            return absorption.absorb(self.held, block, replace_clients, allowed)
 
     # -- replication
 
@@ -340,7 +350,8 @@ class Store:
         named = slots[self.held.slots.named[slots] > 0]
         if len(named):
             raise RequestError(f"slot {named[0]} is owned here in epoch {self.epoch}; only a view takes it away")
-        self.held.free(slots)
+        with self.held.latch:
+            self.held.free(slots)
 
     def digest(self, slots: NDArray[np.int64], low: int = 0, last: int = 2**64 - 1) -> NDArray[np.uint64]:
         """A hash of each slot's rows (tables, ids, values, state), uint64[k]: equal contents, equal digest.
@@ -371,7 +382,8 @@ class Store:
     def compact(self, work_max: int = 32_768) -> bool:
         """One bounded step of giving freed memory back; True while there is more to do. Call when idle."""
         end = self.view.slots_total if self.view else 0
-        more = [arena.compact(end, work_max) for arena in self.held.registry.arenas]
+        with self.held.latch:
+            more = [arena.compact(end, work_max) for arena in self.held.registry.arenas]
         return any(more)
 
     def statistics(self) -> StoreStatistics:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import MemoryFull, WrongView
+from ps.shared import Latch
 from ps.slots import PRIMARY, SlotTable, Tombstones
 from ps.store.registry import Registry
 from ps.window import ClientTable
@@ -15,13 +16,17 @@ from ps.window import ClientTable
 
 @dataclass(slots=True)
 class Holdings:
-    """view: None before the first. clock: seconds since 1970, for metadata only: no decision hangs on it."""
+    """view: None before the first. latch: held while anything changes that readers of shared memory see.
+
+    clock: seconds since 1970, for metadata only: no decision hangs on it.
+    """
 
     slots: SlotTable
     registry: Registry
     clients: ClientTable
     tombstones: Tombstones
     memory_max: int
+    latch: Latch
     clock: Callable[[], float]
     view: View | None = None
 

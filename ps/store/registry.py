@@ -69,8 +69,8 @@ class Planned:
 class Registry:
     """Tables by number, and the arenas that hold their rows."""
 
-    def __init__(self, slots_max: int, memory_max: int) -> None:
-        self._slots_max, self._memory_max = slots_max, memory_max
+    def __init__(self, slots_max: int, memory_max: int, shared: bool = False) -> None:
+        self._slots_max, self._memory_max, self._shared = slots_max, memory_max, shared
         self.arenas: list[Arena] = []
         self._by_key: dict[ArenaKey, int] = {}
         self.entries: dict[int, TableEntry] = {}
@@ -80,7 +80,7 @@ class Registry:
         """The number of the arena for such rows, made where there is none yet."""
         if key not in self._by_key:
             self._by_key[key] = len(self.arenas)
-            self.arenas.append(Arena(key, self._slots_max, self._memory_max))
+            self.arenas.append(Arena(key, self._slots_max, self._memory_max, self._shared))
         return self._by_key[key]
 
     def find_arena(self, dim: int, optimizer: str) -> Arena | None:
