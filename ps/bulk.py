@@ -30,7 +30,7 @@ IN_FLIGHT = 4
 TIMEOUT_S = 60.0
 """For one chunk."""
 
-PARTS = 256
+PARTS = 64
 """Parts of an export; an interrupted one goes on with the first that is not whole."""
 
 KINDS = (".npy", ".safetensors", ".parquet")

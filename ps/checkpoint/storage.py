@@ -35,7 +35,7 @@ class Sink(Protocol):
 
 
 class _LocalSink:
-    """A file of this host; written to disk as it grows, so that the last sync has little left to do."""
+    """A file of this host. It has no buffer of its own: blocks are written as they are."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by `close`

@@ -22,7 +22,12 @@ SCAN = 4
 
 
 def token_range(
-    held: Holdings, table: int, start: int, stop: int | None, rows_max: int
+    held: Holdings,
+    table: int,
+    start: int,
+    stop: int | None,
+    rows_max: int,
+    slots: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """See `Store.range`."""
     entry = held.registry.entry(table)
@@ -34,6 +39,8 @@ def token_range(
     arena = held.registry.arenas[entry.arena]
     shift = 64 - entry.bits
     numbers = np.arange(entry.first + (start >> shift), entry.first + ((end - 1) >> shift) + 1)
+    if slots is not None:
+        numbers = np.intersect1d(numbers, slots, assume_unique=True)
     held.require(numbers, OWNER)
     for batch, part, parts in _pieces([arena], numbers, rows_max):
         if table not in held.registry.entries:

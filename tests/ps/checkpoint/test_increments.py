@@ -219,7 +219,7 @@ def test_lost_slots_return_from_a_chain() -> None:
 
 def test_a_slot_in_parts_that_changes_owner_is_saved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A primary that goes away in the middle of a big slot: its parts are of no use, the next one sends all."""
-    monkeypatch.setattr("ps.service.EXPORT_ROWS", 16)
+    monkeypatch.setattr("ps.exports.EXPORT_ROWS", 16)
     monkeypatch.setattr("ps.checkpoint.save.RETRY_S", 0.0)
     storage, source = memory(), LoopCluster(1, cluster=1)
     source.create(*SPECS.values())
