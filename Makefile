@@ -16,7 +16,7 @@ help:
 	@echo "make test     set up, then run the whole test suite (ARGS are passed to pytest)"
 	@echo "make sim      whole clusters in one thread under faults (SEEDS=10000; PLANT=name or all: a planted bug must be found)"
 	@echo "make lint     ruff (lint and format) and mypy"
-	@echo "make bench    kernels and pulls against their peers (peers: apt-get install redis-server)"
+	@echo "make bench    kernels, pulls, placements and pushes, with peers (apt-get install redis-server)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,8 @@ bench: $(STAMP)
 	@command -v redis-server >/dev/null || echo "redis-server is not on the PATH; 'apt-get install redis-server' adds that peer"
 	$(BIN)/embring bench kernels $(ARGS)
 	$(BIN)/embring bench pull $(ARGS)
+	$(BIN)/embring bench placement --quick
+	$(BIN)/embring bench push
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,11 +19,12 @@ Batch = Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """ids_per_sample: ids of each table's bag; dim: floats of a row."""
+    """ids_per_sample: ids of each table's bag; dim: floats of a row; rows: of each table, where they differ."""
 
     name: str
     ids_per_sample: tuple[int, ...]
     dim: int = 64
+    rows: tuple[int, ...] = ()
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -31,10 +32,16 @@ SHAPES: Mapping[str, Shape] = {
     "O": Shape("O", (1,) * 26),
 }
 
+PUBLISHED_ROWS = (
+    *(40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10),
+    *(2_209, 11_938, 155, 4, 976, 14, 40_000_000, 40_000_000, 40_000_000, 590_152, 12_973, 108, 36),
+)
+"""Rows of the 26 tables of MLPerf's DLRM-v2."""
+
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one shape over tables of `rows` rows each, ids by a Zipf law with exponent `zipf`."""
+    """Requests of one shape, ids by a Zipf law with exponent `zipf`; tables have `rows` rows, or fewer by the shape."""
 
     shape: Shape
     rows: int = 100_000
@@ -46,10 +53,23 @@ class Workload:
         """Names of the tables, the same for every shape of one width."""
         return tuple(f"t{self.shape.dim}_{i:02d}" for i in range(len(self.shape.ids_per_sample)))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each table."""
+        own = self.shape.rows or (self.rows,) * len(self.shape.ids_per_sample)
+        return tuple(min(rows, self.rows) for rows in own)
+
+    def law(self, table: int) -> NDArray[np.float64]:
+        """float64[rows] of one table: how probable each of its ids is."""
+        rows = self.sizes[table]
+        out = np.empty(rows)
+        out[_names_of_ranks(rows, (self.seed, 3, table))] = np.diff(_law(rows, self.zipf), prepend=0.0)
+        return out
+
     def values(self, table: int) -> NDArray[np.float32]:
         """float32[rows, dim] of one table: id i has row i."""
         rng = np.random.default_rng((self.seed, 1, table))
-        codes = rng.integers(-128, 128, (self.rows, self.shape.dim), np.int8)
+        codes = rng.integers(-128, 128, (self.sizes[table], self.shape.dim), np.int8)
         return np.multiply(codes, np.float32(1 / 64), dtype=np.float32)
 
     def batch(self, samples: int, number: int = 0) -> Batch:
@@ -57,7 +77,7 @@ class Workload:
         rng = np.random.default_rng((self.seed, 2, samples, number))
         out = {}
         for i, (name, k) in enumerate(zip(self.tables, self.shape.ids_per_sample, strict=True)):
-            ids = zipf_ids(rng, samples * k, self.rows, self.zipf, (self.seed, 3, i))
+            ids = zipf_ids(rng, samples * k, self.sizes[i], self.zipf, (self.seed, 3, i))
             out[name] = (ids, np.arange(samples + 1, dtype=np.int64) * k)
         return out
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +96,126 @@ def checkpoint(
     _finish(suite.run(suite.Settings(rows, dim, rounds, servers, place), _say), output)
 
 
+@app.command()
+def placement(
+    shape: Annotated[str, typer.Option(help="M: 26 tables, 214 ids a sample; O: one id each.")] = "M",
+    ids: Annotated[str, typer.Option(help="Ids a sample of each table, in place of a shape: 3,1,100.")] = "",
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows of a table at most; M and O have the published sizes.")
+    ] = 100_000,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
+    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a request.")] = 32,
+    writes: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of pushes at the stated rate.")] = 0.1,
+    placements: Annotated[
+        str, typer.Option(help="Of sharded, whole, twofold, replicated, mixed.")
+    ] = "sharded,whole,twofold,replicated,mixed",
+    servers: Annotated[int, typer.Option(min=2, max=16, help="Server processes.")] = 3,
+    budget: Annotated[
+        float, typer.Option(min=0.0, help="Further copies of the mixed placement, as a part of all rows.")
+    ] = 0.3,
+    rate: Annotated[
+        float, typer.Option(min=0.0, help="Samples a second of the open loop; 0: half of what the slowest one does.")
+    ] = 0.0,
+    arrivals: Annotated[str, typer.Option(help="Of the open loop: poisson or fixed.")] = "poisson",
+    rounds: RoundsOption = 5,
+    seconds: SecondsOption = 2.0,
+    join: Annotated[bool, typer.Option(help="Have one more server join after the load.")] = True,
+    kill: Annotated[bool, typer.Option(help="Kill a server at the end, under reads.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="20,000 rows, 2 rounds of 1 s: within two minutes.")] = False,
+    output: JsonOption = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write one page that can be read without anything else.")
+    ] = None,
+) -> None:
+    """Sharding against replication: one workload under five placements, measured on the wire, beside the arithmetic.
+
+    Example:  embring bench placement --quick --html placement.html
+    """
+    from benchmarks.page import page
+    from benchmarks.suites import placement as suite
+    from benchmarks.tables import print_placement
+    from benchmarks.workloads import SHAPES
+
+    settings = suite.Settings(
+        shape=_chosen("--shape", shape, tuple(SHAPES))[0],
+        ids=_numbers("--ids", ids) if ids else (),
+        rows=min(rows, 20_000) if quick else rows,
+        dim=dim,
+        zipf=zipf,
+        batch=batch,
+        writes=writes,
+        placements=_chosen("--placements", placements, suite.NAMES),
+        servers=servers,
+        budget=budget,
+        rate=rate,
+        arrivals=_chosen("--arrivals", arrivals, ("poisson", "fixed"))[0],
+        rounds=min(rounds, 2) if quick else rounds,
+        seconds=min(seconds, 1.0) if quick else seconds,
+        join=join,
+        kill=kill,
+    )
+    _finish(suite.run(settings, _say), output, print_placement, html, page)
+
+
+@app.command()
+def push(
+    optimizers: Annotated[str, typer.Option(help="Of adagrad, adam.")] = "adagrad,adam",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 1_000_000,
+    ids: Annotated[int, typer.Option(min=1, max=1_000_000, help="Distinct ids of a push.")] = 4096,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
+    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    servers: Annotated[int, typer.Option(min=2, max=16, help="Server processes.")] = 3,
+    rounds: RoundsOption = 5,
+    seconds: SecondsOption = 1.0,
+    output: JsonOption = None,
+) -> None:
+    """Pushes with one and with two copies, beside torch's sparse optimizer step on the same rows in this process.
+
+    Example:  embring bench push --optimizers adagrad --rows 200000
+    """
+    from benchmarks.suites import push as suite
+
+    settings = suite.Settings(
+        optimizers=_chosen("--optimizers", optimizers, tuple(suite.OURS)),
+        rows=rows,
+        ids=ids,
+        dim=dim,
+        zipf=zipf,
+        servers=servers,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    _finish(suite.run(settings, _say), output)
+
+
+@app.command()
+def rebalance(
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of the table.")] = 2_000_000,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
+    replicas: Annotated[int, typer.Option(min=1, max=8, help="Copies of each row.")] = 2,
+    servers: Annotated[int, typer.Option(min=2, max=15, help="Server processes at first.")] = 3,
+    load: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of what the cluster can answer.")] = 0.7,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds before, between and after the changes.")] = 10.0,
+    max_bandwidth: Annotated[
+        int, typer.Option(min=0, metavar="MiB/s", help="What each server may spend on copying; 0: as is set.")
+    ] = 0,
+    output: JsonOption = None,
+) -> None:
+    """One server joins and leaves again under load: pulls and pushes before and meanwhile, and what is moved.
+
+    Example:  embring bench rebalance --rows 500000 --seconds 5
+    """
+    from benchmarks.suites import rebalance as suite
+
+    if replicas > servers:
+        raise RequestError(f"--replicas is {replicas}; there are {servers} servers")
+    settings = suite.Settings(
+        rows=rows, dim=dim, replicas=replicas, servers=servers, load=load, seconds=seconds, bandwidth_mib=max_bandwidth
+    )
+    _finish(suite.run(settings, _say), output)
+
+
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:
@@ -119,14 +240,32 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _finish(result: dict[str, Any], output: Path | None) -> None:
-    """Print the figures; write everything to `output`. Exit status 1 where results differed."""
+def _finish(
+    result: dict[str, Any],
+    output: Path | None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+    html: Path | None = None,
+    page: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
+    """Print the figures (as a table where there is one); write everything to `output`, and a page to `html`.
+
+    Exit status 1 where results differed.
+    """
     if output is not None:
-        try:
-            output.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise RequestError(f"cannot write {output}: {error.strerror}") from None
-    shown = {key: value for key, value in result.items() if key not in ("raw_us", "settings")}
-    print(json.dumps(shown, indent=1))
+        _write(output, json.dumps(result, indent=1) + "\n")
+    if html is not None and page is not None:
+        _write(html, page(result))
+    if show is not None and output is None:
+        show(result)
+    else:
+        shown = {key: value for key, value in result.items() if key not in ("raw_us", "settings")}
+        print(json.dumps(shown, indent=1))
     if not result["equal"]:
         raise RequestError("results of the sides differ; no figure of this run counts")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from None

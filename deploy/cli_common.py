@@ -28,3 +28,12 @@ def running() -> Any:
     if runtime is None:
         raise ConfigError("no cluster is running: start one with `embring up`")
     return runtime
+
+
+def size(count: float) -> str:
+    """Bytes as a short text with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

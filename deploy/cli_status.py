@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import JsonOption, running
+from deploy.cli_common import JsonOption, running, size
 
 PERCENTILES = ("p50", "p99")
 
@@ -103,6 +103,10 @@ def render(record: Mapping[str, Any]) -> Any:
         parts += [Text(), Text(warning, style="bold red")]
     if line := _checkpoint(record):
         parts += [Text(), Text(line, style="yellow" if record["checkpoint"]["error"] else "")]
+    if record["move"] or record["starting"]:
+        from deploy.cli_servers import stage
+
+        parts += [Text(), Text(f"{stage(record)}; {record['slots_left']:,} slots are left to do", style="yellow")]
     if record["slots_under_replicated"]:
         warning = (
             f"{record['slots_under_replicated']} slots have fewer copies than their tables ask for; "
@@ -138,12 +142,3 @@ def _routers(records: list[Mapping[str, Any]]) -> Any:
         about = r["waiting"] or ", ".join(r["models"])
         table.add_row(r["name"], r["state"], r["http"], r["grpc"], str(r["pid"]), str(r["restarts"]), about)
     return table
-
-
-def size(count: float) -> str:
-    """Bytes as a short text with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -8,20 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from deploy.cli_checkpoint import access_to, progress, servers_of
-from deploy.cli_common import STYLE, JsonOption, running
-
-HELP = """Bring rows from files of other tools into a table, and back.
-
-Example:  embring table import item item.parquet
-"""
-
-app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
+from deploy.cli_common import JsonOption, running
 
 Table = Annotated[str, typer.Argument(metavar="NAME", help="The table.")]
 File = Annotated[Path, typer.Argument(help="A .npy, .safetensors or .parquet file.")]
 
 
-@app.command("import")
 def import_rows(
     name: Table,
     file: File,
@@ -56,7 +48,6 @@ def import_rows(
     print(json.dumps(told) if as_json else f"{name}: {counter.rows:,} rows of {file}{already}")
 
 
-@app.command("export")
 def export_rows(
     name: Table,
     file: File,

@@ -156,8 +156,9 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     owners = np.tile(np.array(order[:copies], np.int16), (slots, 1))
     for count in range(copies, len(order)):
         owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)
-    if (np.abs(_loads(owners, live, len(sites.hosts)) - sites.fair(slots, copies)) > 1).any():
-        owners = spread(owners, sites, distances, copies, live)  # nothing lies there yet: all may move
+    for _ in range(3):  # nothing lies there yet: all may move
+        if excess(owners, sites, copies, live) > (0, 0):
+            owners = spread(owners, sites, distances, copies, live)
     return even_primaries(owners, sites, distances, live)
 
 
@@ -239,6 +240,48 @@ def fill(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int
         choice = np.where(options >= 0, costs, np.iinfo(np.int32).max).argmin(axis=1)
         settle(choice, options, costs, *_bounds(wanted))
         owners[short, (owners[short] >= 0).sum(axis=1)] = choice
+
+
+def shed(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:
+    """Take owners from live slots with more than `copies`: where two share a host, one of them; else whoever is above
+    the fair share, and far on the ring."""
+    k = len(sites.hosts)
+    while owners.shape[1] > copies and len(over := np.flatnonzero(live & (owners[:, copies] >= 0))):
+        options = owners[over]
+        shared = sum(
+            weight * (sites.places[kind][options][:, :, None] == sites.places[kind][options][:, None, :])
+            * ((options >= 0)[:, :, None] & (options >= 0)[:, None, :])
+            for kind, weight in ((0, 2), (1, 1))
+        ).sum(axis=2)  # fmt: skip
+        options = np.where((options >= 0) & (shared == shared.max(axis=1, keepdims=True)), options, np.int16(-1))
+        costs = -np.take_along_axis(distances[over], np.maximum(options, 0), axis=1)
+        choice = np.take_along_axis(
+            options, np.where(options >= 0, costs, 1).argmin(axis=1)[:, None], axis=1
+        )[:, 0].astype(np.int64)  # fmt: skip
+        wanted = np.maximum(_loads(owners, live, k) - sites.fair(int(live.sum()), copies), 0)
+        wanted *= len(over) / max(1.0, wanted.sum())
+        settle(choice, options, costs, *_bounds(wanted))
+        gone = np.full(len(owners), -1)
+        gone[over] = choice
+        left = np.where(owners == gone[:, None], np.int16(-1), owners)
+        order = np.argsort(left < 0, axis=1, kind="stable")
+        owners = np.take_along_axis(left, order, axis=1)
+    return owners
+
+
+def excess(owners: Owners, sites: Sites, copies: int, live: NDArray[np.bool_]) -> tuple[int, float]:
+    """How far live slots are from what they should be: owners that share a host or zone beyond the limits, and copies
+    beyond one slot of the servers' fair shares."""
+    limits, listed = sites.limits(copies), owners[live]
+    over = 0
+    for kind in range(2):
+        places = np.where(listed >= 0, sites.places[kind][listed], -1)
+        for c in range(1, listed.shape[1]):
+            same = (places[:, :c] == places[:, c : c + 1]).sum(axis=1)
+            over += int(((same >= limits[kind]) & (listed[:, c] >= 0)).sum())
+    loads = _loads(owners, live, len(sites.hosts))
+    off = np.abs(loads - sites.fair(int(live.sum()), copies))[sites.usable] - 1
+    return over, float(np.round(np.maximum(off, 0).sum(), 6))
 
 
 def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:

@@ -2,6 +2,10 @@
 
     Join(servers)        new servers take their share of every slot's owners from the others, and nothing else moves
     Leave(names)         the leavers' slots, and only those, go to others
+    Rebalance()          missing copies and uneven loads are mended, after failures and returns
+    Begin(move, servers) servers are to join, owning nothing yet, or to leave: the view has a goal (hashring.goal)
+    Abort()              who was to join leaves, who was to leave stays
+    End()                the goal is reached: leavers, who own nothing any more, are no longer in the view
     Fail(name)           a dead server leaves every owner list but those where it is last: such slots are lost
     Return(server)       a name comes back as a new process: it owns nothing of what its predecessor held
     Recover()            lost slots get living owners, in a new term, without their rows
@@ -9,11 +13,11 @@
     Withdraw(slots)      servers leave the owner lists of named slots, but those where they are last
     Reassign(slots)      slots get the owners that are given, who must hold them
     Renew(slots)         a new term under the same owners
-    Rebalance()          missing copies and uneven loads are mended, after failures and returns
-    CreateTable, AlterTable, TruncateTable, DropTable
+    CreateTable, AlterTable, SetReplicas, TruncateTable, DropTable
 
-Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change that cannot be
-made is refused with `PlanError`, in one sentence.
+`Join`, `Leave` and `Rebalance` are the goal of a view in one step, which a cluster with rows goes in many: slots are
+copied first. Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change
+that cannot be made is refused with `PlanError`, in one sentence.
 
 Bounds, held by property tests for 1 to 64 servers: max/mean of slots per server is at most 1.02 for primaries, and for
 copies too unless distinct hosts forbid it (a host of many servers can hold no more than one copy of each slot); a join
@@ -23,16 +27,16 @@ them to the newcomer; a leave moves only what the leaver held. Lost slots are ne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.placement import Owners, Sites, even_primaries, fill, fresh, join, spread, without
-from hashring.ring import distances
+from hashring.desk import Desk, trimmed
+from hashring.goal import goal
+from hashring.placement import fill, fresh, without
 from hashring.succession import reassign, renew, withdraw
-from hashring.view import Group, Placement, Server, Table, View
-from hashring.whole import WholeTables
+from hashring.view import Group, Move, Placement, Server, Table, View
 
 SERVERS_MAX = 1024
 """Servers in one view; owners are int16."""
@@ -109,7 +113,25 @@ class Renew:
 
 @dataclass(frozen=True)
 class Rebalance:
-    """Missing copies and uneven loads are to be mended. Moves rows between any servers."""
+    """Missing copies and uneven loads are mended."""
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A move of servers begins; of those that join, as they are new to the view, in the order of its names."""
+
+    move: Move
+    servers: tuple[Server, ...] = ()
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The move that is under way is to be undone."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The move that is under way has arrived."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,17 @@ class AlterTable:
 
 
 @dataclass(frozen=True)
+class SetReplicas:
+    """All tables of some groups, by name with their specifications, are to have another number of copies.
+
+    Tables that share slots have the same owners: all of them change, or none.
+    """
+
+    specs: Mapping[str, Mapping[str, object]]
+    replicas: int | Literal["all"]
+
+
+@dataclass(frozen=True)
 class TruncateTable:
     """The same table without its rows: it gets a new number."""
 
@@ -145,17 +178,17 @@ class DropTable:
     name: str
 
 
-Membership = Join | Leave | Fail | Return | Recover | Rebalance | Enlist | Withdraw | Reassign | Renew
-Change = Membership | CreateTable | AlterTable | TruncateTable | DropTable
+Membership = (
+    Join | Leave | Fail | Return | Recover | Rebalance | Enlist | Withdraw | Reassign | Renew | Begin | Abort | End
+)
+Change = Membership | CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable
 
 
 def plan(view: View, change: Change) -> View:
     """The view after the change. Raises PlanError where the change cannot be made."""
     match change:
         case Join(servers):
-            after = view
-            for server in servers:
-                after = _join(after, server)
+            after = _at_goal(_enlist(view, servers), Move("join", tuple(s.name for s in servers)))
         case Leave(names):
             after = _leave(view, names)
         case Fail(name):
@@ -165,12 +198,15 @@ def plan(view: View, change: Change) -> View:
         case Recover():
             after = _recover(view)
         case Rebalance():
-            after = _rebalance(view)
+            after = _bury(_at_goal(view))
         case Enlist(servers):
-            after = view
-            for server in servers:
-                _check_new(after, server)
-                after = replace(after, servers=(*after.servers, server))
+            after = _enlist(view, servers)
+        case Begin(move, servers):
+            after = _begin(view, move, servers)
+        case Abort():
+            after = _abort(view)
+        case End():
+            after = _end(view)
         case Withdraw(slots):
             after = withdraw(view, slots)
         case Reassign(slots, owners):
@@ -181,6 +217,8 @@ def plan(view: View, change: Change) -> View:
             after = _create(view, change)
         case AlterTable(name, spec):
             after = replace(view, tables=_swap_table(view, replace(_table(view, name), spec=spec)))
+        case SetReplicas(specs, replicas):
+            after = _set_replicas(view, specs, replicas)
         case TruncateTable(name):
             fresh = replace(_table(view, name), number=view.next_table)
             after = replace(view, tables=_swap_table(view, fresh), next_table=view.next_table + 1)
@@ -201,23 +239,36 @@ def _check_new(view: View, server: Server) -> None:
         raise PlanError(f"the view has {len(view.servers)} servers; the limit is {SERVERS_MAX}")
 
 
-def _join(view: View, server: Server) -> View:
-    _check_new(view, server)
-    newcomer = len(view.servers)
-    desk = _Desk(replace(view, servers=(*view.servers, server)))
-    for group in desk.sharded():
-        desk.owners[group.number] = join(newcomer=newcomer, **desk.of(group))
-    whole = desk.whole()
-    for i, group in enumerate(desk.whole_groups):
-        whole.fill(i, desk.copies(group), [newcomer])
-    whole.spread(newcomer)
-    return desk.done(whole)
+def _enlist(view: View, servers: Sequence[Server]) -> View:
+    for server in servers:
+        _check_new(view, server)
+        view = replace(view, servers=(*view.servers, server))
+    return view
+
+
+def _at_goal(view: View, move: Move | None = None) -> View:
+    """The view with the owners that it should have while a move is under way, or at rest."""
+    if not any(s.alive for s in view.servers):
+        raise PlanError("no living server can be given slots")
+    owners = goal(replace(view, move=move))
+    return replace(
+        view, groups=tuple(replace(g, owners=trimmed(owners[g.first : g.first + g.slots])) for g in view.groups)
+    )
 
 
 def _leave(view: View, names: Sequence[str]) -> View:
+    _check_leave(view, names)
+    return _without(_at_goal(view, Move("leave", tuple(names))), names)
+
+
+def _without(view: View, names: Sequence[str]) -> View:
+    return _renumber(view, [s for s in view.servers if s.name not in names])
+
+
+def _check_leave(view: View, names: Sequence[str]) -> None:
     for name in names:
         if view.server_index(name) is None:
-            known = ", ".join(s.name for s in view.servers)
+            known = ", ".join(sorted(s.name for s in view.servers))
             raise PlanError(f"no server is named {name!r}; the servers are {known}")
     left = [s for s in view.servers if s.name not in names]
     alive, before = sum(s.alive for s in left), sum(s.alive for s in view.servers)
@@ -234,13 +285,40 @@ def _leave(view: View, names: Sequence[str]) -> View:
         raise PlanError(
             f"{', '.join(names)} held the last copy of {kept_for} lost slots; restore or recover them first"
         )
-    desk = _Desk(view, leavers)
-    for group in desk.sharded():
-        desk.owners[group.number] = fill(**desk.of(group))
-    whole = desk.whole()
-    for i, group in enumerate(desk.whole_groups):
-        whole.fill(i, desk.copies(group), desk.sites.servers)
-    return _renumber(desk.done(whole), left)
+
+
+def _begin(view: View, move: Move, servers: Sequence[Server]) -> View:
+    if view.move is not None:
+        verb = "joining" if view.move.kind == "join" else "leaving"
+        raise PlanError(f"{', '.join(view.move.names)} are {verb}; wait until that is done, or abort it")
+    if len(set(move.names)) < len(move.names) or not move.names:
+        raise PlanError(f"the servers are {', '.join(move.names) or 'none'}; each must be named once")
+    if move.kind == "join":
+        if tuple(s.name for s in servers) != move.names:
+            raise PlanError(f"{', '.join(move.names)} are to join, {', '.join(s.name for s in servers)} have started")
+        return replace(_enlist(view, servers), move=move)
+    _check_leave(view, move.names)
+    return replace(view, move=move)
+
+
+def _abort(view: View) -> View:
+    if view.move is None:
+        raise PlanError("no server is joining or leaving")
+    if view.move.kind == "leave":
+        return replace(view, move=None)
+    _check_leave(view, view.move.names)
+    return replace(view, move=replace(view.move, kind="leave"))
+
+
+def _end(view: View) -> View:
+    if view.move is None:
+        raise PlanError("no server is joining or leaving")
+    if view.move.kind == "join":
+        return replace(view, move=None)
+    leaving = np.array([s.name in view.move.names for s in view.servers] + [False])
+    if owned := int(leaving[view.owners()].any(axis=1).sum()):
+        raise PlanError(f"{', '.join(view.move.names)} still own {owned} slots")
+    return replace(_without(view, view.move.names), move=None)
 
 
 def _fail(view: View, name: str) -> View:
@@ -274,7 +352,7 @@ def _recover(view: View) -> View:
     if view.lost().any() and not any(s.alive for s in view.servers):
         raise PlanError("no living server can take the lost slots")
     dead = np.array([not s.alive for s in view.servers] + [False])
-    desk = _Desk(view, dead)
+    desk = Desk(view, dead)
     for group in desk.sharded():
         lost = view.lost()[group.first : group.first + group.slots]
         if lost.any():
@@ -287,44 +365,6 @@ def _recover(view: View) -> View:
         if view.lost()[group.first]:
             whole.fill(i, desk.copies(group), desk.sites.servers)
     return _bury(desk.done(whole))
-
-
-def _rebalance(view: View) -> View:
-    desk = _Desk(view)
-    if not desk.sites.servers:
-        raise PlanError("no living server can be given slots")
-    for group in desk.sharded():
-        desk.owners[group.number] = spread(**desk.of(group))
-    whole = desk.whole()
-    for i, group in enumerate(desk.whole_groups):
-        whole.fill(i, desk.copies(group), desk.sites.servers)
-    for server in sorted(desk.sites.servers, key=lambda s: (whole.loads[s], s)):
-        whole.spread(server)
-    return _bury(desk.done(whole))
-
-
-def missing(view: View, unusable: frozenset[str] = frozenset()) -> tuple[NDArray[np.int64], NDArray[np.int16]]:
-    """Who should be given which slots so that each has its copies: slots int64[n], servers int16[n] (indexes).
-
-    unusable: names of servers that are given nothing, although the view has them alive; nor are slots of which such a
-    one is primary, since it cannot copy them. Nothing is taken from anybody.
-    """
-    servers = tuple(replace(s, alive=s.alive and s.name not in unusable) for s in view.servers)
-    desk = _Desk(replace(view, servers=servers))
-    if not desk.sites.servers:
-        return np.empty(0, np.int64), np.empty(0, np.int16)
-    whole = desk.whole()
-    found = [(group, fill(**desk.of(group))) for group in desk.sharded()]
-    for i, group in enumerate(desk.whole_groups):
-        whole.fill(i, desk.copies(group), desk.sites.servers)
-        found.append((group, np.array([whole.rows[i] or [-1]], np.int16)))
-    slots, given = [], []
-    for group, owners in found:
-        new = owners >= 0
-        new[:, : group.owners.shape[1]] &= group.owners[:, : owners.shape[1]] < 0
-        slots.append(group.first + np.nonzero(new)[0])
-        given.append(owners[new])
-    return np.concatenate(slots or [np.empty(0, np.int64)]), np.concatenate(given or [np.empty(0, np.int16)])
 
 
 def _bury(view: View) -> View:
@@ -344,17 +384,38 @@ def _renumber(view: View, servers: Sequence[Server]) -> View:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
+def _check_replicas(view: View, name: str, replicas: int | Literal["all"]) -> None:
+    alive = sum(s.alive for s in view.servers)
+    if replicas != "all" and replicas > alive:
+        raise PlanError(
+            f"replicas of table {name!r} is {replicas}; the cluster has {alive} living servers, "
+            "and a server holds one copy of a row at most"
+        )
+
+
+def _set_replicas(view: View, specs: Mapping[str, Mapping[str, object]], replicas: int | Literal["all"]) -> View:
+    groups = {_table(view, name).group for name in specs}
+    for name in specs:
+        _check_replicas(view, name, replicas)
+    others = [t.name for t in view.tables if t.group in groups and t.name not in specs]
+    if others:
+        raise PlanError(
+            f"tables of equal placement and replicas share their slots: {', '.join(specs)} and {', '.join(others)} "
+            "change replicas together, so name them all"
+        )
+    return replace(
+        view,
+        tables=tuple(replace(t, spec=specs[t.name]) if t.name in specs else t for t in view.tables),
+        groups=tuple(replace(g, replicas=replicas) if g.number in groups else g for g in view.groups),
+    )
+
+
 def _create(view: View, change: CreateTable) -> View:
     if view.table(change.name) is not None:
         raise PlanError(f"table {change.name!r} exists already")
-    alive = sum(s.alive for s in view.servers)
-    if not alive:
+    if not any(s.alive for s in view.servers):
         raise PlanError(f"table {change.name!r} cannot be made: the cluster has no living server")
-    if change.replicas != "all" and change.replicas > alive:
-        raise PlanError(
-            f"replicas of table {change.name!r} is {change.replicas}; the cluster has {alive} living servers, "
-            "and a server holds one copy of a row at most"
-        )
+    _check_replicas(view, change.name, change.replicas)
     group = None
     if change.placement == "sharded":
         group = next((g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas)), None)
@@ -376,7 +437,7 @@ def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:
         weights=np.full(slots, change.weight if change.placement == "whole" else 1.0),
     )
     wider = replace(view, groups=(*view.groups, group), next_group=group.number + 1, next_slot=group.first + slots)
-    desk = _Desk(wider)
+    desk = Desk(wider)
     whole = desk.whole()
     if change.placement == "whole":
         whole.fill(len(whole.rows) - 1, desk.copies(group), desk.sites.servers)
@@ -406,71 +467,7 @@ def _swap_table(view: View, table: Table) -> tuple[Table, ...]:
     return tuple(table if t.name == table.name else t for t in view.tables)
 
 
-# -- what a change works on -------------------------------------------------------------------------------------------
-
-
-class _Desk:
-    """A view laid out for placement: sites, distances, and the owners of every sharded group, to be replaced.
-
-    gone bool[k + 1] (the last is for "no owner"): servers that are off every list and are given nothing.
-    """
-
-    def __init__(self, view: View, gone: NDArray[np.bool_] | None = None) -> None:
-        self.view = view
-        servers = view.servers
-        self.gone = np.zeros(len(servers) + 1, np.bool_) if gone is None else gone
-        usable = np.array([s.alive for s in servers], np.bool_) & ~self.gone[:-1]
-        self.sites = Sites(tuple(s.host for s in servers), tuple(s.zone for s in servers), usable)
-        self.distances = distances([s.name for s in servers], 2**view.slot_bits)
-        self.whole_groups = [g for g in view.groups if g.placement == "whole"]
-        everywhere = np.ones(2**view.slot_bits, np.bool_)
-        self.owners = {g.number: without(g.owners, self.gone, everywhere[: g.slots]) for g in view.groups}
-
-    def sharded(self) -> list[Group]:
-        """The sharded groups, as the view has them."""
-        return [g for g in self.view.groups if g.placement == "sharded"]
-
-    def copies(self, group: Group) -> int:
-        """Owners that each slot of the group should have, with the servers there are."""
-        there = len(self.sites.servers)
-        return there if group.replicas == "all" else min(group.replicas, there)
-
-    def of(self, group: Group) -> dict[str, Any]:
-        """What the functions of placement.py take: a slot whose only owner is dead, and not gone, is not live."""
-        owners = self.owners[group.number]
-        first = owners[:, 0]
-        live = (first < 0) | self.sites.usable[first]
-        return {
-            "owners": owners,
-            "sites": self.sites,
-            "distances": self.distances,
-            "copies": self.copies(group),
-            "live": live,
-        }
-
-    def whole(self) -> WholeTables:
-        """The whole tables; each stands on the ring where its group's number hashes to, so that equals are spread."""
-        rows = [[s for s in self.owners[g.number][0].tolist() if s >= 0] for g in self.whole_groups]
-        slots = [(g.number * 0x9E3779B1 % 2**32) * len(self.distances) >> 32 for g in self.whole_groups]
-        return WholeTables(rows, [float(g.weights[0]) for g in self.whole_groups], self.sites, self.distances[slots])
-
-    def done(self, whole: WholeTables) -> View:
-        """The view with the owners as they are now, first places shared out evenly."""
-        whole.even_primaries()
-        for group, row in zip(self.whole_groups, whole.rows, strict=True):
-            self.owners[group.number] = np.array([row or [-1]], np.int16)
-        for group in self.sharded():
-            rows = self.of(group)
-            del rows["copies"]
-            self.owners[group.number] = even_primaries(**rows)
-        groups = tuple(replace(g, owners=_trimmed(self.owners[g.number])) for g in self.view.groups)
-        return replace(self.view, groups=groups)
-
-
-def _trimmed(owners: Owners) -> Owners:
-    """Without the columns at the end in which no slot has an owner; one is kept."""
-    used = int((owners >= 0).any(axis=0).sum())
-    return owners[:, : max(1, used)]
+# -- terms -----------------------------------------------------------------------------------------------------------
 
 
 def _with_terms(before: View, after: View) -> View:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.desk import trimmed
 from hashring.placement import Owners, without
 from hashring.view import Group, View
 
@@ -35,7 +36,7 @@ def reassign(view: View, slots: NDArray[np.int64], owners: Owners) -> View:
         wide[:, : group.owners.shape[1]] = group.owners
         wide[mine - group.first] = -1
         wide[mine - group.first, : owners.shape[1]] = owners[place[mine]]
-        return replace(group, owners=wide)
+        return replace(group, owners=trimmed(wide))
 
     return _each(view, slots, give)
 

@@ -83,9 +83,24 @@ class Table:
     spec: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Move:
+    """A change of the servers that is under way: those of these names join, or leave.
+
+    bytes_per_s: what each server may spend on copying slots to others; 0 is no limit.
+    """
+
+    kind: Literal["join", "leave"]
+    names: tuple[str, ...]
+    bytes_per_s: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class View:
-    """Who owns what. `cluster` is the cluster's random id; `next_*` are counters of numbers never used before."""
+    """Who owns what. `cluster` is the cluster's random id; `next_*` are counters of numbers never used before.
+
+    move: the change of the servers that is under way, so that whoever reads the view can go on with it.
+    """
 
     cluster: int
     epoch: int
@@ -96,6 +111,7 @@ class View:
     next_table: int = 1
     next_group: int = 1
     next_slot: int = 0
+    move: Move | None = None
 
     @staticmethod
     def empty(cluster: int, slot_bits: int = SLOT_BITS) -> "View":
@@ -197,6 +213,7 @@ class View:
                 for g in self.groups
             ],
             "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in self.tables],
+            "move": [self.move.kind, list(self.move.names), self.move.bytes_per_s] if self.move else None,
         }
 
     @staticmethod
@@ -224,6 +241,7 @@ def _from_plain(plain: Mapping[str, Any]) -> View:
             )
         )
     next_table, next_group, next_slot = plain["next"]
+    move = plain.get("move")  # views that were logged before there were moves have none
     return View(
         cluster=plain["cluster"],
         epoch=plain["epoch"],
@@ -234,6 +252,7 @@ def _from_plain(plain: Mapping[str, Any]) -> View:
         next_table=next_table,
         next_group=next_group,
         next_slot=next_slot,
+        move=Move(move[0], tuple(move[1]), int(move[2])) if move else None,
     )
 
 

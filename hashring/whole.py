@@ -48,6 +48,16 @@ class WholeTables:
             row.append(best)
             self.loads[best] += self.weights[table]
 
+    def shed(self, table: int, copies: int) -> None:
+        """Take owners from the table beyond `copies`: those that share a host, then the most loaded."""
+        row = self.rows[table]
+        if row and not any(self.sites.usable[s] for s in row):
+            return
+        while len(row) > copies:
+            worst = max(row, key=lambda s: (self._clash(s, [o for o in row if o != s]), self.loads[s], s))
+            row.remove(worst)
+            self.loads[worst] -= self.weights[table]
+
     def spread(self, newcomer: int) -> None:
         """Move tables to the newcomer, biggest first from the most loaded, while it stays at or below the mean."""
         usable = self.sites.servers

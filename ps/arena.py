@@ -21,7 +21,7 @@ TABLES_MAX = 4096
 
 ENTRY_BYTES = 16
 META_BYTES = 16
-COMPACT_FROM = 0.25
+COMPACT_FROM = 0.1
 """A compaction begins when this part of the rows ever used is free."""
 
 _COMPACT_ROWS_MIN = 2**14
@@ -56,6 +56,9 @@ class Entries:
     rows: NDArray[np.int32]
     tokens: NDArray[np.uint64]
     offsets: NDArray[np.int64]
+
+
+_NO_ENTRIES = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.uint64))
 
 
 class Arena:
@@ -193,6 +196,8 @@ class Arena:
 
     def codes_of(self, tables: NDArray[np.int32]) -> NDArray[np.int32]:
         """Codes of table numbers int32[n]; -1 where the table is not of this arena."""
+        if not len(tables):
+            return np.empty(0, np.int32)
         order = np.argsort(self.numbers, kind="stable").astype(np.int32)
         known = self.numbers[order]
         at = np.minimum(np.searchsorted(known, tables), len(known) - 1)
@@ -217,6 +222,8 @@ class Arena:
     ) -> Entries:
         """What slots hold, of one table (or all: -1), with tokens in [low, last]."""
         n = int(self.counts(slots).sum())
+        if not n:
+            return Entries(*_NO_ENTRIES, np.zeros(len(slots) + 1, np.int64))
         found = Entries(
             np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.uint64),
             np.zeros(len(slots) + 1, np.int64),

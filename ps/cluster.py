@@ -340,6 +340,7 @@ def stop(runtime: Runtime, *, runtime_file: Path | None = None, keep_views: bool
     shutil.rmtree(runtime.scratch, ignore_errors=True)
     if not keep_views:
         shutil.rmtree(Path(runtime.state) / "views", ignore_errors=True)
+    shutil.rmtree(Path(runtime.state) / "servers", ignore_errors=True)
     (runtime_file or runtime_path()).unlink(missing_ok=True)
     return killed
 

@@ -88,6 +88,16 @@ class SlotsLost(EmbringError):
         self.slots = tuple(int(s) for s in slots)
 
 
+def judged_by(mine: int, asked: int, error: EmbringError) -> EmbringError:
+    """The error of a request that knows epoch `asked`, at a server of epoch `mine`.
+
+    By an older view nobody can say that a request is wrong for good: its table may be new.
+    """
+    if type(error) is RequestError and asked > mine:
+        return NotApplied(f"judged by epoch {mine}, where the request knows epoch {asked}: {error}")
+    return error
+
+
 ERRORS: dict[str, type[EmbringError]] = {
     cls.code: cls
     for cls in (

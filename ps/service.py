@@ -10,10 +10,11 @@ Every reply carries `epoch`, the epoch of the server's view.
 """
 
 import asyncio
+import contextlib
 import gc
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -23,17 +24,17 @@ from numpy.typing import NDArray
 from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
-from ps.errors import EmbringError, NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError, judged_by
 from ps.exports import Exports
-from ps.fabric.listen import Listener, ListenLimits, ListenStatistics, Result
+from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
-from ps.meter import Meter, OpStatistics
+from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
 from ps.rowblock import RowBlock
 from ps.shared import lease
 from ps.spec import TableSpec
-from ps.store import Store, StoreStatistics
+from ps.store import Store
 from ps.store.sharing import described
 from ps.wire import (
     FrameLimits,
@@ -62,33 +63,6 @@ TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceStatistics:
-    """Counts since the start. absent_ids: ids of pulls that had no row.
-
-    compared, different: copies of slots that were compared with their other owners', and those that differed.
-    """
-
-    epoch: int
-    draining: bool
-    absent_ids: int
-    compared: int
-    different: int
-    operations: dict[str, OpStatistics]
-    listener: ListenStatistics
-    store: StoreStatistics
-
-    @property
-    def requests(self) -> int:
-        """Requests of every kind."""
-        return sum(op.requests for op in self.operations.values())
-
-    @property
-    def errors(self) -> int:
-        """Those that were answered with an error."""
-        return sum(op.errors for op in self.operations.values())
-
-
 class Service:
     """Answers the fabric's requests from one store; everything but the constructor runs on the data thread."""
 
@@ -105,7 +79,11 @@ class Service:
         self._exports = Exports(store, PART_BYTES)
         self._newer = asyncio.Event()
         server = config.server
-        limits = ReplicationLimits(owners_min=server.owners_min, verify_slots_per_s=server.verify_slots_per_s)
+        limits = ReplicationLimits(
+            owners_min=server.owners_min,
+            verify_slots_per_s=server.verify_slots_per_s,
+            copy_bytes_per_s=server.copy_max_mib_per_s << 20,
+        )
         self.replication = Replication(store, limits)
         self._peers = Peers(self.replication, config, token, self._perform)
         self._tokens = 0
@@ -246,17 +224,10 @@ class Service:
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
-        compared, different = self.replication.verified
         return ServiceStatistics(
-            epoch=self.view.epoch,
-            draining=self.draining,
-            absent_ids=self._absent_ids,
-            compared=compared,
-            different=different,
-            operations=operations,
-            listener=self.listener.statistics(),
-            store=self.store.statistics(),
-        )
+            self.view.epoch, self.draining, self._absent_ids, *self.replication.verified, *self.replication.copied,
+            operations, self.listener.statistics(), self.store.statistics(),
+        )  # fmt: skip
 
     # -- dispatch
 
@@ -297,16 +268,15 @@ class Service:
 
     async def _later(self, request: Message, epoch: int) -> Result:
         """Handle a request once the view that it knows is here, or could not be had."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + NEWER_S
-        while epoch > self.view.epoch:
-            try:
-                async with asyncio.timeout_at(until):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NEWER_S):
+                while epoch > self.view.epoch:
                     await self._newer.wait()
-            except TimeoutError:
-                break
-        result = self._handlers[request.op](request)
-        return result if isinstance(result, tuple) else await result
+        try:
+            result = self._handlers[request.op](request)
+            return result if isinstance(result, tuple) else await result
+        except RequestError as error:
+            raise judged_by(self.view.epoch, epoch, error) from None
 
     # -- rows
 
@@ -423,7 +393,8 @@ class Service:
         return plain, {}
 
     def _install(self, request: Message) -> Result:
-        self.install(view_of(request.fields, request.arrays))
+        if whole(request.fields, "view_epoch", default=2**62) > self.store.epoch:  # most have it when it is handed on
+            self.install(view_of(request.fields, request.arrays))
         return {}, {}
 
     def _drain(self, request: Message) -> Result:

@@ -25,6 +25,9 @@ SUM, MAX = 0, 1
 
 PushKind = Literal["push", "assign", "delete"]
 
+Acks = Literal["all", "primary"]
+"""Who must hold a push before it is acknowledged: every owner, or the primary, with whom the push may be lost."""
+
 
 def features_of(
     tables: Sequence[int], bags: Sequence[int], modes: ArrayLike = SUM, absent: ArrayLike = 0

@@ -43,6 +43,8 @@ class SlotTable:
         self.horizon: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self.terms: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self._lineage: NDArray[np.int64] = reserve((slots_max, LINEAGE), np.int64, huge=False)
+        self._starts: NDArray[np.uint64] = reserve((slots_max,), np.uint64, huge=False)
+        self._bits: NDArray[np.int64] = reserve((slots_max,), np.int64, huge=False)
         self.spans: tuple[Span, ...] = ()
         self.filling: dict[int, tuple[int, int]] = {}
         """Slots that are being copied here: (copy, next part). They are neither read nor written meanwhile."""
@@ -61,6 +63,11 @@ class SlotTable:
             Span(g.first, len(g.terms), sharded if g.placement == "sharded" else 0)
             for g in sorted(view.groups, key=lambda g: g.first)
         )
+        for span in self.spans:
+            inside = slice(span.first, span.first + span.count)
+            self._bits[inside] = span.bits
+            if span.bits:
+                self._starts[inside] = np.arange(span.count, dtype=np.uint64) << np.uint64(64 - span.bits)
         me = next((i for i, s in enumerate(view.servers) if s.incarnation == incarnation), -2)
         owners = view.owners()
         named = np.where((owners == me).any(axis=1), OWNER, NONE).astype(np.uint8)
@@ -126,13 +133,7 @@ class SlotTable:
 
     def bounds(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Each slot's first token uint64[s], and how many bits of a token chose it int64[s]."""
-        starts, bits = np.zeros(len(slots), np.uint64), np.zeros(len(slots), np.int64)
-        for span in self.spans:
-            inside = (slots >= span.first) & (slots < span.first + span.count)
-            if span.bits:
-                starts[inside] = (slots[inside] - span.first).astype(np.uint64) << np.uint64(64 - span.bits)
-            bits[inside] = span.bits
-        return starts, bits
+        return self._starts[slots], self._bits[slots]
 
 
 def _complete(view: View, owners: NDArray[np.int16]) -> NDArray[np.bool_]:

@@ -64,6 +64,10 @@ class ViewLog:
             os.unlink(temporary)
         sync_folder(self.folder)
 
+    def holds(self, epoch: int) -> bool:
+        """Whether this epoch is in the log: a look at one name."""
+        return self._path(epoch).exists()
+
     def read(self, epoch: int) -> View:
         """The view of one epoch. Raises ViewLogError naming the file where it is missing or damaged."""
         path = self._path(epoch)

@@ -18,6 +18,11 @@ def benchmark_config(servers: int, config: Path | None = None) -> Config:
     return load_config(config).with_settings("server", servers=servers)
 
 
+def over_the_wire(servers: int) -> Config:
+    """Settings under which no client reads rows in place: it is to be as if it ran on another host."""
+    return benchmark_config(servers).with_settings("server", shared_reads=False)
+
+
 @contextmanager
 def cluster(config: Config, report: Report) -> Iterator[tuple[Runtime, "ps.Client"]]:
     """(its runtime, a blocking client connected to it)."""

@@ -20,16 +20,18 @@ from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRa
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
 from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
-from ps.fabric.protocol import Hello
+from ps.fabric.protocol import Hello, Traffic
 from ps.ragged import RaggedIds
+from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 
 
 class _Connections:
     """One connection for each server, made when it is first needed, once for all tasks that wait for it."""
 
-    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None, traffic: Traffic) -> None:
         self._token = token
+        self._traffic = traffic
         self._tls = tls
         self._client = client
         self._open: dict[tuple[str, int], AsyncConnection] = {}
@@ -55,7 +57,7 @@ class _Connections:
             if left <= 0:
                 break
             try:
-                return await AsyncConnection.connect(address, hello, left, self._tls)
+                return await AsyncConnection.connect(address, hello, left, self._tls, traffic=self._traffic)
             except NotApplied as error:
                 failed = error
         raise failed
@@ -78,12 +80,18 @@ class AsyncClient:
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+        self,
+        addresses: Sequence[str],
+        token: str = "",
+        timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+        acks: Acks = "all",
+        in_place: bool = True,
     ) -> None:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
-        self._verbs.default_timeout = timeout
-        self._connections = _Connections(token, self._verbs.window.client, tls)
+        self._verbs.configure(timeout, acks, in_place)
+        self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
         self._verbs.window.on_close = self._decided.set
@@ -95,10 +103,12 @@ class AsyncClient:
         token: str | None = None,
         timeout: float = 10.0,
         tls: Tls = None,
+        acks: Acks = "all",
+        in_place: bool = True,
     ) -> "AsyncClient":
-        """A client of a running cluster; addresses, token and tls are found as `ps.connect` finds them."""
+        """A client of a running cluster; all arguments are as those of `ps.connect`."""
         found, secret, trust = where(addresses, token, tls)
-        client = cls(found, secret, timeout, trust)
+        client = cls(found, secret, timeout, trust, acks, in_place)
         prepare()
         try:
             await client._run(client._verbs.begin(deadline(None, timeout)))
@@ -315,7 +325,7 @@ class AsyncClient:
         """As `Client.describe`."""
         return await self._run(self._verbs.describe(name, timeout))
 
-    async def alter_table(self, name: str, timeout: float | None = None, **changes: Any) -> None:
+    async def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
         """As `Client.alter_table`."""
         await self._run(self._verbs.alter_table(name, changes, timeout))
 

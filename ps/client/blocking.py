@@ -21,6 +21,7 @@ from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRa
 from ps.client.window import Window
 from ps.errors import EmbringError, PerhapsApplied, RequestError
 from ps.ragged import RaggedIds
+from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 
 _open: "weakref.WeakSet[Client]" = weakref.WeakSet()
@@ -60,15 +61,21 @@ class Client:
     """
 
     def __init__(
-        self, addresses: Sequence[str], token: str = "", timeout: float = 10.0, tls: ssl.SSLContext | None = None
+        self,
+        addresses: Sequence[str],
+        token: str = "",
+        timeout: float = 10.0,
+        tls: ssl.SSLContext | None = None,
+        acks: Acks = "all",
+        in_place: bool = True,
     ) -> None:
         self._verbs = Verbs(addresses)
-        self._verbs.default_timeout = timeout
+        self._verbs.configure(timeout, acks, in_place)
         self._token = token
         self._tls = tls
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
-        self._connections = Connections(token, self._verbs.window.client, tls)
+        self._connections = Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         _open.add(self)
         prepare()
         try:
@@ -116,7 +123,8 @@ class Client:
         """In a forked child: another identity, no connections, nothing under way."""
         self._turn = threading.RLock()
         self._verbs.window = Window()
-        self._connections = Connections(self._token, self._verbs.window.client, self._tls)
+        traffic = self._verbs.counters.traffic
+        self._connections = Connections(self._token, self._verbs.window.client, self._tls, traffic)
         for flight in self._flights:
             flight.done, flight.error = True, EmbringError("this push belongs to the parent process")
         self._flights = []
@@ -372,10 +380,14 @@ class Client:
         """
         return self._run(self._verbs.describe(name, timeout))
 
-    def alter_table(self, name: str, timeout: float | None = None, **changes: Any) -> None:
-        """Change a table's optimizer settings, initializer, absent or default; its rows stay.
+    def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
+        """Change a table's optimizer settings, initializer, absent or default, or its replicas; its rows stay.
 
-        >>> client.alter_table("item", optimizer=ps.RowWiseAdagrad(lr=0.01))
+        Tables of equal placement and replicas share slots: of those all are named to change replicas. Copies are made,
+        or given up, after this returns; `embring table alter` waits for that.
+
+            >>> client.alter_table("item", optimizer=ps.RowWiseAdagrad(lr=0.01))
+            >>> client.alter_table(["item", "user"], replicas=2)
         """
         self._run(self._verbs.alter_table(name, changes, timeout))
 
@@ -448,7 +460,12 @@ class Client:
 
 
 def connect(
-    addresses: str | Sequence[str] | None = None, token: str | None = None, timeout: float = 10.0, tls: Tls = None
+    addresses: str | Sequence[str] | None = None,
+    token: str | None = None,
+    timeout: float = 10.0,
+    tls: Tls = None,
+    acks: Acks = "all",
+    in_place: bool = True,
 ) -> Client:
     """A `Client` of a running cluster.
 
@@ -457,13 +474,15 @@ def connect(
     is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none. tls: for servers
     that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
     is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
+    acks: who must hold a push before it is acknowledged, "all" owners or the "primary", whose death may then lose it.
+    in_place: whether rows are read from the memory of servers on this host, where that can be; else by messages alone.
     Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
     token or a certificate that is not trusted; NotApplied where nobody answers.
 
         >>> client = ps.connect("localhost:7400", token="...")
     """
     found, secret, trust = where(addresses, token, tls)
-    return Client(found, secret, timeout, trust)
+    return Client(found, secret, timeout, trust, acks, in_place)
 
 
 def _after_fork() -> None:

@@ -8,7 +8,7 @@ failure means, when to give up) is here, once for both shells.
 import random
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from ps.errors import (
     SlotsLost,
     WrongView,
 )
+from ps.fabric.protocol import Traffic
 from ps.wire import Message, view_of
 
 TIMEOUT_MAX = 600.0
@@ -93,8 +94,11 @@ class Exchange(Protocol):
 
 @dataclass(slots=True)
 class Counters:
-    """What a client has done since it began."""
+    """What a client has done since it began. calls: messages of pulls and pushes; rows: those that servers sent."""
 
+    traffic: Traffic = field(default_factory=Traffic)
+    calls: int = 0
+    rows: int = 0
     pulls: int = 0
     pushes: int = 0
     ids: int = 0
@@ -166,6 +170,7 @@ class Core:
                 yield from self.hopeless(error, routing, until)
                 continue
             if calls:
+                self.counters.calls += len(calls)
                 failures = yield Ask(routing.servers, calls, request.absorb, self.attempt_until(until))
             if not failures:
                 return

@@ -12,7 +12,7 @@ from ps.client.request import Call
 from ps.errors import EmbringError, NotApplied
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection, wait_for_any
-from ps.fabric.protocol import Hello
+from ps.fabric.protocol import Hello, Traffic
 
 GRACE_S = 0.05
 """A reply that is already here is read even where its deadline passed while nobody asked for it."""
@@ -29,8 +29,9 @@ Sent = tuple[int, BlockingConnection, int]
 class Connections:
     """One connection for each server, made when it is first needed."""
 
-    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None, traffic: Traffic) -> None:
         self._token = token
+        self._traffic = traffic
         self._tls = tls
         self._client = client
         self._open: dict[tuple[str, int], BlockingConnection] = {}
@@ -51,7 +52,7 @@ class Connections:
             if left <= 0:
                 break
             try:
-                return BlockingConnection.connect(address, hello, left, self._tls)
+                return BlockingConnection.connect(address, hello, left, self._tls, traffic=self._traffic)
             except NotApplied as error:
                 failed = error
         raise failed

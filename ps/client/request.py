@@ -16,7 +16,7 @@ from ps.client.routing import Features, Routing
 from ps.errors import EmbringError, RequestError, SlotsLost
 from ps.kernels.merge import MAX, finish, first_not_finite, gather, merge, place_bags
 from ps.kernels.split import ROWS, Split, split
-from ps.share import ABSENT, BAGS, MODE, TABLE, PushKind, PushShare
+from ps.share import ABSENT, BAGS, MODE, TABLE, Acks, PushKind, PushShare
 from ps.wire import Message, push_message
 
 NONE_DONE = np.empty(0, np.uint8)
@@ -159,6 +159,7 @@ class PullRequest(_Request):
         self._touched = np.zeros(batch.bags, np.uint8)
         self._undivided = False
         self.absent = 0
+        self.rows = 0
 
     def split(self, routing: Routing, left_out: frozenset[int], load: NDArray[np.float64]) -> list[Call]:
         """The calls to make; servers in `left_out` are asked only for what nobody else has."""
@@ -167,7 +168,8 @@ class PullRequest(_Request):
             able = self._same_tables(routing).covering - left_out
             if able:
                 return [self._whole(min(able, key=load.__getitem__), routing.epoch)]
-        plan = self._plan(routing, routing.readers_without(left_out), load)
+        single = self._same_tables(routing).single  # then there is nothing to choose
+        plan = self._plan(routing, routing.first_readers if single else routing.readers_without(left_out), load)
         weighted = self._weights_travel
         return [Call(s, s, "pull", {"epoch": routing.epoch}, self._part(plan, s, weighted)) for s in self.asked]
 
@@ -199,6 +201,7 @@ class PullRequest(_Request):
                 raise EmbringError(f"a server sent {len(rows)} floats; {len(self.out)} were asked for")
             self.out[:] = rows
             self._touched[:] = 1
+            self.rows += self.batch.bags
             self.absent += int(reply.fields.get("absent", 0))
             return
         plan = self._split
@@ -209,6 +212,7 @@ class PullRequest(_Request):
         )  # fmt: skip
         if not merged:
             raise EmbringError(f"a server sent {rows.size} floats for {plan.features[server, :, BAGS].sum()} bags")
+        self.rows += self._cuts[1][server + 1] - self._cuts[1][server]
         self.absent += int(reply.fields.get("absent", 0))
 
     def finish(self) -> NDArray[np.float32]:
@@ -235,12 +239,14 @@ class PushRequest(_Request):
         rows: NDArray[np.float32],
         lr_scale: float,
         done: NDArray[np.uint8] = NONE_DONE,
+        acks: Acks = "all",
     ) -> None:
         policy = np.full(len(modes), ROWS, np.uint8) if kind == "delete" else features.zeros
         super().__init__(batch, features, modes, policy, features.lines, None)
         self._kind: PushKind = kind
         self._rows = rows
         self._lr_scale = lr_scale
+        self._acks = acks
         self.done = done
         self.client = 0
         self.sequence = 0
@@ -256,6 +262,8 @@ class PushRequest(_Request):
                 self.client, self.sequence, self._kind, rows=self._rows_of(plan, s), lr_scale=self._lr_scale, **part
             )
             fields, arrays = push_message(share)
+            if self._acks != "all":
+                fields["acks"] = self._acks
             calls.append(Call(s, s, "push", {**fields, "epoch": routing.epoch}, arrays))
         return calls
 

@@ -35,7 +35,7 @@ class Features:
 
     lines int32[F, 4]: as in a share, of sums, and of absent ids that answer as their table says.
     zeros: uint8[F], which stands for CHOOSE as a policy and for SUM as a mode. Nobody writes into these arrays.
-    covering: servers each of which answers for every slot of these tables.
+    covering: servers each of which answers for every slot of these tables. single: no slot of them has a second reader.
     """
 
     names: tuple[str, ...]
@@ -47,12 +47,14 @@ class Features:
     dim_list: tuple[int, ...]
     zeros: NDArray[np.uint8]
     covering: frozenset[int]
+    single: bool
 
 
 class Routing:
     """Tables, readers and primaries of one view.
 
     readers int16[slots, C]: the living owners of each slot (indexes of view.servers), -1 behind the last.
+    first_readers int16[slots, 1]: the first of them, who is the only one where tables have one copy.
     primaries int16[slots, 1]: who takes pushes; -1 where every owner is dead.
     """
 
@@ -63,6 +65,7 @@ class Routing:
         self.tables: Mapping[str, TableInfo] = {t.name: self._table(t.group, t.number, t.spec) for t in view.tables}
         self.primaries = np.where(view.lost(), np.int16(-1), view.owners()[:, 0]).reshape(-1, 1)
         self.readers = self._readers(frozenset(i for i, s in enumerate(view.servers) if not s.alive))
+        self.first_readers = np.ascontiguousarray(self.readers[:, :1])
         self._without: dict[frozenset[int], NDArray[np.int16]] = {}
         self._features: dict[tuple[str, ...], Features] = {}
 
@@ -131,4 +134,5 @@ def _features(names: tuple[str, ...], tables: Sequence[TableInfo], readers: NDAr
         dims,
         np.zeros(len(tables), np.uint8),
         frozenset(s for s in some if all((part == s).any(axis=1).all() for part in everywhere)),
+        all((part[:, 1:] < 0).all() for part in everywhere),
     )

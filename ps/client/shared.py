@@ -10,7 +10,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -213,8 +213,8 @@ class SharedReader:
         plain = modes is features.zeros
         if mapped is None or (not plain and batch.weights.size and (modes == MAX).any()):
             return -1
-        if mapped.poll.poll(0):
-            self._forget(lambda known: bool(select.select([known.process], [], [], 0)[0]))
+        if dead := mapped.poll.poll(0):
+            self._forget({process for process, _ in dead})
             return -1
         try:
             shape = mapped.shape(batch.names)
@@ -224,7 +224,7 @@ class SharedReader:
         lay_out(shape.lines, batch.starts, batch.offsets, places, modes, -1 if absent is None else absent, plan)
         for _ in range(ATTEMPTS):
             if not begin(mapped.headers, mapped.generations, time.monotonic_ns(), mapped.seen):
-                self._forget(lambda _: True)
+                self._forget({known.process for known in mapped.known})
                 return -1
             without = _read(mapped, shape, plan, batch, out)
             if without >= 0:
@@ -234,10 +234,10 @@ class SharedReader:
                 return without
         return -1
 
-    def _forget(self, which: Callable[[Described], bool]) -> None:
+    def _forget(self, processes: Collection[int]) -> None:
         """Ask these servers anew before the next pull."""
         for incarnation, known in list(self._known.items()):
-            if known is not None and which(known):
+            if known is not None and known.process in processes:
                 self._known[incarnation] = None
         self._for = self._mapped = None
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +16,7 @@ from ps.client.routing import Features, Routing
 from ps.errors import RequestError
 from ps.kernels.batch import cut
 from ps.ragged import RaggedIds, as_rows
-from ps.share import PushKind
+from ps.share import Acks, PushKind
 from ps.spec import Absent, Adagrad, Initializer, Optimizer, Placement, TableSpec
 
 CHUNK = 32 * 2**20
@@ -42,9 +42,11 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True)
 class ClientStatistics:
-    """What a client has done: calls, the ids in them, ids without a row, retries, views learnt, pushes open.
+    """What a client has done: pulls and pushes, the ids in them, ids without a row, retries, views learnt, pushes open.
 
     in_place: pulls that were read from the memory of servers on this host.
+    calls: messages to servers that pulls and pushes took. rows: those that servers sent for pulls, each a partial sum
+    of a bag or one distinct id's. frames_ and bytes_: of all connections, see `ps.fabric.protocol.Traffic`.
     """
 
     pulls: int
@@ -56,26 +58,43 @@ class ClientStatistics:
     views: int
     undecided: int
     epoch: int
+    calls: int
+    rows: int
+    frames_sent: int
+    bytes_sent: int
+    frames_received: int
+    bytes_received: int
 
 
 class Verbs(Core):
     """Generators that return what the client's methods of the same names return; errors and shapes are told there."""
 
     default_timeout = 10.0
+    acks: Acks = "all"
+    in_place = True
+
+    def configure(self, timeout: float, acks: Acks, in_place: bool) -> None:
+        """What holds for every call: seconds that one without a timeout has, who acknowledges, reads in place."""
+        if acks not in get_args(Acks):
+            raise RequestError(f'acks is {acks!r}; it must be "all" or "primary"')
+        self.default_timeout, self.acks, self.in_place = timeout, acks, in_place
 
     def statistics_now(self) -> ClientStatistics:
         """The counters, as one value."""
         c = self.counters
         return ClientStatistics(
-            c.pulls,
-            c.pushes,
-            c.ids,
-            c.absent,
-            c.in_place,
-            c.retries,
-            c.views,
-            self.window.undecided,
-            self.routing.epoch,
+            pulls=c.pulls,
+            pushes=c.pushes,
+            ids=c.ids,
+            absent=c.absent,
+            in_place=c.in_place,
+            retries=c.retries,
+            views=c.views,
+            undecided=self.window.undecided,
+            epoch=self.routing.epoch,
+            calls=c.calls,
+            rows=c.rows,
+            **asdict(c.traffic),
         )
 
     # -- pulls
@@ -113,35 +132,46 @@ class Verbs(Core):
         """Rows of all features, flat. A big batch is cut by bags, whose rows stand one behind another in the answer."""
         code = absent_code(absent)
         where = Places.of(batch.starts, features.dims)
-        without = 0
+        flat = np.empty(where.total, np.float32)
         if where.total * 4 <= CHUNK and batch.ids.nbytes <= CHUNK:
-            flat = np.empty(where.total, np.float32)
-            if not self.reader.ready(self.routing):
-                yield from self._look_around(until)
-            without = self.reader.pull(batch, features, modes, code, where.places, flat)
-            if without < 0:
-                request = PullRequest(batch, features, modes, code, where, flat)
-                yield from self.exchange(request, until)
-                request.finish()
-                without = request.absent
-            else:
-                self.counters.in_place += 1
+            without = yield from self._pull_part(batch, features, modes, code, where, flat, until)
         else:
-            flat = np.empty(where.total, np.float32)
-            at = 0
+            at = without = 0
             for low, high in _chunks(batch, features):
                 part = batch.part(low, high)
                 there = Places.of(part.starts, features.dims)
-                request = PullRequest(part, features, modes, code, there, flat[at : at + there.total])
-                yield from self.exchange(request, until)
-                request.finish()
+                rows = flat[at : at + there.total]
+                without += yield from self._pull_part(part, features, modes, code, there, rows, until)
                 at += there.total
-                without += request.absent
         self.absent = without
         self.counters.pulls += 1
         self.counters.ids += len(batch.ids)
         self.counters.absent += without
         return flat
+
+    def _pull_part(
+        self,
+        batch: Batch,
+        features: Features,
+        modes: NDArray[np.uint8],
+        absent: int | None,
+        where: Places,
+        out: Rows,
+        until: float,
+    ) -> Steps:
+        """Fill `out`, in place where that can be, else with what servers answer; how many ids were absent."""
+        if self.in_place:
+            if not self.reader.ready(self.routing):
+                yield from self._look_around(until)
+            without = self.reader.pull(batch, features, modes, absent, where.places, out)
+            if without >= 0:
+                self.counters.in_place += 1
+                return without
+        request = PullRequest(batch, features, modes, absent, where, out)
+        yield from self.exchange(request, until)
+        request.finish()
+        self.counters.rows += request.rows
+        return request.absent
 
     def _look_around(self, until: float) -> Steps:
         """Ask the servers of this host what they share, and map it: before the first pull by a view."""
@@ -248,7 +278,7 @@ class Verbs(Core):
         began = False
         for part in range(parts):
             done = NONE_DONE if part_of is None else (part_of != part).astype(np.uint8)
-            request = PushRequest(batch, features, modes, kind, flat, float(lr_scale), done)
+            request = PushRequest(batch, features, modes, kind, flat, float(lr_scale), done, self.acks)
             request.began = began
             yield from self._send_once(request, until)
             began = True
@@ -321,21 +351,26 @@ class Verbs(Core):
                 f"table {name!r} exists with another specification: its {key} is {have[key]!r}, asked was {want[key]!r}"
             )
 
-    def alter_table(self, name: str, changes: Mapping[str, Any], timeout: float | None) -> Steps:
-        """Give a table new settings."""
+    def alter_table(self, name: str | Sequence[str], changes: Mapping[str, Any], timeout: float | None) -> Steps:
+        """Give tables new settings."""
         until = deadline(timeout, self.default_timeout)
-        present = yield from self.describe(name, timeout)
-        plain = present.to_plain()
-        unknown = [k for k in changes if k not in plain]
-        if unknown:
-            raise RequestError(f"a table has no setting {unknown[0]!r}; it has {', '.join(plain)}")
-        wanted = TableSpec(**{**{k: getattr(present, k) for k in plain}, **changes}).check()
-        plain_changes = {k: wanted.to_plain()[k] for k in changes}
+        names = [name] if isinstance(name, str) else list(name)
+        wanted: dict[str, TableSpec] = {}
+        for each in names:
+            present = yield from self.describe(each, timeout)
+            plain = present.to_plain()
+            unknown = [k for k in changes if k not in plain]
+            if unknown:
+                raise RequestError(f"a table has no setting {unknown[0]!r}; it has {', '.join(plain)}")
+            wanted[each] = TableSpec(**{**{k: getattr(present, k) for k in plain}, **changes}).check()
+        if not wanted:
+            raise RequestError("no table is named")
+        plain_changes = {k: wanted[names[0]].to_plain()[k] for k in changes}
         yield from self.admin(
             "alter_table",
-            {"name": name, "changes": plain_changes},
+            {"names": names, "changes": plain_changes},
             until,
-            lambda now: name not in now.tables or now.tables[name].spec == wanted,
+            lambda now: all(n not in now.tables or now.tables[n].spec == spec for n, spec in wanted.items()),
         )
 
     def truncate(self, name: str, timeout: float | None) -> Steps:

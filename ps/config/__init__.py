@@ -77,6 +77,14 @@ class ServerConfig:
         "Slots that each server compares with their other owners by itself, all day long (of large ones 8192 rows at a "
         "time); 0 leaves that to `embring verify`. Both servers spend about a microsecond a row.",
     )
+    copy_max_mib_per_s: int = _setting(
+        0,
+        "MiB/s a server",
+        0,
+        2**20,
+        "What each server spends on copying slots to others, after failures and when servers join or leave; 0 is no "
+        "limit. Less is felt less by pulls and pushes, and takes longer: slots lack a copy meanwhile.",
+    )
     host: str = _setting(
         "127.0.0.1",
         "address",

@@ -9,6 +9,7 @@ server is started again as a new incarnation that owns nothing.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -21,14 +22,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hashring.planner import Change
-from hashring.view import Server, View
+from hashring.planner import Abort, Begin, Change
+from hashring.view import Move, Server, View
 from ps.config import Config, ControlConfig, config_from_plain
 from ps.controller.admin import change_of, last_owned
 from ps.controller.figures import figures
 from ps.controller.keeper import Job, Keeper
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
+from ps.controller.outlook import begun, names_for, outlook
 from ps.controller.restore import Restore, conclude, prepare, recovered, told
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
@@ -50,6 +52,9 @@ CONNECT_S = 2.0
 
 LEARN_S, DISPUTE_S = 1.0, 10.0
 """Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
+
+LEAVE_WAIT_S, DRAIN_S = 60.0, 1.0
+"""Between two looks for servers that have left, where nothing tells; how long one that has is left to answer."""
 
 log = logging.getLogger("embring.controller")
 
@@ -75,6 +80,9 @@ class Control:
         self._restoring: tuple[int, Restore] | None = None
         self._restores = 0
         self.keeper = Keeper(config.checkpoint, lambda: self.shell.view, self._order)
+        self._starting: tuple[str, ...] = ()
+        self._aborted = False
+        self._failed = ""
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
@@ -84,8 +92,9 @@ class Control:
         self._keep(self._ask_figures())
         if view.servers:
             self._begun.set()
-        names = [f"server-{i}" for i in range(self.config.server.servers)]
-        names += [s.name for s in view.servers if s.alive and s.name not in names]
+        names = [s.name for s in view.servers if "~" not in s.name]
+        names = names or [f"server-{i}" for i in range(self.config.server.servers)]
+        await self.members.end_others(names)
         launches = (self._launch(name, tell=bool(view.servers)) for name in names)
         outcomes = await asyncio.gather(*launches, return_exceptions=True)
         failed = [o for o in outcomes if isinstance(o, BaseException)]
@@ -95,6 +104,7 @@ class Control:
         await self.shell.until(self._all_in, START_TIMEOUT_S)
         await self.shell.spread(self.shell.view.epoch)
         self._begun.set()
+        self._keep(self._end_superfluous())
         self._keep(self.keeper.run())
         log.info("%d servers run", len(names))
 
@@ -137,14 +147,18 @@ class Control:
 
     async def _launch(self, name: str, tell: bool = True) -> None:
         member = await self.members.launch(name)
-        if tell:
+        if tell and self._named(name):
             self.shell.started(member.server)
+
+    def _named(self, name: str) -> bool:
+        """Whether the view has a server of this name: it may have been removed while its process started."""
+        return self.shell.view.server_index(name) is not None
 
     async def _died(self, member: Member) -> None:
         """A server is dead by Ray's word: others take over, and it is started again as another incarnation."""
         self.shell.died(member.incarnation)
         control = self.config.control
-        while control.restart and member.restarts < control.restarts_max:
+        while control.restart and member.restarts < control.restarts_max and self._named(member.name):
             member.restarts += 1
             try:
                 await self._launch(member.name)
@@ -158,6 +172,85 @@ class Control:
         epoch = await self.shell.change(wish)
         await self.shell.spread(epoch)
         return epoch
+
+    # -- servers join and leave
+
+    def _move_of(self, fields: Mapping[str, Any]) -> Move:
+        """The move that is asked for. Raises RequestError."""
+        kind, names, rate = fields.get("kind"), fields.get("names") or (), fields.get("bytes_per_s") or 0
+        if kind not in ("join", "leave") or not isinstance(names, list | tuple) or not isinstance(rate, int):
+            raise RequestError("a move needs a kind, join or leave, a list of names, and bytes_per_s as a whole number")
+        if kind == "join":
+            names = names_for(self.shell.view, names, self.config.server.port)
+        return Move(kind, tuple(map(str, names)), max(0, rate))
+
+    def _outlook(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        figures_of = {m.name: m.figures for m in self.members.by_name.values()}
+        limit = self.config.server.copy_max_mib_per_s << 20
+        return outlook(self.shell.view, self._move_of(fields), figures_of, limit)
+
+    async def _move(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Begin to add or remove servers: how far it is, `status` tells."""
+        if self._starting:
+            raise RequestError(f"{', '.join(self._starting)} are being started to join; wait until they have, or abort")
+        move = self._move_of(fields)
+        begun(self.shell.view, move)  # refused before any process is started
+        self._failed = ""
+        if move.kind == "join":
+            self._starting, self._aborted = move.names, False
+            task = asyncio.get_running_loop().create_task(self._join(move))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return {"names": list(move.names), "epoch": self.shell.view.epoch}
+        return {"names": list(move.names), "epoch": await self._change(Begin(move))}
+
+    async def _join(self, move: Move) -> None:
+        """Start the servers, and have them join; where one does not start, none does."""
+        try:
+            launches = (self.members.launch(name) for name in move.names)
+            failed = [o for o in await asyncio.gather(*launches, return_exceptions=True) if isinstance(o, Exception)]
+            members = [self.members.by_name[name] for name in move.names if name in self.members.by_name]
+            if failed or not all(m.state == "alive" for m in members):
+                raise failed[0] if failed else NotApplied("it died while it started")
+            if self._aborted:
+                raise NotApplied("it was aborted")
+            await self._change(Begin(move, tuple(m.server for m in members)))
+        except (RayError, TimeoutError, EmbringError) as error:
+            self._failed = f"{', '.join(move.names)} did not join: {type(error).__name__}: {error}"
+            log.warning(self._failed)
+            for name in move.names:
+                if not self._named(name):
+                    await self.members.remove(name)
+        finally:
+            self._starting = ()
+
+    async def _abort(self) -> dict[str, Any]:
+        """Undo the move that is under way: servers that were joining leave, those that were leaving stay."""
+        if self._starting:
+            self._aborted = True
+            return {"names": list(self._starting), "epoch": self.shell.view.epoch}
+        move = self.shell.view.move
+        epoch = await self._change(Abort())
+        return {"names": list(move.names) if move else [], "epoch": epoch}
+
+    async def _end_superfluous(self) -> None:
+        """End servers that have left the view, without end: drained first, and only once the others know."""
+
+        def gone() -> list[Member]:
+            members = self.members.by_name.values()
+            return [m for m in members if not self._named(m.name) and m.name not in self._starting and m.incarnation]
+
+        while True:
+            await self.shell.until(lambda: bool(gone()), LEAVE_WAIT_S)
+            for member in gone():
+                await self.shell.spread(self.shell.view.epoch)
+                with contextlib.suppress(EmbringError):
+                    connection = await self._dial(member.server)
+                    await connection.request("drain", {}, {}, CONNECT_S)
+                    await asyncio.sleep(DRAIN_S)
+                    connection.close()
+                log.info("server %s has left, its process ends", member.name)
+                await self.members.remove(member.name)
 
     async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
@@ -236,6 +329,12 @@ class Control:
             return await self._restored(fields)
         if verb == "failover":
             return await self._fail_over(fields)
+        if verb == "outlook":
+            return self._outlook(fields)
+        if verb == "move":
+            return await self._move(fields)
+        if verb == "abort":
+            return await self._abort()
         changed = [False]
 
         def wish(view: View) -> Change | None:
@@ -247,8 +346,14 @@ class Control:
 
     def status(self) -> dict[str, Any]:
         """Everything about the cluster, as plain data."""
+        told = cluster_status(self.shell.mind, list(self.members.by_name.values()))
+        for server in told["servers"]:
+            if self._begun.is_set() and not self._named(server["name"]) and server["name"] not in self._starting:
+                server["state"] = "ending"
         return {
-            **cluster_status(self.shell.mind, list(self.members.by_name.values())),
+            **told,
+            "starting": list(self._starting),
+            "move_failed": self._failed,
             "fingerprint": self.config.fingerprint,
             "checkpoint": self.keeper.status(),
             "metrics": self.metrics,

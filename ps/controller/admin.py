@@ -2,27 +2,27 @@
 
 verb           fields                       does
 create_table   spec                         makes a table; the same spec again changes nothing
-alter_table    name, changes                new optimizer, absent, default or initializer; rows stay
+alter_table    name or names, changes       new optimizer, absent, default or initializer, or other replicas; rows stay
 truncate       name                         forgets every row of a table, which gets a new number
 drop_table     name                         removes a table
 failover       name, force                  declares a server dead; force: although rows are lost with it
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hashring.planner import AlterTable, CreateTable, DropTable, Fail, TruncateTable
+from hashring.planner import AlterTable, CreateTable, DropTable, Fail, SetReplicas, TruncateTable
 from hashring.tokens import hash_strings
 from hashring.view import View
 from ps.errors import RequestError
 from ps.spec import TableSpec
 
-ALTERABLE = ("optimizer", "initializer", "absent", "default")
-"""What of a table may change while it holds rows: dim, seed, placement and replicas decide where and how they lie."""
+ALTERABLE = ("optimizer", "initializer", "absent", "default", "replicas")
+"""What of a table may change while it holds rows: dim, seed and placement decide where and how they lie."""
 
-Change = CreateTable | AlterTable | TruncateTable | DropTable | Fail
+Change = CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable | Fail
 
 
 def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -> Change | None:
@@ -34,7 +34,12 @@ def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -
         return _create(view, fields.get("spec"), seed)
     name = fields.get("name")
     if verb == "alter_table":
-        return _alter(view, str(name), fields.get("changes"))
+        names, changes = fields.get("names") or [name], fields.get("changes")
+        if isinstance(changes, Mapping) and "replicas" in changes:
+            return _set_replicas(view, [str(n) for n in names], changes)
+        if len(names) != 1:
+            raise RequestError(f"{len(names)} tables are named; together they change their replicas only")
+        return _alter(view, str(names[0]), changes)
     if verb == "truncate":
         _existing(view, str(name))
         return TruncateTable(str(name))
@@ -80,10 +85,25 @@ def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
     return CreateTable(spec.name, spec.to_plain(), spec.placement, spec.replicas)
 
 
+def _set_replicas(view: View, names: Sequence[str], changes: Mapping[str, Any]) -> SetReplicas | None:
+    """Other replicas, of all tables that share slots with these too: those must be named."""
+    if set(changes) != {"replicas"}:
+        raise RequestError(f"replicas of {', '.join(names)} change alone, not with {', '.join(set(changes))}")
+    specs = {name: TableSpec.from_plain({**_existing(view, name), **changes}) for name in names}
+    if all(spec == spec_of(view, name) for name, spec in specs.items()):
+        return None
+    return SetReplicas({name: spec.to_plain() for name, spec in specs.items()}, next(iter(specs.values())).replicas)
+
+
 def _alter(view: View, name: str, changes: Any) -> AlterTable | None:
     present = spec_of(view, name)
     if not isinstance(changes, Mapping):
         raise RequestError("alter_table needs a field changes with the new settings")
+    if changes.get("placement", present.placement) != present.placement:
+        raise RequestError(
+            f"placement of table {name!r} cannot change while it holds rows: make a table of another name, "
+            "copy the rows, and drop this one"
+        )
     for key in changes:
         if key not in ALTERABLE:
             raise RequestError(f"{key} of table {name!r} cannot change; what can: {', '.join(ALTERABLE)}")

@@ -1,4 +1,4 @@
-"""A server's raw statistics (ps.service.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
+"""A server's raw statistics (ps.meter.ServiceStatistics, as plain data) as the figures that people ask for. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ TIMED = ("pull", "push", "range")
 def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
     """Figures of one server from two of its statistics, `seconds` apart (None: rates are of the whole time as 0).
 
-    rows, bytes, rows_by_table, requests, errors, absent_ids: totals since its start. requests_per_s, p50_ms, p99_ms:
-    of the time between the two; the percentiles are missing where nothing was asked.
+    rows, bytes, rows_by_table, requests, errors, absent_ids, copied_rows, copied_bytes: totals since its start.
+    requests_per_s, p50_ms, p99_ms: of the time between the two; the percentiles are missing where nothing was asked.
     """
     store = now["store"]
     out = {
@@ -27,6 +27,8 @@ def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: f
         "connections": now["listener"]["connections"],
         "overloaded": now["listener"]["overloaded"],
         "absent_ids": now["absent_ids"],
+        "copied_rows": now["copied_rows"],
+        "copied_bytes": now["copied_bytes"],
         "requests": _requests(now),
         "errors": sum(m["errors"] for m in now["operations"].values()),
         "requests_per_s": 0.0,

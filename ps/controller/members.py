@@ -1,10 +1,15 @@
-"""The server processes as Ray knows them: started, watched, ended."""
+"""The server processes as Ray knows them: started, watched, ended.
+
+Each has a file of its name in the state folder for as long as its process may run: a controller that is started again
+ends those that are in no view, because they had not joined yet, or had left.
+"""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -57,6 +62,8 @@ class Members:
         self._setup = setup
         self._config = config
         self._died = died
+        self._files = Path(setup.state) / "servers"
+        self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def alive(self) -> list[Member]:
         """The members that live."""
@@ -69,6 +76,7 @@ class Members:
         """
         member = self.by_name.setdefault(name, Member(name))
         member.state = "starting"
+        (self._files / name).touch()
         member.handle = await asyncio.to_thread(self._actor, name)
         told = await result(member.handle.ready.remote(), START_TIMEOUT_S)
         member.incarnation, member.host, member.pid = told["incarnation"], told["host"], told["pid"]
@@ -116,6 +124,24 @@ class Members:
             if member.incarnation == incarnation:
                 with contextlib.suppress(RayError):
                     await asyncio.to_thread(ray.kill, member.handle)
+
+    async def remove(self, name: str) -> None:
+        """End a server for good, if it runs."""
+        member = self.by_name.pop(name, None)
+        if member is not None:
+            self._end(member, "removed")
+        with contextlib.suppress(RayError, ValueError):  # ValueError: there is none of the name
+            await asyncio.to_thread(self._kill, name)
+        (self._files / name).unlink(missing_ok=True)
+
+    def _kill(self, name: str) -> None:
+        ray.kill(ray.get_actor(name, self._setup.namespace))
+
+    async def end_others(self, names: Collection[str]) -> None:
+        """End what an earlier controller started and did not end, but these."""
+        for file in sorted(self._files.iterdir()):
+            if file.name not in names and file.name not in self.by_name:
+                await self.remove(file.name)
 
     async def stop(self) -> None:
         """End every server, without starting any again."""

@@ -53,6 +53,9 @@ class Log(Protocol):
     def append(self, view: View, after: int) -> None:
         """Make the view durable. Raises EpochTakenError, OSError."""
 
+    def holds(self, epoch: int) -> bool:
+        """Whether this epoch is in the log."""
+
 
 Dial = Callable[[Server], Awaitable[Connection]]
 
@@ -127,7 +130,10 @@ class Shell:
             await asyncio.sleep(max(0.0, begun + self._round_s - loop.time()))
 
     def tick(self) -> None:
-        """One round."""
+        """One round. A controller that has outlived the one which logged a newer view ends: its successor reads it."""
+        if not self.mind.appending and not self.mind.retired and self._views.holds(self.view.epoch + 1):
+            log.error("epoch %d is another controller's: this one ends", self.view.epoch + 1)
+            self.mind.taken()
         self.mind.tick()
         self._perform()
         self._tell()

@@ -28,7 +28,8 @@ def under_replicated(view: View) -> int:
 def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
     """Epoch, tables, servers, and what is lost, lacks copies or is being copied.
 
-    slots of a server: those whose primary it is. unanswered: pings, one after another.
+    slots of a server: those whose primary it is; copies: those that it owns at all. slots_left: copies to be made, and
+    slots to be given another primary. move: which servers join or leave. unanswered: pings, one after another.
     """
     view = mind.view
     owners = view.owners()
@@ -50,6 +51,7 @@ def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
                 "incarnation": member.incarnation,
                 "addresses": list(member.addresses),
                 "slots": int(primary[place]) if place >= 0 else 0,
+                "copies": int((owners == place).sum()) if place >= 0 else 0,
                 "restarts": member.restarts,
                 "unanswered": missed,
             }
@@ -60,6 +62,8 @@ def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
         "slots_lost": int(view.lost().sum()),
         "slots_under_replicated": under_replicated(view),
         "slots_learning": mind.learning,
+        "slots_left": mind.left,
+        "move": {"kind": view.move.kind, "names": list(view.move.names)} if view.move else None,
         "tables": [{"name": t.name, "number": t.number, **dict(t.spec)} for t in view.tables],
         "servers": servers,
     }

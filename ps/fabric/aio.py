@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ps.errors import EmbringError, NotApplied, PerhapsApplied
 from ps.fabric.address import parse_address, pick
-from ps.fabric.protocol import ClientSession, Hello, Welcome, result_of
+from ps.fabric.protocol import ClientSession, Hello, Traffic, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
@@ -49,14 +49,16 @@ class AsyncConnection(asyncio.BufferedProtocol):
         timeout: float,
         tls: ssl.SSLContext | None = None,
         limits: FrameLimits = LIMITS,
+        traffic: Traffic | None = None,
     ) -> "AsyncConnection":
         """Connect and shake hands within `timeout` seconds.
 
-        tls: for TCP; a Unix socket stays plain. Raises NotApplied where nobody answers in time, AuthError, WrongView
-        or RequestError where the server refuses, ConfigError where one of both speaks TLS and the other does not.
+        tls: for TCP; a Unix socket stays plain. traffic: where frames and bytes are counted, beside those of other
+        connections. Raises NotApplied where nobody answers in time, AuthError, WrongView or RequestError where the
+        server refuses, ConfigError where one of both speaks TLS and the other does not.
         """
         where = parse_address(address)
-        connection = cls(address, ClientSession(hello, limits))
+        connection = cls(address, ClientSession(hello, limits, traffic))
         loop = connection._loop
         try:
             async with asyncio.timeout(timeout):

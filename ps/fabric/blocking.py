@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.fabric.address import parse_address
-from ps.fabric.protocol import ClientSession, Hello, Welcome, result_of
+from ps.fabric.protocol import ClientSession, Hello, Traffic, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
@@ -58,14 +58,16 @@ class BlockingConnection:
         timeout: float,
         tls: ssl.SSLContext | None = None,
         limits: FrameLimits = LIMITS,
+        traffic: Traffic | None = None,
     ) -> "BlockingConnection":
         """Connect and shake hands within `timeout` seconds.
 
-        tls: for TCP; a Unix socket stays plain. Raises NotApplied where nobody answers in time, AuthError, WrongView
-        or RequestError where the server refuses, ConfigError where one of both speaks TLS and the other does not.
+        tls: for TCP; a Unix socket stays plain. traffic: where frames and bytes are counted, beside those of other
+        connections. Raises NotApplied where nobody answers in time, AuthError, WrongView or RequestError where the
+        server refuses, ConfigError where one of both speaks TLS and the other does not.
         """
         until = time.monotonic() + timeout
-        connection = cls(address, _dial(address, timeout, tls), ClientSession(hello, limits))
+        connection = cls(address, _dial(address, timeout, tls), ClientSession(hello, limits, traffic))
         try:
             connection._write(connection._session.hello(), until)
             while connection._session.welcome is None:

@@ -13,7 +13,7 @@ import ssl
 import stat
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from ps.errors import ConfigError, EmbringError, NotApplied, Overloaded, RequestError
 from ps.fabric.address import Address, parse_address
-from ps.fabric.protocol import ServerSession, Welcome
-from ps.wire import LIMITS, Buffer, FrameLimits, Message, encode, error_fields
+from ps.fabric.protocol import ServerSession, Traffic, Welcome
+from ps.wire import LIMITS, Buffer, FrameLimits, Message, error_fields
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,10 @@ class ListenLimits:
 
 @dataclass(frozen=True, slots=True)
 class ListenStatistics:
-    """Counts since the start, but for `connections` and `waiting`, which are of now."""
+    """Counts since the start, but for `connections` and `waiting`, which are of now.
+
+    frames_ and bytes_: of all connections, see `Traffic`.
+    """
 
     connections: int = 0
     waiting: int = 0
@@ -70,6 +73,10 @@ class ListenStatistics:
     expired: int = 0
     overloaded: int = 0
     malformed: int = 0
+    frames_sent: int = 0
+    bytes_sent: int = 0
+    frames_received: int = 0
+    bytes_received: int = 0
 
 
 class Listener:
@@ -89,6 +96,7 @@ class Listener:
         self.welcome = welcome
         self.connections: set[_Connection] = set()
         self.counts = dict.fromkeys(ListenStatistics.__dataclass_fields__, 0)
+        self.traffic = Traffic()
         self._handler = handler
         self._queue: deque[tuple[_Connection, Message, float, float]] = deque()
         self._turning = False
@@ -151,7 +159,8 @@ class Listener:
 
     def statistics(self) -> ListenStatistics:
         """What happened so far."""
-        return ListenStatistics(**{**self.counts, "connections": len(self.connections), "waiting": self._held})
+        now = {"connections": len(self.connections), "waiting": self._held, **asdict(self.traffic)}
+        return ListenStatistics(**{**self.counts, **now})
 
     # -- requests
 
@@ -245,7 +254,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self._session = ServerSession(listener.token, listener.welcome, listener.frame_limits)
+        self._session = ServerSession(listener.token, listener.welcome, listener.frame_limits, listener.traffic)
         self._transport: asyncio.Transport | None = None
         self.gone = True
         self._heard = self._opened = monotonic()
@@ -306,7 +315,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         listener = self._listener
         if len(listener.connections) >= listener.limits.connections_max:
-            self._write(encode(Message("error", 0, error_fields(Overloaded("too many connections are open here")))))
+            full = Overloaded("too many connections are open here")
+            self._write(self._session.reply(Message("error", 0, error_fields(full))))
             self._transport.close()
             return
         self.gone = False

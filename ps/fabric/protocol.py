@@ -70,6 +70,30 @@ class Welcome:
     slot_bits: int = 14
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Frames and bytes of any number of connections, counted where a session makes and takes them.
+
+    Bytes are those of the frames, handshakes among them; what TLS and TCP add is not in them.
+    """
+
+    frames_sent: int = 0
+    bytes_sent: int = 0
+    frames_received: int = 0
+    bytes_received: int = 0
+
+    def sent(self, frame: list[Buffer]) -> list[Buffer]:
+        """Count a frame that is about to be written; returns it."""
+        self.frames_sent += 1
+        self.bytes_sent += sum(map(len, frame))
+        return frame
+
+    def received(self, size: int, frames: int) -> None:
+        """Count bytes that came, and the frames that they completed."""
+        self.bytes_received += size
+        self.frames_received += frames
+
+
 class Receiver:
     """Cuts a stream of bytes into messages.
 
@@ -160,8 +184,15 @@ class ServerSession:
     closing: whether the connection is to be closed after that.
     """
 
-    def __init__(self, token: str, welcome: Callable[[], Welcome], limits: FrameLimits = LIMITS) -> None:
+    def __init__(
+        self,
+        token: str,
+        welcome: Callable[[], Welcome],
+        limits: FrameLimits = LIMITS,
+        traffic: Traffic | None = None,
+    ) -> None:
         self.greeted = False
+        self._traffic = Traffic() if traffic is None else traffic
         self.closing = False
         self._token = token
         self._welcome = welcome
@@ -182,6 +213,7 @@ class ServerSession:
         """The requests that `n` further bytes complete. Never raises: what must be said about them is in `said`."""
         try:
             messages = self._receiver.received(n)
+            self._traffic.received(n, len(messages))
             if self.greeted or not messages:
                 return messages
             self._greet(messages[0])
@@ -196,13 +228,13 @@ class ServerSession:
     def _greet(self, hello: Message) -> None:
         welcome = self._welcome()
         check_hello(hello, self._token, welcome)
-        self.said += encode(Message("welcome", hello.request, asdict(welcome)))
+        self.said += self.reply(Message("welcome", hello.request, asdict(welcome)))
         self._receiver.widen(self._limits, SCRATCH_AFTER)
         self.greeted = True
 
     def reply(self, message: Message) -> list[Buffer]:
         """The frame of a reply."""
-        return encode(message, self._limits)
+        return self._traffic.sent(encode(message, self._limits))
 
 
 def check_hello(hello: Message, token: str, welcome: Welcome) -> None:
@@ -231,8 +263,9 @@ def check_hello(hello: Message, token: str, welcome: Welcome) -> None:
 class ClientSession:
     """The client's end of one connection: numbers requests, and hands out their replies by number."""
 
-    def __init__(self, hello: Hello, limits: FrameLimits = LIMITS) -> None:
+    def __init__(self, hello: Hello, limits: FrameLimits = LIMITS, traffic: Traffic | None = None) -> None:
         self.welcome: Welcome | None = None
+        self._traffic = Traffic() if traffic is None else traffic
         self.pending: set[int] = set()
         self._hello = hello
         self._limits = limits
@@ -241,14 +274,16 @@ class ClientSession:
 
     def hello(self) -> list[Buffer]:
         """The first thing to send."""
-        return encode(Message("hello", 0, {"protocol": VERSION, **asdict(self._hello)}), HANDSHAKE_LIMITS)
+        hello = Message("hello", 0, {"protocol": VERSION, **asdict(self._hello)})
+        return self._traffic.sent(encode(hello, HANDSHAKE_LIMITS))
 
     def request(
         self, op: str, given: Mapping[str, Any], arrays: dict[str, NDArray[Any]], deadline_ms: int
     ) -> tuple[int, list[Buffer]]:
         """(number, frame) of a request to be answered within `deadline_ms`; FrameError where it breaks a limit."""
         number = self._number + 1
-        frame = encode(Message(op, number, {**given, "deadline_ms": deadline_ms}, arrays), self._limits)
+        message = Message(op, number, {**given, "deadline_ms": deadline_ms}, arrays)
+        frame = self._traffic.sent(encode(message, self._limits))
         self._number = number
         self.pending.add(number)
         return number, frame
@@ -267,6 +302,7 @@ class ClientSession:
         Before the welcome there are none; a refusal is raised in its own class.
         """
         messages = self._receiver.received(n)
+        self._traffic.received(n, len(messages))
         if self.welcome is None and messages:
             self._welcomed(messages.pop(0))
         replies = []

@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.replication import Standing
-
-NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+from ps.replication import NOTHING, Standing
 
 
 @dataclass(slots=True)

@@ -13,15 +13,16 @@ positions: every owner in the newest view holds every acknowledged push, so the 
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.planner import Change, Enlist, Fail, PlanError, Reassign, Renew, Return, Withdraw, missing, plan
+from hashring.goal import goal, leavers
+from hashring.planner import Change, End, Enlist, Fail, PlanError, Reassign, Renew, Return, Withdraw, plan
 from hashring.view import Server, View
 from ps.errors import EmbringError, RequestError
 from ps.failover.health import Disputes, Health, incarnations, silent
+from ps.failover.moves import Course, course, pairs
 from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
 
 
@@ -29,10 +30,10 @@ from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
 class FailoverLimits:
     """Limits of the controller, in rounds of pings (200 ms) where they are of time.
 
-    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long after a failure lost copies
-    are made anew: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what is
-    missing. dispute_rounds: how long two servers that could not reach each other are kept apart.
-    learn_max: slots on their way from one primary at a time.
+    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long after a failure slots are
+    moved again: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what
+    should move. dispute_rounds: how long two servers that could not reach each other are kept apart.
+    learn_max: slots on their way from one primary at a time. turn_max: slots that get other owners in one view.
     """
 
     pings_max: int = 5
@@ -40,6 +41,7 @@ class FailoverLimits:
     learn_rounds: int = 5
     dispute_rounds: int = 50
     learn_max: int = 1024
+    turn_max: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Failover:
         self.view = view
         self.limits = limits or FailoverLimits()
         self.retired = False
+        self._onward = False
         self.servers: dict[int, Health] = {s.incarnation: Health(s.incarnation) for s in view.servers if s.alive}
         self.disputes = Disputes(self.limits.dispute_rounds)
         self._dead: set[int] = set()
@@ -116,6 +119,7 @@ class Failover:
         self._wishes: list[tuple[Hashable, Wish]] = []
         self._logging: tuple[View, Hashable] | None = None
         self._late: set[int] = set()
+        self._goal: tuple[frozenset[str], NDArray[np.int16]] | None = None
         self._round = self._changed_round = self._learned_round = 0
         self.out: list[Action] = []
 
@@ -123,6 +127,11 @@ class Failover:
         """What is to be done, in order; empties the list."""
         out, self.out = self.out, []
         return out
+
+    @property
+    def appending(self) -> bool:
+        """Whether a view of this controller's is on its way into the log."""
+        return self._logging is not None
 
     # -- events
 
@@ -138,10 +147,10 @@ class Failover:
             self.out.append(Ping(health.incarnation))
         self._late = set()
         self._deliver()
-        self._decide(admissions=True)
+        self._decide()
         if self._logging is None and self._round - self._learned_round >= self.limits.learn_rounds:
             self._learned_round = self._round
-            self._teach()
+            self._move()
 
     def answered(self, incarnation: int, epoch: int, standing: Standing) -> None:
         """A process answers."""
@@ -176,6 +185,8 @@ class Failover:
         token = self._logging[1]
         self._logging = None
         old, self.view = self.view, view
+        if not self._onward:
+            self._goal = None
         if token is not None:
             self.out.append(Changed(token, view.epoch))
         alive = {s.incarnation for s in view.servers if s.alive}
@@ -185,7 +196,7 @@ class Failover:
         self._decide()
 
     def taken(self) -> None:
-        """Somebody else has logged that epoch."""
+        """Somebody else has logged the next epoch: who is left must read the log, or nobody would hear of it."""
         self.retired = True
         self.out = [Retire()]
 
@@ -219,19 +230,18 @@ class Failover:
             self._changed_round = self._round
         return self._log(view, token)
 
-    def _log(self, view: View, token: Hashable) -> bool:
+    def _log(self, view: View, token: Hashable, onward: bool = False) -> bool:
+        """onward: whether the view is a step towards the goal, which holds after it."""
         self._logging = (view, token)
+        self._onward = onward
         self.out.append(Append(view, self.view.epoch))
         return True
 
-    def _decide(self, admissions: bool = False) -> None:
+    def _decide(self) -> None:
         """The most urgent change, if there is any and none is under way."""
         if self.retired or self._logging is not None:
             return
-        steps: list[Callable[[], bool]] = [self._deaths, self._births, self._silence, self._complaints]
-        if admissions:
-            steps += [self._admissions]
-        for step in (*steps, self._wish):
+        for step in (self._deaths, self._births, self._silence, self._complaints, self._wish):
             if step():
                 return
 
@@ -263,12 +273,15 @@ class Failover:
 
     def _reports(self, kind: int) -> list[tuple[int, int, NDArray[np.int64]]]:
         """(primary, peer, slots) of what holds in the present terms, from servers that answer."""
+        speak = [h for h in self.servers.values() if h.fresh and len(h.standing.kinds)]
+        if not speak:
+            return []
         terms, owners = self.view.terms(), self.view.owners()
         ids = incarnations(self.view.servers)
         found = []
-        for primary, health in self.servers.items():
-            said = health.standing
-            if not health.fresh or not len(said.kinds) or primary in self._dead:
+        for health in speak:
+            said, primary = health.standing, health.incarnation
+            if primary in self._dead:
                 continue
             good = (said.kinds == kind) & (said.slots < len(terms))
             slots, peers, when = said.slots[good], said.peers[good], said.terms[good]
@@ -299,31 +312,12 @@ class Failover:
 
     def _opponents(self, incarnation: int) -> int:
         """With how many that answer it is in dispute: whoever is dead is in dispute with everybody."""
-        return sum(self._usable(other) for other in self.disputes.opponents(incarnation))
+        return sum(i in self.servers and self.servers[i].fresh for i in self.disputes.opponents(incarnation))
 
     def _owned(self, incarnation: int, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         ids = incarnations(self.view.servers)
         owned: NDArray[np.bool_] = (ids[self.view.owners()[slots]] == np.uint64(incarnation)).any(axis=1)
         return owned
-
-    def _admissions(self) -> bool:
-        """Learners that were admitted in the present term become owners, behind the others."""
-        owners = self.view.owners()
-        wide = np.full((len(owners), owners.shape[1] + 2), -1, np.int16)
-        wide[:, : owners.shape[1]] = owners
-        index = {s.incarnation: i for i, s in enumerate(self.view.servers) if s.alive}
-        changed = np.zeros(len(owners), np.bool_)
-        for _, learner, slots in self._reports(ADMISSION):
-            health = self.servers.get(learner)
-            if learner not in index or health is None or not health.fresh or learner in self._dead:
-                continue
-            slots = slots[~self._owned(learner, slots)]
-            room = (wide[slots] >= 0).sum(axis=1)
-            slots, room = slots[room < wide.shape[1]], room[room < wide.shape[1]]
-            wide[slots, room] = index[learner]
-            changed[slots] = True
-        slots = np.flatnonzero(changed)
-        return bool(len(slots)) and self._append(Reassign(slots, _trimmed(wide[slots])))
 
     def _wish(self) -> bool:
         while self._wishes:
@@ -341,56 +335,93 @@ class Failover:
                 self.out.append(Refused(token, error))
         return False
 
-    # -- copies that are missing
+    # -- moves
 
     @property
     def learning(self) -> int:
         """Slots that are being copied to servers now, or wait to be named theirs, one for each server."""
-        return len(self._busy())
+        return sum(len(slots) for kind in (LESSON, ADMISSION) for _, _, slots in self._reports(kind))
 
-    def _teach(self) -> None:
-        """Have missing copies made, some at a time."""
-        if self._round - self._changed_round < self.limits.wait_rounds or not self.view.groups:
-            return
-        unusable = frozenset(
-            s.name for s in self.view.servers if s.incarnation in self._dead or not self._usable(s.incarnation)
+    @property
+    def left(self) -> int:
+        """Copies that are to be made, and slots that only change their owners' order, until the goal is reached."""
+        ahead = self._course()
+        return 0 if ahead is None else len(ahead.missing) + len(ahead.ready) - ahead.gaining
+
+    def _course(self) -> Course | None:
+        """The way to the goal; None where it cannot be told, since a server that owns slots does not answer."""
+        view, servers = self.view, self.view.servers
+        unusable = frozenset(s.name for s in servers if s.alive and not self._usable(s.incarnation))
+        if not view.groups or 2 * len(unusable) > sum(s.alive for s in servers):
+            return None
+        shared = view.owners()[(view.owners() >= 0).sum(axis=1) > 1]
+        if any(s.name in unusable and (shared == i).any() for i, s in enumerate(servers)):
+            return None  # it answers soon, or leaves those slots
+        if self._goal is None or self._goal[0] != unusable:
+            self._goal = (unusable, goal(view, unusable))
+        index = {s.incarnation: i for i, s in enumerate(servers) if s.alive and s.incarnation not in self._dead}
+        lessons, admitted = (
+            pairs(len(servers), [(index[peer], at) for _, peer, at in self._reports(kind) if peer in index])
+            for kind in (LESSON, ADMISSION)
         )
-        slots, servers = missing(self.view, unusable)
-        if not len(slots):
+        fresh = np.array([s.incarnation in index and self.servers[s.incarnation].fresh for s in servers], np.bool_)
+        return course(view, self._goal[1], lessons, admitted, fresh)
+
+    def _move(self) -> None:
+        """A step towards the goal: slots that are ready get their owners, others are copied.
+
+        Soon after a failure only what was copied already is given away: who failed may return, and with it its rows.
+        """
+        ahead = self._course()
+        if ahead is None:
             return
-        ids = incarnations(self.view.servers)
-        primaries = ids[self.view.owners()[slots, 0]]
-        busy = self._busy()
-        for primary in np.unique(primaries):
-            health = self.servers.get(int(primary))
-            if health is None or not health.fresh:
+        waiting = self._round - self._changed_round < self.limits.wait_rounds
+        ready = min(self.limits.turn_max, ahead.gaining if waiting else len(ahead.ready))
+        if ready:
+            after = plan(self.view, Reassign(ahead.ready[:ready], ahead.owners[:ready]))
+            self._log(after, None, onward=True)
+        elif len(ahead.stray) and not waiting:
+            self._log(plan(self.view, Renew(ahead.stray)), None, onward=True)
+        elif self._over(ahead) and not waiting:
+            self._append(End())
+        if not waiting:
+            self._teach(ahead)
+
+    def _over(self, ahead: Course) -> bool:
+        """Whether the move that is under way has arrived, and nothing else is to be done."""
+        move = self.view.move
+        if move is None or not ahead.arrived:
+            return False
+        if move.kind == "leave":
+            return not leavers(self.view)[self.view.owners()].any()
+        return all(self._usable(s.incarnation) for s in self.view.servers if s.name in move.names)
+
+    def _teach(self, ahead: Course) -> None:
+        """Have slots copied, some at a time."""
+        k = len(self.view.servers)
+        settled = np.isin(ahead.teach // k, np.union1d(ahead.ready, ahead.stray), invert=True)
+        slots, learners = ahead.teach[settled] // k, ahead.teach[settled] % k
+        sources = self.view.owners()[slots, 0]
+        busy = dict.fromkeys(self.servers, 0)
+        for kind in (LESSON, ADMISSION):
+            for primary, _, at in self._reports(kind):
+                busy[primary] += len(at)
+        for source in np.unique(sources).tolist():
+            primary = self.view.servers[source].incarnation
+            if not self.servers[primary].fresh:
                 continue
-            room = self.limits.learn_max - int((busy[:, 0] == primary).sum())
-            for learner in np.unique(servers[primaries == primary]):
-                other = int(ids[learner])
-                if self.disputes.between(int(primary), other):
+            for learner in np.unique(learners[sources == source]).tolist():
+                other = self.view.servers[learner].incarnation
+                if self.disputes.between(primary, other) or not self.servers[other].fresh:
                     continue
-                wanted = slots[(primaries == primary) & (servers == learner)]
-                under_way = busy[busy[:, 0] == primary]
-                wanted = wanted[~np.isin(wanted, under_way[:, 2])][: max(0, room)]
-                room -= len(wanted)
+                wanted = slots[(sources == source) & (learners == learner)]
+                wanted = wanted[: max(0, self.limits.learn_max - busy[primary])]
+                busy[primary] += len(wanted)
                 if len(wanted):
-                    self.out.append(Learn(int(primary), wanted, other, self.view.epoch))
+                    self.out.append(Learn(primary, wanted, other, self.view.epoch))
 
     def _usable(self, incarnation: int) -> bool:
+        """Whether it has answered, and not fallen silent since."""
         health = self.servers.get(incarnation)
-        return health is not None and health.fresh
-
-    def _busy(self) -> NDArray[Any]:
-        """(primary, learner, slot) of copies under way, uint64[n, 3]."""
-        lines = [
-            (primary, learner, slot)
-            for kind in (LESSON, ADMISSION)
-            for primary, learner, slots in self._reports(kind)
-            for slot in slots.tolist()
-        ]
-        return np.array(lines, np.uint64).reshape(-1, 3)
-
-
-def _trimmed(owners: NDArray[np.int16]) -> NDArray[np.int16]:
-    return owners[:, : max(1, int((owners >= 0).any(axis=0).sum()))]
+        alive = health is not None and health.heard and health.missed < self.limits.pings_max
+        return alive and incarnation not in self._dead

@@ -93,9 +93,10 @@ def _leaf(
     word = directory[at]
     used = bits
     while word < 0:
-        if -word > nodes_n or used > 64 - FANOUT_BITS:
+        number = -(word + 1)  # not -word - 1, which overflows for the least of all words
+        if number >= nodes_n or used > 64 - FANOUT_BITS:
             return 0
-        word = nodes[node - word - 1, child_of(token, used)]
+        word = nodes[node + number, child_of(token, used)]
         used += FANOUT_BITS
     return word
 

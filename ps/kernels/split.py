@@ -40,6 +40,10 @@ ROW_COST, EDGE_COST = 8, 1
 (dim 64: some 160 ns to 20 ns, on loopback). A network makes rows dearer still."""
 
 
+NEARLY = 0.75
+"""A server that holds this part of what the best one holds may be asked in its place."""
+
+
 @dataclass(slots=True)
 class Split:
     """Who is asked what. Ids, bags and edges stand server behind server: server s has x[x_start[s]:x_start[s+1]].
@@ -110,9 +114,12 @@ def _place(
 
 @kernel
 def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
-    """The server asked for each slot, int16[slots of the view]: as few servers as cover the ids, then the least loaded.
+    """The server asked for each slot, int16[slots of the view]: few servers cover the ids, and all share the load.
 
-    Greedy cover: the server that holds the most of what is still uncovered comes next (ties: the least loaded).
+    Greedy cover: next comes a server that holds all that is still uncovered, or else one of those that hold nearly the
+    most of it (at least NEARLY of that); among several, the least loaded. Were it always the one that holds the most,
+    the owner of a few hot ids would answer two to four times its share, whatever its load; so, it takes 0 to 4 % more
+    servers a request, and none with three servers.
     readers int16[slots, C], -1 behind the last living owner. load float64[S].
     """
     ids_of = np.zeros(readers.shape[0], np.int32)
@@ -128,19 +135,23 @@ def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
     cover = np.empty(load.size, np.int64)
     while k:
         cover[:] = 0
+        total = 0
         for t in range(k):
             slot = touched[t]
+            total += ids_of[slot]
             for c in range(readers.shape[1]):
                 s = readers[slot, c]
                 if s < 0:
                     break
                 cover[s] += ids_of[slot]
-        best = 0
-        for s in range(1, load.size):
-            if cover[s] > cover[best] or (cover[s] == cover[best] and load[s] < load[best]):
-                best = s
-        if cover[best] == 0:
+        most = cover.max()
+        if most == 0:
             break
+        enough = float(total) if most == total else most * NEARLY
+        best = -1
+        for s in range(load.size):
+            if cover[s] >= enough and (best < 0 or load[s] < load[best]):
+                best = s
         left = 0
         for t in range(k):
             slot = touched[t]

@@ -26,6 +26,7 @@ class ReplicationLimits:
     owners_min: owners that a slot must have for pushes to be taken.
     refusals_max: blocks that a peer refuses, one after another, before it is complained of.
     repair_slots: slots in one block of a repair. copy_bytes: of rows, in one block of a copy.
+    copy_bytes_per_s: what is spent on copies at most; 0 is no limit. A move in the view may limit it further.
     verify_rows: rows that are compared with other owners in one go, at about a microsecond each on the data threads of
     both. verify_slots_per_s: of the sweep (of a slot with more rows, such a part); 0 is none.
     """
@@ -38,6 +39,7 @@ class ReplicationLimits:
     refusals_max: int = 3
     repair_slots: int = 256
     copy_bytes: int = 256 * 1024
+    copy_bytes_per_s: int = 0
     verify_rows: int = 8192
     verify_slots_per_s: float = 0.0
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import EmbringError, PerhapsApplied, WrongView
-from ps.kernels.replicate import ADMITTED, COPY, HOPELESS, IDLE, JOINING
+from ps.kernels.replicate import ADMITTED, HOPELESS
 from ps.replication.actions import Action, Arrays, ReplicationLimits
 from ps.replication.backup import Backup, Reply
 from ps.replication.links import Flight, Link
@@ -52,6 +52,9 @@ class Standing:
     def to_arrays(self) -> Arrays:
         """As arrays of a ping's reply."""
         return {"kinds": self.kinds, "peers": self.peers, "slots": self.slots, "terms": self.terms}
+
+
+NOTHING = Standing(np.empty(0, np.uint8), np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 class _Parts:
@@ -141,11 +144,7 @@ class Replication:
         told = self._pass_on(view, same)
         me = next((i for i, s in enumerate(view.servers) if s.incarnation == store.incarnation), -2)
         primary.members = Members.of(view, me, self._links(view), primary.members, same)
-        copying = primary.members.modes == COPY
-        primary.members.modes[copying] = IDLE
-        for link in primary.by_index:
-            link.copies = []
-            link.untidy |= bool(copying.any())
+        for link in primary.by_index:  # copies of slots whose term goes on do so too
             if link.index in told:
                 link.epoch = max(link.epoch, view.epoch)
         opened = np.flatnonzero((view.owners()[:, 0] == me) & ~same)
@@ -237,6 +236,11 @@ class Replication:
         self._primary.verifier.verify(token, slots, start, repair)
 
     @property
+    def copied(self) -> tuple[int, int]:
+        """Rows that were copied to learners since the start, and the bytes that it took."""
+        return self._primary.copied_rows, self._primary.copied_bytes
+
+    @property
     def verified(self) -> tuple[int, int]:
         """Copies that were compared since the start, and how many of them differed."""
         return self._primary.verifier.compared, self._primary.verifier.different
@@ -302,6 +306,7 @@ class Replication:
         self._last = now
         self._clock += elapsed
         primary = self._primary
+        primary.pace(elapsed)
         for link in list(primary.links.values()):
             link.resting = False
             if link.untidy:
@@ -309,7 +314,7 @@ class Replication:
             primary.pump(link)
             link.silent = link.silent + elapsed if link.flights else 0.0
             if self._accused(link):
-                self._drop_learner(link)
+                primary.drop_learner(link)
         primary.verifier.sweep(elapsed)
         if self._clock - self._forgot >= FORGET_S:
             self._forgot = self._clock
@@ -317,15 +322,6 @@ class Replication:
 
     def _accused(self, link: Link) -> bool:
         return link.silent >= self.limits.silent_s or link.refusals >= self.limits.refusals_max
-
-    def _drop_learner(self, link: Link) -> None:
-        """A learner that does not answer is no longer waited for, unless it was promised as an owner."""
-        members = self.members
-        slots, columns = members.where(link.index)
-        free = members.ranks[slots, columns] <= JOINING
-        if free.any():
-            members.drop(slots[free], columns[free])
-            self._primary.release()
 
     def learn(self, slots: NDArray[np.int64], learner: int, epoch: int) -> None:
         """Begin to copy slots to a learner (its incarnation); those whose term began after `epoch` are left out."""
@@ -343,6 +339,9 @@ class Replication:
     def standing(self) -> Standing:
         """What the controller should know, told again with every ping until a view answers it."""
         members, positions = self.members, self.store.held.slots.positions
+        accused = any(self._accused(link) for link in self._primary.links.values())
+        if not members.learning and not accused and not (members.modes == HOPELESS).any():
+            return NOTHING
         kinds, peers, slots = [], [], []
         for link in self._primary.links.values():
             at, columns = members.where(link.index)
@@ -355,7 +354,6 @@ class Replication:
             peers.append(np.full(int(some.sum()), link.incarnation, np.uint64))
             slots.append(at[some])
         if not kinds or self.store.view is None:
-            nothing = np.empty(0, np.int64)
-            return Standing(nothing.astype(np.uint8), nothing.astype(np.uint64), nothing, nothing)
+            return NOTHING
         where = np.concatenate(slots)
         return Standing(np.concatenate(kinds), np.concatenate(peers), where, self.store.view.terms()[where])

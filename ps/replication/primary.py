@@ -46,8 +46,9 @@ class Primary:
         self.members = Members(0, 0)
         self.waits: list[Wait] = []
         self.out: list[Action] = []
-        self.copies_made = 0
+        self.copies_made = self.copied_rows = self.copied_bytes = 0
         self._estimate = 0
+        self._allowance = 0.0
 
     @property
     def _positions(self) -> NDArray[np.int64]:
@@ -87,6 +88,8 @@ class Primary:
                 raise NotApplied(f"slot {slot} has {owners.min()} owners; pushes need {self.limits.owners_min}")
         full = [n for n in self.by_index if n.bytes and n.bytes + self._estimate > self.limits.queue_bytes_max]
         if full:
+            for link in full:
+                self.drop_learner(link)  # no push waits for who has fallen so far behind
             counts = np.zeros(len(self.by_index), np.int64)
             replicate.count_peers(touched, verdicts, self.members.peers, self.members.modes, counts)
             for link in full:
@@ -152,6 +155,10 @@ class Primary:
         fields, arrays = block.to_arrays()
         size = sum(array.nbytes for array in arrays.values())
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
+        if bulk:
+            self._allowance -= size
+            self.copied_bytes += size
+            self.copied_rows += sum(len(section.ids) for section in block.sections)
         self.send(link, op, flight, {"block": fields}, arrays)
 
     def send_view(self, link: Link, view: View) -> None:
@@ -209,14 +216,40 @@ class Primary:
             size = sum(array.nbytes for array in arrays.values())
             self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
+    def pace(self, elapsed: float) -> None:
+        """Time goes by: so much more may be spent on copies, where the view or the settings limit that."""
+        self._allowance = min(self._allowance + elapsed * self._rate(), self._rate() * 2 * self.limits.tick_max_s)
+
+    def _rate(self) -> float:
+        """Bytes of copies a second; 0 is no limit."""
+        move = self.store.view.move if self.store.view is not None else None
+        rates = [self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0]
+        return min((rate for rate in rates if rate), default=0)
+
+    def drop_learner(self, link: Link) -> None:
+        """A learner is no longer waited for nor sent anything, unless it was promised as an owner."""
+        m = self.members
+        slots, columns = m.where(link.index)
+        free = m.ranks[slots, columns] <= JOINING
+        if free.any():
+            m.drop(slots[free], columns[free])
+            self.release()
+
     def pump(self, link: Link) -> None:
         """Send parts of copies while not too much of them is on its way."""
         m = self.members
         while link.copies and link.bulk_bytes < self.limits.bulk_bytes_max and not link.resting:
+            if self._rate() and self._allowance <= 0:
+                return
             try:
                 block = next(link.copies[0], None)
-            except EmbringError:
-                block = None
+            except EmbringError:  # a slot of it has another primary now; the others are copied anew
+                link.copies = []
+                slots, columns = m.where(link.index)
+                copying = m.modes[slots, columns] == COPY
+                m.modes[slots[copying], columns[copying]] = IDLE
+                link.untidy = True
+                return
             if block is None:
                 link.copies.pop(0)
                 continue

@@ -46,8 +46,7 @@ class Holdings:
 
     def check_memory(self, rows: int, needed: int) -> None:
         """Raise MemoryFull where so many new rows, of so many bytes, would pass `memory_max`."""
-        used = self.bytes_used()
-        if rows and used + needed > self.memory_max:
+        if rows and (used := self.bytes_used()) + needed > self.memory_max:
             raise MemoryFull(
                 f"{rows} new rows need {needed} bytes; this server holds {used} of {self.memory_max} (memory_max); "
                 "updates of rows that exist go on"

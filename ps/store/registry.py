@@ -1,5 +1,6 @@
 """The tables of a server as arrays, so that a request for many tables is planned without a loop over them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +44,7 @@ class TableEntry:
     first: int
     slots: int
     bits: int
+    plain: Mapping[str, object]
 
 
 @dataclass(slots=True)
@@ -105,12 +107,16 @@ class Registry:
         self._columns = np.array(lines, np.int64).reshape(-1, TABLE_COLUMNS)
 
     def _take(self, table: Table, first: int, count: int, bits: int) -> None:
-        spec = TableSpec.from_plain(table.spec)
         known = self.entries.get(table.number)
+        if known is not None and known.plain == table.spec:
+            return
+        spec = TableSpec.from_plain(table.spec)
         if known is None:
             arena, seed = self.arena(ArenaKey(spec.dim, spec.optimizer.kind)), token_seed(spec.seed)
             code = self.arenas[arena].add_table(table.number, spec, seed, bits, first)
-            self.entries[table.number] = TableEntry(table.number, spec, arena, code, seed, first, count, bits)
+            self.entries[table.number] = TableEntry(
+                table.number, spec, arena, code, seed, first, count, bits, table.spec
+            )
         elif known.spec != spec:
             old = known.spec
             if (old.dim, old.optimizer.kind, old.seed) != (spec.dim, spec.optimizer.kind, spec.seed):
@@ -118,7 +124,7 @@ class Registry:
                     f"table {spec.name!r} keeps its dim, seed and kind of optimizer; only settings can be altered"
                 )
             self.arenas[known.arena].set_spec(known.code, spec)
-            self.entries[table.number] = replace(known, spec=spec)
+            self.entries[table.number] = replace(known, spec=spec, plain=table.spec)
 
     def _remove(self, entry: TableEntry) -> None:
         numbers = np.arange(entry.first, entry.first + entry.slots)

@@ -1,5 +1,6 @@
 """Rows on their way out of a store: token ranges and exports."""
 
+import secrets
 from collections.abc import Iterator
 
 import numpy as np
@@ -104,7 +105,7 @@ def export(
         raise RequestError("slots of an export must be distinct slot numbers")
     held.require(slots, PRIMARY)
     if copy is None:
-        copy = int(np.random.default_rng().integers(2**62))
+        copy = secrets.randbits(62)
     looked_at = rows_max if since is None else rows_max * SCAN
     for batch, part, parts in _pieces(held.registry.arenas, slots, looked_at):
         held.require(batch, PRIMARY)
@@ -190,6 +191,8 @@ def _keep(found: Entries, owner: NDArray[np.int64], keep: NDArray[np.bool_], slo
 
 def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: NDArray[np.int64]) -> Section:
     where, tables, ids, versions = gone if gone is not None else NOTHING_GONE
+    if not len(ids):
+        return _section_of(arena, found, NOTHING_GONE, np.zeros(slots + 1, np.int64))
     codes = arena.codes_of(tables)
     mine = codes >= 0
     where, tables, ids, versions = where[mine], tables[mine], ids[mine], versions[mine]
@@ -197,6 +200,11 @@ def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: 
     away = rows < 0  # an id that was pushed again since is told as a row
     offsets = np.zeros(slots + 1, np.int64)
     np.cumsum(np.bincount(where[away], minlength=slots), out=offsets[1:])
+    return _section_of(arena, found, (where[away], tables[away], ids[away], versions[away]), offsets)
+
+
+def _section_of(arena: Arena, found: Entries, gone: Gone, gone_offsets: NDArray[np.int64]) -> Section:
+    _, tables, ids, versions = gone
     return Section(
         dim=arena.key.dim,
         optimizer=arena.key.optimizer,
@@ -206,8 +214,8 @@ def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: 
         values=arena.values[found.rows],
         state=arena.state[found.rows],
         meta=arena.meta[found.rows],
-        gone_ids=ids[away],
-        gone_tables=tables[away],
-        gone_versions=versions[away],
-        gone_offsets=offsets,
+        gone_ids=ids,
+        gone_tables=tables,
+        gone_versions=versions,
+        gone_offsets=gone_offsets,
     )

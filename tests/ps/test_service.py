@@ -213,6 +213,15 @@ def test_a_future_epoch_is_judged_by_the_present_view_in_the_end(server, monkeyp
     assert (reply.fields["epoch"], reply.fields["absent"]) == (2, 1)
 
 
+def test_a_table_unknown_in_an_older_view_is_to_be_asked_for_again(server, monkeypatch):
+    monkeypatch.setattr("ps.service.NEWER_S", 0.05)
+    fields, arrays = pull_message(pull_of(server.number + 1, [1]))
+    with pytest.raises(RequestError, match=f"table number {server.number + 1} is unknown"):
+        server.ask("pull", {**fields, "epoch": 2}, arrays)
+    with pytest.raises(NotApplied, match="epoch 2, where the request knows epoch 3"):
+        server.ask("pull", {**fields, "epoch": 3}, arrays)
+
+
 # -- ranges and blocks
 
 

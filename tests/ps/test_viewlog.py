@@ -41,6 +41,8 @@ def test_an_epoch_is_taken_once(tmp_path):
     with pytest.raises(EpochTakenError):
         second.append(views[0])
     assert first.newest().cluster == 99
+    assert second.holds(views[-1].epoch)
+    assert not second.holds(views[-1].epoch + 1)
 
 
 def test_of_two_at_once_one_wins(tmp_path):

@@ -9,6 +9,7 @@
 A push adds 1 to a column of its own in every row that it names: a lost one is a 0 that should be 1, a doubled one a 2.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +33,8 @@ class Checks:
 
     def __init__(self, cluster: "Cluster") -> None:
         self.cluster, self.world = cluster, cluster.world
-        self.contents: dict[tuple[int, int], int] = {}
+        self.contents: dict[tuple[int, int, int], int] = {}
+        self.tables = {table.number for table in cluster.log.newest.tables}
         self.openers: dict[tuple[int, int], int] = {}
         self.acked: dict[tuple[int, int], np.ndarray] = {}
         self.tried: dict[tuple[int, int], np.ndarray] = {}
@@ -44,35 +46,35 @@ class Checks:
 
     # -- contents
 
-    def content(self, server: "Server", slot: int) -> int:
-        """A number of everything that a slot holds: rows, versions, times, windows."""
+    def content(self, server: "Server", slot: int) -> dict[int, int]:
+        """A number of everything that a slot holds of each table that the server knows: rows, versions, times; under 0
+        of its windows."""
         held = server.store.held
         one = np.array([slot])
-        parts: list[bytes] = []
         bounds = held.slots.bounds(one)
+        out = {e.number: 0 for e in held.registry.entries.values() if e.first <= slot < e.first + e.slots}
         for arena in held.registry.arenas:
             found = arena.collect(one, *bounds)
             if not len(found.ids):
                 continue
-            order = np.lexsort((found.ids, found.codes))
-            rows = found.rows[order]
-            values = arena.values[rows]
+            numbers = arena.numbers[found.codes]
+            order = np.lexsort((found.ids, numbers))
+            rows, numbers, ids = found.rows[order], numbers[order], found.ids[order]
+            values, meta, state = arena.values[rows], arena.meta[rows], arena.state[rows]
             if values.max(initial=0) > 1:
                 at = np.argwhere(values > 1)[0]
-                self.fail(f"I4: slot {slot} of {server.name} holds push {at[1]} twice in id {found.ids[order][at[0]]}")
-            parts += [
-                arena.numbers[found.codes[order]].tobytes(),
-                found.ids[order].tobytes(),
-                arena.meta[rows].tobytes(),
-                values.tobytes(),
-                arena.state[rows].tobytes(),
-            ]
+                self.fail(f"I4: slot {slot} of {server.name} holds push {at[1]} twice in id {ids[at[0]]}")
+            edges = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+            for a, b in pairwise(edges):
+                parts = (array[a:b].tobytes() for array in (ids, meta, values, state))
+                out[numbers.item(a)] = hash(tuple(parts))
         windows = sorted(
-            (client, int(w.last[slot]), int(w.mask[slot]))
+            (client, last, w.mask.item(slot))
             for client, w in held.clients._windows.items()
-            if w.last[slot]
+            if (last := w.last.item(slot))
         )
-        return hash((*parts, *windows))
+        out[0] = hash(tuple(windows))
+        return {table: number for table, number in out.items() if not table or table in self.tables}
 
     def moved(self, server: "Server", slots: np.ndarray) -> None:
         """These slots of a server changed."""
@@ -81,10 +83,12 @@ class Checks:
             if slot in held.slots.filling:
                 continue
             position = int(held.slots.positions[slot])
-            content = self.content(server, slot)
-            known = self.contents.setdefault((slot, position), content)
-            if known != content:
-                self.fail(f"I2: slot {slot} position {show(position)} names two contents (seen at {server.name})")
+            for table, content in self.content(server, slot).items():
+                if self.contents.setdefault((slot, position, table), content) != content:
+                    self.fail(
+                        f"I2: slot {slot} position {show(position)} names two contents of "
+                        f"{f'table {table}' if table else 'its windows'} (seen at {server.name})"
+                    )
             self.world.counts["changes"] += 1
 
     def installed(self, server: "Server", before: View | None, view: View) -> None:
@@ -96,7 +100,7 @@ class Checks:
         for slot in np.flatnonzero(held.slots.roles[: view.slots_total] >= OWNER).tolist():
             if slot in held.slots.filling:
                 self.fail(f"I7: {server.name} reads slot {slot}, which is incomplete")
-            if before is None or held.slots.positions[slot]:
+            if before is None or slot >= before.slots_total or held.slots.positions[slot]:
                 continue
             if not any(o >= 0 and before.servers[o].incarnation == server.incarnation for o in before.owners()[slot]):
                 self.fail(f"I7: {server.name} became an owner of slot {slot} without ever having a copy")
@@ -130,8 +134,27 @@ class Checks:
         for id_ in ids:
             self._columns(self.tried, table, id_)[column] = True
 
-    def acknowledge(self, table: int, ids: list[int], column: int) -> None:
-        """A push was acknowledged: every owner of the newest logged view must hold it."""
+    def lost(self, slots: set[int]) -> None:
+        """All owners of slots are dead: nothing is promised of them."""
+        for key in [key for key in self.acked if self.slot_of[key] in slots]:
+            del self.acked[key]
+
+    def restored(self, slots: set[int], floor: dict[tuple[int, int], np.ndarray]) -> None:
+        """Slots are back as a checkpoint has them, which holds at least what was acknowledged before it."""
+        for key, columns in floor.items():
+            if self.slot_of[key] in slots and key[0] in self.tables:
+                self.acked[key] = columns.copy()
+
+    def acknowledge(self, table: int, ids: list[int], column: int, begun: float) -> None:
+        """A push was acknowledged: every owner of the newest logged view must hold it.
+
+        Not where the slot was lost, or restored since it was begun: the acknowledgement may be of what is lost.
+        """
+        if table not in self.tables:
+            return
+        back = self.cluster.keeper.restored_at
+        places = {id_: self.cluster.slot_of(table, id_) for id_ in ids}
+        ids = [i for i in ids if places[i] not in self.cluster.lost and begun >= back.get(places[i], 0.0)]
         for id_ in ids:
             self._columns(self.acked, table, id_)[column] = True
         self._owners_hold([(table, id_) for id_ in ids], f"push {column}")
@@ -148,8 +171,12 @@ class Checks:
         """A view is in the log."""
         if view.epoch != before.epoch + 1:
             self.fail(f"I3: epoch {view.epoch} was logged after {before.epoch}")
-        if (view.owners()[:, 0] < 0).any():
+        if any((group.owners[:, 0] < 0).any() for group in view.groups):
             self.fail(f"I7: a slot of epoch {view.epoch} has no owner")
+        self.tables = {table.number for table in view.tables}
+        for what in (self.acked, self.tried):
+            for key in [key for key in what if key[0] not in self.tables]:
+                del what[key]
         changed = np.flatnonzero(self._renewed(before, view))
         keys = [key for key in self.acked if self.slot_of[key] in set(changed.tolist())]
         self._owners_hold(keys, f"view {view.epoch}")
@@ -230,6 +257,10 @@ class Checks:
     def resting(self) -> str:
         """Empty where all is level and whole, else what is not yet."""
         view = self.cluster.log.newest
+        if self.cluster.lost:
+            return f"slots {sorted(self.cluster.lost)} are lost"
+        if view.move is not None:
+            return f"{view.move} is not over"
         for client in self.cluster.clients:
             if client.undecided:
                 return f"{client.name} has {client.undecided} pushes undecided"
@@ -260,7 +291,7 @@ class Checks:
         view = self.cluster.log.newest
         for slot in range(view.slots_total):
             owners = [self.cluster.by_incarnation[view.servers[o].incarnation] for o in view.owners()[slot] if o >= 0]
-            if len({self.content(s, slot) for s in owners}) > 1:
+            if any(self.content(s, slot) != self.content(owners[0], slot) for s in owners[1:]):
                 self.fail(f"I5: owners of slot {slot} differ at rest")
         self._owners_hold(list(self.acked), "at rest")
         self.world.counts["copies compared"] = sum(s.machine.verified[0] for s in self.cluster.by_incarnation.values())

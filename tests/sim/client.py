@@ -62,6 +62,8 @@ class Flight:
         self.resume(None)
 
     def resume(self, outcome: Any) -> None:
+        if not self.client.alive:
+            return
         try:
             command = self.steps.send(outcome)
         except StopIteration as stop:
@@ -112,6 +114,10 @@ class Client(Process):
         self._connections: dict[tuple[str, int], Connection] = {}
         self._numbers = 0
         self._calls: dict[tuple[Connection, int], tuple[Attempt, int]] = {}
+
+    def knows(self, table: int) -> bool:
+        """Whether this client's view has a table."""
+        return any(t.number == table for t in self.verbs.routing.tables.values())
 
     def _room(self) -> None:
         if self.waiting:

@@ -1,6 +1,7 @@
 """A whole cluster in one thread, and one run of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,15 @@ import numpy as np
 import ps.client.core
 import ps.replication.machine
 import ps.window
+from hashring import ring
 from hashring.planner import CreateTable, Enlist, plan
 from hashring.tokens import tokens
 from hashring.view import Server as ServerEntry
 from hashring.view import View
-from ps.errors import EmbringError, NotApplied, WrongView
+from ps.errors import EmbringError, NotApplied, RequestError, SlotsLost, WrongView
 from ps.spec import SGD, Initializer, TableSpec
+from tests.sim.changes import Changes
+from tests.sim.checkpoints import Keeper
 from tests.sim.checks import Checks
 from tests.sim.client import Client
 from tests.sim.controller import Controller, Log
@@ -21,7 +25,7 @@ from tests.sim.faults import Faults
 from tests.sim.network import Connection, Network
 from tests.sim.process import Process
 from tests.sim.server import Server
-from tests.sim.subscriber import Subscriber
+from tests.sim.subscriber import Subscriber, owned_slots
 from tests.sim.world import Violation, World
 
 COLUMNS = 260
@@ -31,10 +35,27 @@ WANTED = 204
 """Pushes that are to be acknowledged: as many are sent as that takes."""
 
 ACKED_MIN = 200
+CLIENTS_MAX = 7
+"""Clients of a run, with those that came in the place of others."""
+
 IDS = 8
 CHURNED = 100
 REST_S = 40.0
 """Virtual seconds within which all must be level once faults have ended: disputes and waits pass first."""
+
+
+ring._distances = lru_cache(maxsize=None)(ring._distances.__wrapped__)  # the same few servers, in every order
+
+
+@cache
+def first_views(names: tuple[str, ...], replicas: int) -> list[View]:
+    """Servers that own the slots of three tables; processes are yet to be named."""
+    entries = tuple(ServerEntry(name, i, f"host-{name}") for i, name in enumerate(names, 1))
+    views = [plan(View.empty(7, slot_bits=2), Enlist(entries))]
+    for name, placement, dim in (("a", "sharded", COLUMNS), ("b", "sharded", COLUMNS + 4), ("w", "whole", COLUMNS)):
+        spec = TableSpec(name, dim, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement, replicas=replicas).check()
+        views.append(plan(views[-1], CreateTable(name, spec.to_plain(), placement, replicas)))
+    return views
 
 
 class _Time:
@@ -55,6 +76,9 @@ class Report:
     faults: dict[str, int] = field(default_factory=dict)
     cells: list[tuple[str, str]] = field(default_factory=list)
     epochs: int = 0
+    trace: str = ""
+    """A hash of how many events there were, when the last was, and where chance stood: of two different runs never the
+    same."""
 
 
 class Cluster:
@@ -75,37 +99,36 @@ class Cluster:
         self.clients: list[Client] = []
         self._incarnations = 0
         entries = tuple(ServerEntry(n, self._incarnation(), f"host-{n}") for n in names)
-        self.log = Log(self, self._first_views(entries))
+        self.log = Log(
+            self,
+            [
+                replace(view, servers=entries if view.servers else ())
+                for view in first_views(tuple(names), self.replicas)
+            ],
+        )
         view = self.log.newest
-        self.specs = {t.number: TableSpec.from_plain(t.spec) for t in view.tables}
-        self.numbers = {t.name: t.number for t in view.tables}
-        self.born = {g.number: view.epoch for g in view.groups}
         self.checks = Checks(self)
         self.faults = Faults(self, calm)
+        self.changes = Changes(self, calm)
         for entry in entries:
             server = self.by_incarnation[entry.incarnation] = Server(self, entry.name, entry.incarnation)
             server.install(view)
         self.controllers.append(Controller(self, "controller0"))
         self._controllers_made = 1
         self.clients = [Client(self, f"client{i}") for i in range(rng.choice((2, 3)))]
+        self._clients_made = len(self.clients)
         self.subscriber = Subscriber(self)
+        self.lost: set[int] = set()
+        self.keeper = Keeper(self, calm)
         self.column = 0
         self.acked = 0
         if not calm:
             self.faults.begin()
+        self.changes.begin()
 
     def _incarnation(self) -> int:
         self._incarnations += 1
         return self._incarnations * 1000 + self.world.rng.randrange(1000)
-
-    def _first_views(self, entries: tuple[ServerEntry, ...]) -> list[View]:
-        views = [plan(View.empty(7, slot_bits=2), Enlist(entries))]
-        for name, placement, dim in (("a", "sharded", COLUMNS), ("b", "sharded", COLUMNS + 4), ("w", "whole", COLUMNS)):
-            spec = TableSpec(
-                name, dim, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement, replicas=self.replicas
-            ).check()
-            views.append(plan(views[-1], CreateTable(name, spec.to_plain(), placement, self.replicas)))
-        return views
 
     # -- who is where
 
@@ -130,7 +153,7 @@ class Cluster:
         entry = next(t for t in view.tables if t.number == table)
         group = view.group(entry.group)
         bits = group.slots.bit_length() - 1
-        token = int(tokens(np.array([id_]), self.specs[table].seed)[0])
+        token = int(tokens(np.array([id_]), int(entry.spec["seed"]))[0])
         return group.first + (token >> (64 - bits) if bits else 0)
 
     # -- what happens to processes
@@ -151,7 +174,18 @@ class Cluster:
     def _orphans(self, view: View, without: Server | None) -> bool:
         alive = {s.incarnation for s in self.running() if s is not without}
         there = np.array([s.incarnation in alive for s in view.servers] + [False])
-        return bool((~there[view.owners()].any(axis=1)).any())
+        owners = view.owners()[[slot for slot in owned_slots(view) if slot not in self.lost]]
+        return bool((~there[owners].any(axis=1)).any())
+
+    def mourn(self) -> None:
+        """Slots without a living owner are lost, and with them what was acknowledged there."""
+        self.lost = self._orphaned(self.log.newest)
+        self.checks.lost(self.lost)
+
+    def _orphaned(self, view: View) -> set[int]:
+        running = {s.incarnation for s in self.running()}
+        alive = np.array([s.incarnation in running for s in view.servers] + [False])
+        return {slot for slot in owned_slots(view) if not alive[view.owners()[slot]].any()}
 
     def crash(self, victim: Server) -> None:
         """Kill a server; it is started again under its name, and Ray says so to the controllers, in any order."""
@@ -163,13 +197,50 @@ class Cluster:
         self.world.at(rng.choice((0.05, 0.5, 2.0)), self._restart, victim.name)
 
     def _restart(self, name: str) -> None:
-        incarnation = self._incarnation()
-        server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
+        if self.log.newest.server_index(name) is None:
+            if name in self.changes.starting:  # it may be about to join
+                self.world.at(0.3, self._restart, name)
+            return  # else it has left meanwhile, or never joined
+        server = self.start(name)
         for controller in self.controllers:
             self.world.at(self.world.rng.uniform(0.0, 0.3), controller.told_started, server.entry)
 
+    def listens(self, name: str) -> bool:
+        """Whether a process of this name runs."""
+        return any(s.name == name for s in self.running())
+
+    def start(self, name: str) -> Server:
+        """Start a process, of which no controller knows yet."""
+        incarnation = self._incarnation()
+        server = self.by_incarnation[incarnation] = Server(self, name, incarnation)
+        return server
+
+    def end(self, name: str) -> None:
+        """End the process of a server that has left, or never joined, if it runs and that is still so."""
+        if self.log.newest.server_index(name) is not None or name in self.changes.starting:
+            return
+        for victim in [s for s in self.running() if s.name == name]:
+            self.world.counts["servers ended"] += 1
+            victim.kill()
+            self.dead.append(victim.incarnation)
+            for controller in self.controllers:
+                self.world.at(self.world.rng.uniform(0.05, 1.3), controller.told_dead, victim.incarnation)
+
+    def crash_client(self, victim: Client) -> None:
+        """A client vanishes with all that it has under way; another comes in its place, as somebody else."""
+        victim.kill()
+        client = self.clients[self.clients.index(victim)] = Client(self, f"client{self._clients_made}")
+        self._clients_made += 1
+        self.world.at(self.world.rng.choice((0.05, 1.0)), self._work, client)
+
+    def may_crash_a_client(self) -> bool:
+        """Servers remember a few only."""
+        return self._clients_made < CLIENTS_MAX
+
     def add_controller(self) -> None:
-        """Start a controller, which reads the log."""
+        """Start a controller, which reads the log, and ends processes that are in no view."""
+        for name in sorted({s.name for s in self.running()}):
+            self.end(name)
         self.controllers.append(Controller(self, f"controller{self._controllers_made}"))
         self._controllers_made += 1
 
@@ -185,14 +256,24 @@ class Cluster:
 
     def logged(self, view: View) -> None:
         """A view is in the log, and nobody knows it yet."""
-        self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]}")
-        self.checks.logged(view, self.log.views[view.epoch - 1])
+        before = self.log.views[view.epoch - 1]
+        self.world.say(f"logged epoch {view.epoch}: {[r.tolist() for r in view.owners()]} {view.move or ''}")
+        self.checks.logged(view, before)
+        if self.lost:
+            still = self._orphaned(view)
+            back = {slot for slot in self.lost - still if before.lost()[slot]}  # else a learner was made owner in time
+            self.lost &= still
+            if back:
+                self.keeper.concluded(back)
+        for name in sorted({s.name for s in before.servers} - {s.name for s in view.servers}):
+            if "~" not in name:
+                self.world.at(self.world.rng.uniform(0.05, 2.0), self.end, name)
 
     # -- work
 
     def _work(self, client: Client) -> None:
         rng = self.world.rng
-        if self.done():
+        if self.done() or not client.alive:
             return
         self.world.at(rng.expovariate(1 / self.pace), self._work, client)
         if client.undecided >= 6:
@@ -224,18 +305,25 @@ class Cluster:
 
     def _push(self, client: Client) -> None:
         rng = self.world.rng
-        column, name = self.column, rng.choice("aabw")
-        self.column += 1
+        column, name = self.column, rng.choice(["a", "a", "b", "w", *self.changes.tables * 2])
+        entry = self.log.newest.table(name) or self.log.newest.table("a")
+        assert entry is not None
+        table, name = entry.number, entry.name
         ids = rng.sample(range(IDS), rng.choice((1, 2, 2, 4)))
-        table = self.numbers[name]
-        grads = np.zeros((len(ids), self.specs[table].dim), np.float32)
+        if self.lost and any(self.slot_of(table, id_) in self.lost for id_ in ids):
+            return
+        self.column += 1
+        grads = np.zeros((len(ids), entry.spec["dim"]), np.float32)  # type: ignore[call-overload]
         grads[:, column] = -1.0
         self.checks.begin(table, ids, column)
+        begun = self.world.now
 
         def done(error: EmbringError | None) -> None:
             if error is None:
                 self.acked += 1
-                self.checks.acknowledge(table, ids, column)
+                self.checks.acknowledge(table, ids, column, begun)
+            elif type(error) is RequestError and (table not in self.checks.tables or not client.knows(table)):
+                self.world.counts["given up: the table was dropped, or is too new"] += 1
             else:
                 self._given_up(error)
 
@@ -243,6 +331,8 @@ class Cluster:
 
     def _given_up(self, error: EmbringError) -> None:
         self.world.counts[f"given up: {type(error).__name__}"] += 1
+        if isinstance(error, SlotsLost) and self.world.counts["losses"]:
+            return
         if not isinstance(error, NotApplied) and type(error).__name__ not in ("PerhapsApplied", "WrongView"):
             self.checks.fail(f"a push met {type(error).__name__}: {error}")
 
@@ -270,6 +360,7 @@ class Cluster:
                     self._work(client)
                 self.world.until(self.world.now + 1.0)
             self.faults.stop()
+            self.changes.stop()
             began = self.world.now
             self._rest(began)
             self.checks.end()
@@ -283,6 +374,7 @@ class Cluster:
         report.acked, report.seconds, report.epochs = self.acked, self.world.now, self.log.newest.epoch
         report.faults = dict(sorted(self.world.counts.items()))
         report.cells = sorted(self.faults.cells)
+        report.trace = self.world.fingerprint()
         return report
 
     def _rest(self, began: float) -> None:

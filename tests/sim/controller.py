@@ -37,6 +37,17 @@ class Log:
         return True
 
 
+def handed_over(before: View, view: View) -> list[tuple[int, int]]:
+    """(from, to) incarnations of the primaries of slots that went from one living server to another."""
+    alive = {s.incarnation for s in view.servers if s.alive}
+    out = set()
+    for old, new in zip(before.owners()[:, 0].tolist(), view.owners()[: before.slots_total, 0].tolist(), strict=True):
+        pair = (before.servers[old].incarnation, view.servers[new].incarnation)
+        if old >= 0 and new >= 0 and pair[0] != pair[1] and pair[0] in alive:
+            out.add(pair)
+    return sorted(out)
+
+
 class Controller(Process):
     """One controller."""
 
@@ -49,10 +60,12 @@ class Controller(Process):
         self.every(ROUND_S, self.tick)
         for incarnation in cluster.dead:
             self.mind.died(incarnation)
-        for server in cluster.running():
+        for server in (s for s in cluster.running() if self.mind.view.server_index(s.name) is not None):
             self.mind.started(server.entry)
 
     def tick(self) -> None:
+        if not self.mind.appending and self.mind.view.epoch + 1 in self.cluster.log.views:
+            self.mind.taken()
         self.mind.tick()
         self.perform()
 
@@ -116,6 +129,13 @@ class Controller(Process):
             return
         self.cluster.logged(view)
         self.cluster.step("a view is logged", self)
+        before = self.cluster.log.views[view.epoch - 1]
+        if view.move != before.move:
+            self.cluster.step("a move begins or ends", self)
+        for pair in handed_over(before, view):
+            server = self.cluster.by_incarnation[self.world.rng.choice(pair)]
+            if server.alive:
+                self.cluster.step("a slot is handed over", server)
         if self.alive:
             self._after(lambda: self.mind.logged(view))
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 KINDS = (
     *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
-    *("suspicion", "controller crash", "controller pause", "second controller", "old view"),
+    *("suspicion", "controller crash", "controller pause", "second controller", "old view", "client crash"),
+    *("join", "leave", "abort"),
 )
 
 
@@ -29,8 +30,8 @@ class Faults:
         self.rate = rng.choice((0.5, 1.0, 2.0, 4.0))
         self.aim = rng.choice((0.0, 0.001, 0.002, 0.004))
         cells = [(kind, step) for step in STEPS for kind in KINDS]
-        first = self.world.seed * 4  # four cells a seed, so that every cell has its turn
-        self.aimed_at = {cells[(first + i) % len(cells)]: 2 for i in range(4)}
+        first = self.world.seed * 8  # eight cells a seed, so that every cell has its turn
+        self.aimed_at = {cells[(first + i) % len(cells)]: 1 for i in range(8)}
         cluster.network.p_after_a_break = 0.3
         self.hasty = False
         if rng.random() < 0.25:  # a run of copies to learners that break and begin again
@@ -43,6 +44,8 @@ class Faults:
             }
             cluster.network.p_after_a_break = 0.8
             self.hasty = True
+        elif rng.random() < 0.2:  # controllers that do not know of each other
+            self.weights |= {"second controller": 3.0, "controller pause": 1.0, "suspicion": 1.0}
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
@@ -50,6 +53,10 @@ class Faults:
         self.cells: set[tuple[str, str]] = set()
         if calm:
             self.duplicates = cluster.network.p_late = 0.0
+
+    def aims_at(self, *names: str) -> bool:
+        """Whether something is to go wrong at one of these steps, or is one of these kinds."""
+        return any(step in names or kind in names for kind, step in self.aimed_at)
 
     def begin(self) -> None:
         """From here on things go wrong."""
@@ -88,13 +95,20 @@ class Faults:
         servers = cluster.running()
         if kind.startswith("controller") or kind == "second controller":
             made = self._controller(kind, process)
+        elif kind in cluster.changes.KINDS:
+            made = cluster.changes.make(kind)
+        elif kind == "client crash":
+            caller = connection.caller if connection is not None else None
+            made = cluster.may_crash_a_client()
+            if made:
+                cluster.crash_client(next((c for c in cluster.clients if c is caller), rng.choice(cluster.clients)))
         else:
             from tests.sim.server import Server as ServerProcess
 
             victim = process if isinstance(process, ServerProcess) and process.alive else rng.choice(servers)
             made = self._server(kind, victim, [s for s in servers if s is not victim], connection)
         if made:
-            world.counts[kind] += 1
+            world.counts[kind] += kind not in cluster.changes.KINDS
             world.say(f"FAULT {kind}")
         return made
 
@@ -119,6 +133,8 @@ class Faults:
         elif kind in ("block", "one-way"):
             names = [p.name for p in (*others, *cluster.controllers, *cluster.clients)]
             other = rng.choice(names)
+            if connection is not None and victim in (connection.caller, connection.called) and rng.random() < 0.7:
+                other = (connection.called if victim is connection.caller else connection.caller).name
             pairs = [(victim.name, other), (other, victim.name)]
             if kind == "one-way":
                 pairs = [rng.choice(pairs)]
@@ -189,4 +205,8 @@ STEPS = (
     *("copy leaves", "copy arrives", "copy taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
+    *("a move begins or ends", "a slot is handed over", "absorb arrives"),
 )
+
+CELLS = tuple((kind, step) for kind in KINDS for step in STEPS)
+"""Every kind of fault at every step."""

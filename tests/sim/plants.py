@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import hashring.planner
 import ps.client.request
 import ps.failover.machine
 import ps.replication.backup
@@ -24,6 +25,7 @@ import ps.store.fork
 import ps.store.holdings
 import ps.store.stream
 import ps.window
+import tests.sim.checkpoints
 import tests.sim.cluster
 import tests.sim.controller
 import tests.sim.server
@@ -34,6 +36,7 @@ from ps.client.verbs import Verbs
 from ps.errors import Overloaded
 from ps.failover.machine import Append, Deliver, Failover
 from ps.kernels import replicate, window
+from ps.kernels.replicate import COPY, STREAM
 from ps.replication import ADMISSION, LESSON
 from ps.replication.backup import TAKEN, Backup
 from ps.replication.machine import Replication
@@ -367,9 +370,9 @@ def admitted_learner_dropped(patch: Patch) -> None:
         slots, columns = self.members.where(link.index)
         free = self.members.ranks[slots, columns] <= ADMITTED
         self.members.drop(slots[free], columns[free])
-        self._primary.release()
+        self.release()
 
-    patch(Replication, "_drop_learner", drop)
+    patch(Primary, "drop_learner", drop)
 
 
 @plant
@@ -444,6 +447,35 @@ def admissions_of_an_old_term(patch: Patch) -> None:
         return now
 
     patch(Replication, "standing", standing)
+
+
+def _hear_old_connections(patch: Patch, of: Callable[[dict[str, Any]], bool]) -> None:
+    real = Backup.request
+
+    def request(self: Any, op: str, fields: Any, arrays: Any) -> Any:
+        if of(arrays):
+            fields = {**fields, "link": max(fields["link"], self._heard.get(fields["from"], 0))}
+        return real(self, op, fields, arrays)
+
+    patch(Backup, "request", request)
+
+
+@plant
+def old_connection_heard(patch: Patch) -> None:
+    """What a broken connection still had in its buffers is taken after a new one has begun."""
+    _hear_old_connections(patch, lambda arrays: True)
+
+
+@plant
+def overlapping_copies_not_numbered(patch: Patch) -> None:
+    """Two copies to one learner have the same number.
+
+    Alone this is harmless, for parts of an old copy come by an old connection, or in an old term, and neither is heard:
+    so later parts (which a number would tell from the new copy's) are heard by whatever connection they come.
+    """
+    _hear_old_connections(patch, lambda arrays: bool("part" in arrays and arrays["part"].any()))
+    real = Store.copy
+    patch(Store, "copy", lambda self, slots, number, rows_max: real(self, slots, 1, rows_max))
 
 
 @plant
@@ -523,9 +555,9 @@ def owner_dropped_by_its_primary(patch: Patch) -> None:
     def drop(self: Any, link: Any) -> None:
         slots, columns = self.members.where(link.index)
         self.members.drop(slots, columns)
-        self._primary.release()
+        self.release()
 
-    patch(Replication, "_drop_learner", drop)
+    patch(Primary, "drop_learner", drop)
 
 
 @plant
@@ -552,6 +584,120 @@ def former_owner_reads(patch: Patch) -> None:
         return gone
 
     patch(SlotTable, "install", install)
+
+
+# -- moves of servers, and tables
+
+
+@plant
+def changes_missed_behind_a_copy(patch: Patch) -> None:
+    """A learner is streamed to only once its copy is confirmed, and takes a block wherever it stands.
+
+    Alone the first is harmless: the next block's base tells, and the fork brings what was missed.
+    """
+    taken, pump = Primary.taken, Primary.pump
+
+    def confirmed(self: Any, link: Any, flight: Any, verdicts: Any, view: Any) -> None:
+        if flight.bulk and flight.complete:
+            columns = self.members.column_of(flight.slots, link.index)
+            known = columns >= 0
+            slots, columns = flight.slots[known], columns[known]
+            late = self.members.modes[slots, columns] == COPY
+            self.members.modes[slots[late], columns[late]] = STREAM
+        taken(self, link, flight, verdicts, view)
+
+    def pumped(self: Any, link: Any) -> None:
+        slots, columns = self.members.where(link.index)
+        copying = self.members.modes[slots, columns] == COPY
+        pump(self, link)
+        slots, columns = slots[copying], columns[copying]
+        begun = self.members.modes[slots, columns] == STREAM
+        self.members.modes[slots[begun], columns[begun]] = COPY
+
+    patch(Primary, "taken", confirmed)
+    patch(Primary, "pump", pumped)
+    base_not_compared(patch)
+
+
+@plant
+def copy_over_old_rows(patch: Patch) -> None:
+    """A whole copy is written over what a former owner still has, which is not emptied first."""
+    patch(ps.store.absorption, "_reset", lambda held, slots: held.clients.clear(slots))
+
+
+@plant
+def copied_slot_tells_older_deletions(patch: Patch) -> None:
+    """Whoever was given a slot whole believes that it knows of deletions from before."""
+    real = ps.store.absorption._close
+
+    def close(held: Any, *arguments: Any) -> None:
+        before = held.slots.horizon.copy()
+        real(held, *arguments)
+        held.slots.horizon[:] = before
+
+    patch(ps.store.absorption, "_close", close)
+
+
+@plant
+def former_primary_takes_pushes(patch: Patch) -> None:
+    """Who was primary goes on taking pushes while it keeps its copy, and answers them at once."""
+    real = SlotTable.install
+
+    def install(self: Any, view: Any, incarnation: int) -> Any:
+        before = self.roles[: view.slots_total].copy()
+        gone = real(self, view, incarnation)
+        kept = (before == 2) & (self.positions[: view.slots_total] > 0)
+        kept[gone] = False
+        self.roles[: view.slots_total][kept] = 2
+        return gone
+
+    patch(SlotTable, "install", install)
+
+
+@plant
+def learners_of_an_aborted_move_kept(patch: Patch) -> None:
+    """Learners that nobody wants any more are not let go."""
+    real = ps.failover.machine.course
+    nothing = np.empty(0, np.int64)
+    patch(ps.failover.machine, "course", lambda *arguments: replace(real(*arguments), stray=nothing))
+
+
+@plant
+def leaver_gone_before_its_slots_are(patch: Patch) -> None:
+    """A server leaves the view, and its process ends, with the slots that it has."""
+    patch(Failover, "_over", lambda self, ahead: self.view.move is not None)
+    real = hashring.planner._end
+
+    def end(view: Any) -> Any:
+        if view.move is None or view.move.kind == "join":
+            return real(view)
+        after = hashring.planner._without(view, view.move.names)
+        groups = tuple(
+            replace(g, owners=np.take_along_axis(g.owners, np.argsort(g.owners < 0, axis=1, kind="stable"), axis=1))
+            for g in after.groups
+        )
+        return replace(after, groups=groups, move=None)
+
+    patch(hashring.planner, "_end", end)
+
+
+@plant
+def table_number_used_again(patch: Patch) -> None:
+    """A new table gets the number of one that was dropped."""
+    real = hashring.planner._create
+
+    def create(view: Any, change: Any) -> Any:
+        lowest = min(set(range(1, view.next_table + 1)) - {t.number for t in view.tables})
+        after = real(replace(view, next_table=lowest), change)
+        return replace(after, next_table=max(view.next_table, after.next_table))
+
+    patch(hashring.planner, "_create", create)
+
+
+@plant
+def refused_for_good_by_an_older_view(patch: Patch) -> None:
+    """A server that has not heard of a new table refuses a push of it for good."""
+    patch(tests.sim.server, "judged_by", lambda mine, asked, error: error)
 
 
 # -- refusals and exports
@@ -611,6 +757,67 @@ def exported_before_it_is_safe_unchecked(patch: Patch) -> None:
     real = ps.slots.SlotTable.on_lineage
     patch(ps.slots.SlotTable, "on_lineage", lambda self, slots, since: real(self, slots, since) | (since > 0))
     patch(Replication, "hold", lambda self, token, slots, positions: self._primary.answer(token, {}))
+
+
+# -- checkpoints and restores
+
+
+@plant
+def restored_slot_keeps_its_term(patch: Patch) -> None:
+    """A restore gives slots an owner in the term that they were lost in: positions are used again."""
+    real = tests.sim.checkpoints.conclude
+
+    def conclude(view: Any, restore: Any) -> Any:
+        after = real(view, restore)
+        terms = {g.number: g.terms for g in view.groups}
+        return replace(after, groups=tuple(replace(g, terms=terms[g.number]) for g in after.groups))
+
+    patch(tests.sim.checkpoints, "conclude", conclude)
+
+
+@plant
+def restored_without_windows(patch: Patch) -> None:
+    """A restore brings rows, and leaves out what the slots had seen of whom."""
+    real = Store.absorb
+
+    def absorb(self: Any, block: RowBlock, replace_clients: bool = False, allowed: Any = None) -> Any:
+        return real(self, _without_clients(block) if allowed is None else block, replace_clients, allowed)
+
+    patch(Store, "absorb", absorb)
+
+
+@plant
+def checkpoint_cut_through_a_push(patch: Patch) -> None:
+    """The windows of an export are those from before the newest push, whose rows it has."""
+    real = transfer._block
+
+    def block(*arguments: Any) -> Any:
+        made = real(*arguments)
+        return replace(made, clients=replace(made.clients, mask=made.clients.mask & ~np.uint64(1)))
+
+    patch(transfer, "_block", block)
+
+
+@plant
+def one_restored_to_many(patch: Patch) -> None:
+    """A restored slot gets all its owners at once, of whom one alone was given its rows."""
+    real = tests.sim.checkpoints.conclude
+
+    def conclude(view: Any, restore: Any) -> Any:
+        after = real(view, restore)
+        alive = [i for i, s in enumerate(after.servers) if s.alive]
+        groups = []
+        for g in after.groups:
+            owners = np.full((g.slots, max(2, g.owners.shape[1])), -1, np.int16)
+            owners[:, : g.owners.shape[1]] = g.owners
+            for at in range(g.slots):
+                others = [i for i in alive if i not in owners[at]]
+                if g.first + at in restore.wanted and others:
+                    owners[at, 1] = others[0]
+            groups.append(replace(g, owners=owners))
+        return replace(after, groups=tuple(groups))
+
+    patch(tests.sim.checkpoints, "conclude", conclude)
 
 
 # -- comparing copies

@@ -7,7 +7,7 @@ import numpy as np
 
 from hashring.view import Server as ServerEntry
 from hashring.view import View
-from ps.errors import EmbringError, NotApplied, RequestError, WrongView
+from ps.errors import EmbringError, NotApplied, RequestError, WrongView, judged_by
 from ps.replication import Answer, Forward, Refuse, Replication, ReplicationLimits, Send, SendView
 from ps.replication.members import ADMITTED
 from ps.rowblock import RowBlock, Watermark
@@ -30,14 +30,14 @@ from tests.sim.store import CheckedStore
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-TICK_S = 0.05
+TICK_S = 0.1
 LIMITS = ReplicationLimits(
     queue_bytes_max=64 * 1024,
     bulk_bytes_max=1000,
     repair_slots=3,
     copy_bytes=1000,
     verify_rows=4,
-    verify_slots_per_s=5.0,
+    verify_slots_per_s=4.0,
 )
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
@@ -55,6 +55,7 @@ class Server(Process):
         self.machine._primary._advance = self._advance  # type: ignore[method-assign]
         self._links: dict[int, Connection] = {}
         self._exports: dict[Hashable, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._ahead: dict[Hashable, int] = {}
         self.every(TICK_S, self.tick)
 
     @property
@@ -89,6 +90,8 @@ class Server(Process):
 
     def _request(self, connection: Connection, request: Message) -> None:
         token = (connection, request.request)
+        if request.fields.get("epoch", 0) > self.store.epoch:
+            self._ahead[token] = request.fields["epoch"]
         op = "copy" if "full" in request.arrays and request.arrays["full"].any() else request.op
         self.cluster.step(f"{op} arrives", self, connection)
         if not self.alive:
@@ -96,7 +99,7 @@ class Server(Process):
         try:
             result = self._handle(token, request)
         except EmbringError as error:
-            self._send(connection, Message("error", request.request, error_fields(error)))
+            self._refuse(token, error)
             return
         if result is not None:
             self._answer(token, *result)
@@ -120,13 +123,16 @@ class Server(Process):
             self.cluster.checks.decided(self, token, before)
             return None
         if op == "install":
-            self.machine.install(view_of(fields, arrays))
+            if fields["view_epoch"] > self.store.epoch:
+                self.machine.install(view_of(fields, arrays))
             return {}, {}
         if op == "learn":
             self.machine.learn(arrays["slots"], fields["learner"], fields["term_epoch"])
             return {}, {}
         if op == "export":
             return self._export(token, fields, arrays)
+        if op == "absorb":
+            return {}, {"taken": self.store.absorb(RowBlock.from_arrays(fields["block"], arrays)).astype(np.uint8)}
         if op in ("replicate", "repair", "fork", "digest"):
             return self.machine.request(op, fields, arrays)
         raise RequestError(f"unknown op {op}")
@@ -178,13 +184,19 @@ class Server(Process):
                     self._answer(action.token, fields, arrays)
                 elif isinstance(action, Refuse):
                     self._exports.pop(action.token, None)
-                    connection, number = action.token  # type: ignore[misc]
-                    self._send(connection, Message("error", number, error_fields(action.error)))
+                    self._refuse(action.token, action.error)
                 else:
                     self._to_peer(action)
 
+    def _refuse(self, token: Hashable, error: EmbringError) -> None:
+        """Answer with an error; the product waits a while for the view that the request knows, which comes to this."""
+        connection, number = token  # type: ignore[misc]
+        error = judged_by(self.store.epoch, self._ahead.pop(token, 0), error)
+        self._send(connection, Message("error", number, error_fields(error)))
+
     def _answer(self, token: Hashable, fields: dict[str, Any], arrays: dict[str, Any]) -> None:
         connection, number = token  # type: ignore[misc]
+        self._ahead.pop(token, None)
         epoch = self.view.epoch if self.view else 0
         self._send(connection, Message("ok", number, {**fields, "epoch": epoch}, arrays))
 

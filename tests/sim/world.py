@@ -1,5 +1,6 @@
 """Virtual time: one heap of events, one source of chance. Nothing in a run looks at a real clock."""
 
+import hashlib
 import heapq
 import random
 from collections import Counter
@@ -46,6 +47,11 @@ class World:
         """Note what happens, where a trace is wanted."""
         if self.trace is not None:
             self.trace.append(f"{self.now:9.4f} {line}")
+
+    def fingerprint(self) -> str:
+        """A hash of the run so far: every delay, fault and choice has moved the source of chance."""
+        state = (self.seed, self.now, self.events, self.rng.getstate())
+        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p

@@ -11,7 +11,7 @@ from ps.meter import BUCKETS_S
 def statistics(requests: int, buckets: list[int]) -> dict:
     quiet = {"requests": 100, "errors": 1, "seconds": 0.0, "buckets": [0] * (len(BUCKETS_S) + 1)}
     return {
-        "absent_ids": 3,
+        "absent_ids": 3, "copied_rows": 0, "copied_bytes": 0,
         "operations": {
             "ping": quiet, "push": quiet, "range": quiet, "pull": {**quiet, "requests": requests, "buckets": buckets},
         },

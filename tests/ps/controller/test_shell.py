@@ -10,11 +10,10 @@ import pytest
 from hashring.planner import CreateTable, Enlist, Fail, plan
 from hashring.view import Server, View
 from ps.controller import shell as shells
-from ps.controller.shell import Shell
+from ps.controller.shell import INSTALLS_MAX, Shell
 from ps.errors import NotApplied, PerhapsApplied, RequestError
 from ps.failover import FailoverLimits
-from ps.failover.health import NOTHING
-from ps.replication import ADMISSION, Standing
+from ps.replication import ADMISSION, NOTHING, Standing
 from ps.viewlog import EpochTakenError
 from ps.wire import Message, view_of
 
@@ -43,6 +42,9 @@ class Disk:
         if self.deny:
             raise self.deny.pop(0)
         self.views.append((view.epoch, after))
+
+    def holds(self, epoch: int) -> bool:
+        return any(epoch == logged for logged, _ in self.views)
 
 
 class Process:
@@ -169,7 +171,7 @@ def test_a_stopped_server_leaves_its_slots_and_is_asked_once() -> None:
         await net.rounds(30)
         news = [op for op, _, _ in stopped.asked[before:]]
         assert news.count("ping") == 1
-        assert news.count("install") == 1
+        assert 1 <= news.count("install") <= INSTALLS_MAX  # first places were evened out without it
         stopped.goes.set()
         await net.rounds(2)
         assert stopped.epoch >= 3
@@ -207,12 +209,14 @@ def test_missing_copies_are_made_and_their_holders_become_owners() -> None:
         del net.processes[11]
         assert await net.shell.until(lambda: net.shell.view.epoch == 3, DEADLINE_S)
         await net.rounds(5)
+        assert await net.shell.until(lambda: net.shell.view.epoch == 4, DEADLINE_S)  # first places were evened out
+        await net.rounds(3)
         view = net.shell.view
         short = np.flatnonzero((view.owners() >= 0).sum(axis=1) < 2)
         learnt = []
         for incarnation, process in net.processes.items():
-            for _, fields, arrays in process.ops("learn")[:1]:
-                assert fields == {"learner": 22 - incarnation, "term_epoch": 3}
+            for _, fields, arrays in process.ops("learn")[-1:]:
+                assert fields == {"learner": 22 - incarnation, "term_epoch": 4}
                 learnt += arrays["slots"].tolist()
                 k, slots = len(arrays["slots"]), arrays["slots"]
                 kinds, peers = np.full(k, ADMISSION, np.uint8), np.full(k, fields["learner"], np.uint64)
@@ -235,6 +239,18 @@ def test_who_cannot_log_the_next_view_ends() -> None:
         assert net.shell.view.epoch == 2
         assert not any(p.ops("install") for p in net.processes.values())
         wish.cancel()
+
+    run(test)
+
+
+def test_who_finds_a_newer_view_in_the_log_ends_though_it_has_nothing_to_log() -> None:
+    async def test() -> None:
+        net = Network(cluster(2, 1))
+        await net.rounds(2)
+        assert net.retired == 0
+        net.disk.views.append((3, 2))  # by another controller, which died before anybody heard of it
+        await net.rounds(3)
+        assert net.retired == 1
 
     run(test)
 

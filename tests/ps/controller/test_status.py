@@ -6,7 +6,7 @@ from ps.controller.members import Member
 from ps.controller.metrics import _Figures
 from ps.controller.status import cluster_status, under_replicated
 from ps.failover import Failover, FailoverLimits
-from ps.failover.health import NOTHING
+from ps.replication import NOTHING
 
 SLOTS = 2**3
 

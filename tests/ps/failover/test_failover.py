@@ -9,8 +9,8 @@ from hashring.planner import AlterTable, CreateTable, Enlist, Withdraw, plan
 from hashring.view import Server, View
 from ps.errors import RequestError
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused, Retire
-from ps.failover.health import NOTHING, Disputes, Health, silent
-from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
+from ps.failover.health import Disputes, Health, silent
+from ps.replication import ADMISSION, COMPLAINT, LESSON, NOTHING, Standing
 
 LIMITS = FailoverLimits(pings_max=5, wait_rounds=3, learn_rounds=1, dispute_rounds=20, learn_max=8)
 

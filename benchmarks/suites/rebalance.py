@@ -1,0 +1,177 @@
+"""A cluster grows by a server and shrinks by it again, under load: what clients notice, and what is moved (S8, S9, R5).
+
+The load is that of benchmarks/counted.py, at a part of the rate that the cluster can answer, which is measured first.
+"""
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import uvloop
+
+import ps
+from benchmarks.counted import PUSH_S, TABLE, Counted, Trace, make_table
+from benchmarks.load import closed, percentiles_ms
+from benchmarks.model import block_bytes, slots_of
+from benchmarks.report import Findings
+from benchmarks.servers import Servers, moving, watching
+from benchmarks.suites.cluster import Report, cluster, over_the_wire
+from hashring.view import View
+from ps.errors import EmbringError
+from ps.runtime import Runtime, read_token
+
+MOVE_S = 300.0
+POLL_S = 0.1
+IN_FLIGHT = 8
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. load: part of what the cluster can answer. seconds: of each phase without a change."""
+
+    rows: int = 2_000_000
+    dim: int = 64
+    replicas: int = 2
+    servers: int = 3
+    load: float = 0.7
+    seconds: float = 10.0
+    bandwidth_mib: int = 0
+
+
+def run(settings: Settings, report: Report) -> dict[str, Any]:
+    """Start a cluster, measure, end it; one JSON-able result."""
+    findings = Findings()
+    with (
+        cluster(over_the_wire(settings.servers), report) as (runtime, client),
+        watching(runtime) as servers,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        report(f"loading {settings.rows} rows, {settings.replicas} copies of each")
+        make_table(client, settings.rows, settings.dim, settings.replicas)
+        bench = Bench(settings, runtime, servers, report)
+        figures = runner.run(bench.measure())
+        report("comparing rows with what was acknowledged")
+        with servers.fresh_client() as fresh:
+            figures["rows"] = bench.load.check(fresh)
+        figures["slots_that_differ"] = servers.slots_that_differ()
+    findings.equal = (
+        figures["rows"]["lost"]
+        == figures["rows"]["doubled"]
+        == figures["rows"]["unseen"]
+        == figures["slots_that_differ"]
+        == 0
+    )
+    findings.figures["rebalance"] = figures
+    return findings.to_plain({"command": "embring bench rebalance", **asdict(settings)})
+
+
+class Bench:
+    """The load, and the changes under it."""
+
+    def __init__(self, settings: Settings, runtime: Runtime, servers: Servers, report: Report) -> None:
+        self.settings, self.servers, self.report = settings, servers, report
+        self.load = Counted(servers.view(), settings.rows, settings.dim)
+        self._runtime = runtime
+
+    async def measure(self) -> dict[str, Any]:
+        """Calibrate, then before, join, between, leave and after, under one load."""
+        token = read_token(self._runtime.token_path)
+        addresses = list(self._runtime.addresses)
+        client = await ps.AsyncClient.connect(addresses, token, PUSH_S)
+        self.report("measuring what the cluster can answer")
+        await closed(lambda i: self.load.request(client, i, time.perf_counter(), Trace()), IN_FLIGHT, 1.0)
+        runs = [
+            await closed(lambda i: self.load.request(client, i, time.perf_counter(), Trace()), IN_FLIGHT, 2.0)
+            for _ in range(ROUNDS)
+        ]
+        rate = median(run.rate for run in runs) * self.settings.load
+        self.report(f"{rate:.0f} requests/s, {self.settings.load:.0%} of what it can answer")
+        stop = asyncio.Event()
+        load = asyncio.create_task(self.load.run(client, rate, stop))
+        figures: dict[str, Any] = {"requests_per_s": round(rate, 1)}
+        try:
+            await asyncio.sleep(1.0)
+            figures["before"] = await self._quiet()
+            figures["join"] = await self._change("join", [])
+            figures["between"] = await self._quiet()
+            figures["leave"] = await self._change("leave", figures["join"]["names"])
+            figures["after"] = await self._quiet()
+        finally:
+            stop.set()
+            await load
+            await client.close()
+        for phase in ("join", "leave"):
+            now, before = figures[phase], figures["before"]
+            now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
+            now["pushes_to_before"] = round(now["pushes_per_s"] / before["pushes_per_s"], 3)
+        figures["failed"] = sum(figures[p]["failed"] for p in ("before", "join", "between", "leave", "after"))
+        figures["errors"] = self.load.trace.errors[:20]
+        return figures
+
+    async def _quiet(self) -> dict[str, Any]:
+        begin = time.perf_counter()
+        await asyncio.sleep(self.settings.seconds)
+        return self.load.trace.between(begin, time.perf_counter())
+
+    # -- the changes
+
+    async def _change(self, kind: str, names: list[str]) -> dict[str, Any]:
+        """Have servers join or leave, and wait until they have; what clients noticed meanwhile, and what was moved."""
+        before = await asyncio.to_thread(self.servers.view)
+        copied = await asyncio.to_thread(self.servers.copied)
+        held = [sum(x) for x in zip(*copied.values(), strict=True)]
+        rate = self.settings.bandwidth_mib << 20
+        begin = time.perf_counter()
+        told = await asyncio.to_thread(self.servers.ask, "move", kind=kind, names=names, bytes_per_s=rate)
+        self.report(f"{', '.join(told['names'])}: {kind}")
+        copying = begin
+        while True:
+            record = await asyncio.to_thread(self.servers.status)
+            copied |= await asyncio.to_thread(self.servers.copied)  # what a leaver has counted goes with it
+            if record["starting"]:
+                copying = time.perf_counter()  # the process starts: nothing is moved yet
+            if not moving(record):
+                break
+            if time.perf_counter() - begin > MOVE_S:
+                raise EmbringError(f"the {kind} was not over after {MOVE_S:g} s: {record['slots_left']} slots are left")
+            await asyncio.sleep(POLL_S)
+        end = time.perf_counter()
+        after = await asyncio.to_thread(self.servers.view)
+        rows, size = (sum(x) - then for x, then in zip(zip(*copied.values(), strict=True), held, strict=True))
+        pauses = self.load.trace.pauses(begin, end)
+        moved = _primaries_moved(before, after)
+        paused = [pauses[slot] for slot in pauses if slot in moved]
+        return {
+            "names": told["names"],
+            "starting_s": round(copying - begin, 2),
+            **self.load.trace.between(begin, end),
+            **self._moved(after, rows, size),
+            "push_pause_ms": {"slots": len(paused), **percentiles_ms(paused, (50, 99, 100))},
+        }
+
+    def _moved(self, after: View, rows: int, size: int) -> dict[str, Any]:
+        """What was copied beside the ideal: a newcomer's even share of all copies, or what the leaver held."""
+        ideal = self.settings.rows * self.settings.replicas / (self.settings.servers + 1)
+        rows_of_slot = np.bincount(slots_of(after, TABLE, self.settings.rows), minlength=after.slots_total)
+        owners = after.owners()
+        weights = np.where(owners >= 0, rows_of_slot[:, None], 0).ravel()
+        held = np.bincount(owners.ravel() + 1, weights, len(after.servers) + 1)[1:]
+        row_bytes = block_bytes(0, 1000, self.settings.dim, 0) / 1000
+        return {
+            "rows_moved": rows,
+            "rows_moved_to_ideal": round(rows / ideal, 4),
+            "bytes_moved": size,
+            "bytes_moved_to_ideal": round(size / (ideal * row_bytes), 4),
+            "max_to_mean_rows": round(float(held.max() / held.mean()), 4),
+        }
+
+
+def _primaries_moved(before: View, after: View) -> set[int]:
+    """Slots whose primary is another server now."""
+    names = [np.array([s.name for s in view.servers] + [""]) for view in (before, after)]
+    first = [table[view.owners()[:, 0]] for table, view in zip(names, (before, after), strict=True)]
+    return set(np.flatnonzero(first[0] != first[1]).tolist())

@@ -1,0 +1,244 @@
+"""`embring add-server` and `embring remove-server`: the cluster grows and shrinks while it serves and trains."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from deploy.cli_common import JsonOption, YesOption, running, say, size
+
+POLL_S = 0.5
+"""Between two looks at how far a move is."""
+
+SILENT_S = 120.0
+"""How long the controller may be away, as when it is started again, before the command gives up waiting for it."""
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Servers, as `embring status` names them.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")]
+Abort = Annotated[bool, typer.Option("--abort", help="Undo the change that is under way.")]
+Bandwidth = Annotated[
+    int | None,
+    typer.Option("--max-bandwidth", min=1, max=2**20, metavar="MiB/s", help="What each server may spend on copying."),
+]
+
+Ask = Callable[..., dict[str, Any]]
+
+
+def add_server(
+    names: Names = None,
+    dry_run: DryRun = False,
+    max_bandwidth: Bandwidth = None,
+    abort: Abort = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start servers that take their share of the slots from the others, while pulls and pushes go on.
+
+    Without a name the next free one is taken. Ctrl-C, or --abort from elsewhere, gives back what they have by then.
+
+    Example:  embring add-server --dry-run && embring add-server
+    """
+    _change("join", names or [], dry_run, max_bandwidth, abort, as_json)
+
+
+def remove_server(
+    names: Names = None,
+    dry_run: DryRun = False,
+    max_bandwidth: Bandwidth = None,
+    abort: Abort = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the slots of servers, dead ones too, to the others, while pulls and pushes go on; then end their processes.
+
+    Ctrl-C, or --abort from elsewhere, gives back what they had.
+
+    Example:  embring remove-server server-3 --max-bandwidth 50
+    """
+    from ps.errors import ConfigError
+
+    if not names and not abort:
+        raise ConfigError("no server is named: `embring status` lists them")
+    if (
+        not dry_run
+        and not abort
+        and not yes
+        and sys.stdin.isatty()
+        and not typer.confirm(f"Remove {', '.join(names or [])}?")
+    ):
+        raise typer.Exit(1)
+    _change("leave", names or [], dry_run, max_bandwidth, abort, as_json)
+
+
+def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | None, abort: bool, as_json: bool) -> None:
+    from ps.cluster import controller
+
+    runtime = running()
+    with controller(runtime) as ask:
+        if abort:
+            told = ask("abort")
+            say(f"going back: {', '.join(told['names'])}")
+        else:
+            wanted = {"kind": kind, "names": names, "bytes_per_s": (max_bandwidth or 0) << 20}
+            plan = ask("outlook", **wanted)
+            if dry_run:
+                print(json.dumps(plan) if as_json else table_of(plan))
+                return
+            say(line_of(plan))
+            told = ask("move", **wanted)
+        before = _copied(ask("status"))
+        interrupted = False
+        try:
+            record = follow(ask, to_the_end=abort)
+        except KeyboardInterrupt:
+            interrupted = _go_back(ask)
+            record = follow(ask, to_the_end=interrupted)
+        _remember(runtime, record)
+    if interrupted:
+        raise typer.Exit(130)
+    _report("abort" if abort else kind, told["names"], record, before, as_json)
+
+
+def _go_back(ask: Ask) -> bool:
+    """Undo what is under way; False where it was done before that could be."""
+    from ps.errors import RequestError
+
+    try:
+        ask("abort")
+    except RequestError as error:
+        say(f"too late to go back: {error}")
+        return False
+    say("going back to the servers of before; another Ctrl-C leaves that to the cluster")
+    return True
+
+
+def _report(kind: str, names: list[str], record: Mapping[str, Any], before: tuple[int, int], as_json: bool) -> None:
+    from ps.errors import NotApplied
+
+    there = {s["name"] for s in record["servers"]}
+    if kind == "join" and not set(names) <= there:
+        raise NotApplied(record["move_failed"] or f"{', '.join(names)} did not join: it was aborted")
+    if kind == "leave" and set(names) & there:
+        raise NotApplied(f"{', '.join(sorted(set(names) & there))} did not leave: it was aborted")
+    rows, size = (now - then for now, then in zip(_copied(record), before, strict=True))
+    figures = {"epoch": record["epoch"], "servers": sorted(there), "rows_copied": rows, "bytes_copied": size}
+    if as_json:
+        print(json.dumps({"names": names, **figures}))
+        return
+    done = {"join": "joined", "leave": "left", "abort": "gone back"}[kind]
+    left = ", ".join(sorted(there))
+    print(f"{', '.join(names)}: {done} in epoch {record['epoch']}; {rows:,} rows copied; the servers are {left}")
+
+
+def _copied(record: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and bytes that servers have copied to others since they started."""
+    servers = record["servers"]
+    return sum(s.get("copied_rows", 0) for s in servers), sum(s.get("copied_bytes", 0) for s in servers)
+
+
+def _remember(runtime: Any, record: Mapping[str, Any]) -> None:
+    """The runtime file names the servers that there are now: those of the start may be gone."""
+    from dataclasses import replace
+
+    from ps.runtime import write_runtime
+
+    addresses = tuple(a for s in record["servers"] if s["state"] == "alive" for a in s["addresses"])
+    if addresses and set(addresses) != set(runtime.addresses):
+        write_runtime(replace(runtime, addresses=addresses))
+
+
+def follow(ask: Ask, to_the_end: bool = False) -> dict[str, Any]:
+    """Wait until no change is under way, with a bar on a terminal; the status then.
+
+    to_the_end: until nothing at all is left to copy. Raises NotApplied where the controller is away for too long: the
+    change goes on when it is back.
+    """
+    from ps.errors import NotApplied
+
+    total, heard = 0, time.monotonic()
+    with _progress() as show:
+        while True:
+            try:
+                record = ask("status")
+                heard = time.monotonic()
+            except NotApplied as error:
+                if time.monotonic() - heard > SILENT_S:
+                    raise NotApplied(f"{error}; the change goes on once it is back, see `embring status`") from None
+                time.sleep(POLL_S)
+                continue
+            ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
+            left = to_the_end and record["slots_left"]
+            if record["move"] is None and not record["starting"] and not ending and not left:
+                return record
+            total = max(total, record["slots_left"])
+            show(stage(record), total - record["slots_left"], total)
+            time.sleep(POLL_S)
+
+
+def stage(record: Mapping[str, Any]) -> str:
+    """What is under way, in a few words."""
+    if record["starting"]:
+        return f"starting {', '.join(record['starting'])}"
+    move = record["move"]
+    if move is None:
+        return "copying slots" if record["slots_left"] else "ending processes that have left"
+    states = {s["name"]: s["state"] for s in record["servers"]}
+    bad = [f"{name} is {states.get(name, 'gone')}" for name in move["names"] if states.get(name) != "alive"]
+    what = f"{', '.join(move['names'])} {'joining' if move['kind'] == 'join' else 'leaving'}"
+    return what + (f" ({'; '.join(bad)})" if bad else "")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """show(what, done, total): a bar on standard error where that is a terminal, else a line when `what` changes."""
+    if not sys.stderr.isatty():
+        last = [""]
+
+        def show(what: str, done: int, total: int) -> None:
+            if what != last[0]:
+                last[0] = what
+                say(what)
+
+        yield show
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("slots"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def draw(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield draw
+
+
+def line_of(plan: Mapping[str, Any]) -> str:
+    """The change in one line."""
+    verb = "joins" if plan["kind"] == "join" else "leaves"
+    return (
+        f"{', '.join(plan['names'])} {verb}: {plan['slots']:,} copies of slots with about {plan['rows']:,} rows "
+        f"({size(plan['bytes'])}) are copied, some {plan['seconds']:g} s; {plan['turns']:,} slots get another primary"
+    )
+
+
+def table_of(plan: Mapping[str, Any]) -> str:
+    """The change, with loads before and after."""
+    lines = [line_of(plan), ""]
+    for what in ("server", "host"):
+        head = ("copies", "primaries", "bytes")
+        lines.append(f"{what:<24}" + "".join(f"{title:>26}" for title in head))
+        for entry in plan[f"{what}s"]:
+            pairs = [entry["slots"], entry["primaries"], entry["bytes"]]
+            cells = [f"{a:,} -> {b:,}" for a, b in pairs[:2]] + [f"{size(pairs[2][0])} -> {size(pairs[2][1])}"]
+            lines.append(f"{entry['name' if what == 'server' else 'host']:<24}" + "".join(f"{c:>26}" for c in cells))
+        lines.append("")
+    limit = f"{plan['bytes_per_s'] / 2**20:g} MiB/s a server" if plan["bytes_per_s"] else "no limit: 64 MiB/s a server"
+    lines.append(f"rows, bytes and time are estimates, from averages of each table and {limit}")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""`embring table`: list, describe, alter, drop, import and export tables of the running cluster."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from deploy.cli_common import STYLE, JsonOption, YesOption, running
+from deploy.cli_transfer import export_rows, import_rows
+
+HELP = """List, describe, alter and drop tables; bring rows in from other tools' files, and out.
+
+Example:  embring table list
+"""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
+app.command("import")(import_rows)
+app.command("export")(export_rows)
+
+Name = Annotated[str, typer.Argument(help="The table.")]
+
+
+def _client() -> Any:
+    import ps
+
+    running()  # one clear sentence where there is no cluster
+    return ps.connect()
+
+
+@app.command("list")
+def list_tables(as_json: JsonOption = False) -> None:
+    """List the tables with dim, placement, replicas and optimizer.
+
+    Example:  embring table list
+    """
+    with _client() as client:
+        specs = client.tables()
+    if as_json:
+        print(json.dumps({name: spec.to_plain() for name, spec in specs.items()}))
+        return
+    if not specs:
+        print("no tables")
+    for name, spec in specs.items():
+        print(f"{name}  dim {spec.dim}  {spec.placement}  replicas {spec.replicas}  {spec.optimizer.kind}")
+
+
+@app.command()
+def describe(name: Name, as_json: JsonOption = False) -> None:
+    """Show every setting of a table.
+
+    Example:  embring table describe item
+    """
+    with _client() as client:
+        plain = client.describe(name).to_plain()
+    if as_json:
+        print(json.dumps(plain))
+        return
+    for key, value in plain.items():
+        print(f"{key:<12} {value}")
+
+
+@app.command()
+def alter(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The table, with all that share its slots.")],
+    replicas: Annotated[
+        str | None, typer.Option(help='Copies of each row: a number, or "all" for every server.')
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="sharded or whole; cannot change while a table has rows.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give tables more copies or fewer while pulls and pushes go on; returns once they are there.
+
+    Tables of equal placement and replicas share slots, and change together: name all of them.
+
+    Example:  embring table alter item user --replicas 2
+    """
+    from ps.errors import ConfigError
+
+    changes: dict[str, Any] = {}
+    if replicas is not None:
+        if replicas != "all" and not replicas.isdecimal():
+            raise ConfigError(f'--replicas is {replicas!r}; it must be a number from 1 on, or "all"')
+        changes["replicas"] = replicas if replicas == "all" else int(replicas)
+    if placement is not None:
+        changes["placement"] = placement
+    if not changes:
+        raise ConfigError("nothing to change: say --replicas")
+    with _client() as client:
+        client.alter_table(names[0] if len(names) == 1 else names, **changes)
+    record = _settled()
+    if as_json:
+        print(json.dumps({"names": names, **changes, "epoch": record["epoch"]}))
+    else:
+        told = ", ".join(f"{key} {value}" for key, value in changes.items())
+        print(f"{', '.join(names)}: {told} in epoch {record['epoch']}")
+
+
+def _settled() -> dict[str, Any]:
+    """Wait until every slot has the owners that it should have; the status then."""
+    from deploy.cli_servers import follow
+    from ps.cluster import controller
+
+    with controller(running()) as ask:
+        return follow(ask, to_the_end=True)
+
+
+@app.command()
+def drop(name: Name, yes: YesOption = False, as_json: JsonOption = False) -> None:
+    """Remove a table with all its rows.
+
+    Example:  embring table drop item
+    """
+    from ps.errors import ConfigError
+
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("nothing was dropped: say --yes where nobody can be asked")
+    if not yes and not typer.confirm(f"Drop {name} and all its rows?"):
+        raise typer.Exit(1)
+    with _client() as client:
+        client.drop_table(name)
+    print(json.dumps({"dropped": name}) if as_json else f"{name} is dropped")

@@ -1,0 +1,160 @@
+"""What administrators wish for during a run: servers that join and leave, wishes undone, tables that come and go."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable, SetReplicas
+from hashring.view import Move
+from ps.failover import Wish
+from ps.spec import SGD, Initializer, TableSpec
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+SERVERS_MORE = 3
+"""Servers that there may be beyond the replicas of a table."""
+
+MOVING = (
+    *("copy leaves", "copy arrives", "copy taken", "learn leaves", "learn arrives", "a learner is admitted"),
+    *("a move begins or ends", "a slot is handed over"),
+)
+"""Steps that there are more of where servers join and leave."""
+
+TABLES_MAX = 2
+"""Tables of these that there are at a time."""
+
+
+class Changes:
+    """Draws and makes the wishes of one run, of whichever controller there is; what comes of them is not waited for."""
+
+    KINDS = ("join", "leave", "abort")
+
+    def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
+        self.cluster, self.world = cluster, cluster.world
+        rng = self.world.rng
+        aimed = cluster.faults.aims_at(*MOVING, *self.KINDS)
+        moves = rng.random() < 0.6 or aimed
+        self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
+        self.kinds += ["create", "alter", "drop", "copies"] if rng.random() < 0.4 else []
+        self.rate = 1.5 if aimed else rng.choice((0.3, 0.6, 1.2))
+        self.names: list[str] = []
+        self.tables: list[str] = []
+        self.starting: set[str] = set()
+        """Servers whose processes run, and that are in no view yet."""
+        self._made = 0
+        self.active = bool(self.kinds) and not calm
+
+    def begin(self) -> None:
+        """From here on there are wishes."""
+        if self.active:
+            self.world.at(self.world.rng.expovariate(self.rate), self._next)
+
+    def stop(self) -> None:
+        """From here on there are none."""
+        self.active = False
+
+    def _next(self) -> None:
+        if self.active:
+            self.make(self.world.rng.choice(self.kinds))
+            self.begin()
+
+    def make(self, kind: str) -> bool:
+        """Wish for a change of a kind; whether there was one to be wished for, and somebody to be told."""
+        made: bool = getattr(self, "_" + kind)()
+        return made
+
+    def wish(self, change: Wish, what: str) -> bool:
+        """Tell a controller; False where none can be told."""
+        live = [c for c in self.cluster.controllers if c.alive and not c.paused]
+        if not live:
+            return False
+        controller = self.world.rng.choice(live)
+        self.world.counts[what] += 1
+        self.world.say(f"WISH {what}")
+        controller.mind.change(what, change)
+        controller.perform()
+        return True
+
+    # -- servers
+
+    def _present(self) -> list[str]:
+        return [s.name for s in self.cluster.log.newest.servers if "~" not in s.name]
+
+    def _join(self) -> bool:
+        """One or two processes, of new names or of such as have left, are started and then join."""
+        rng, names = self.world.rng, []
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            left = [name for name in self.names if name not in self._present() and not self.cluster.listens(name)]
+            if len(self._present()) + len(names) >= self.cluster.replicas + SERVERS_MORE:
+                break
+            if not left or rng.random() < 0.5:
+                self._made += 1
+                left = [f"n{self._made}"]
+            names.append(left[0])
+            self.names = [*(n for n in self.names if n != left[0]), left[0]]
+        if names:
+            self.starting |= set(names)
+            entries = tuple(self.cluster.start(name).entry for name in names)
+            self.world.at(rng.choice((0.0, rng.uniform(0.0, 0.5))), self._started, tuple(names), entries)
+        return bool(names)
+
+    def _started(self, names: tuple[str, ...], entries: tuple[Any, ...]) -> None:
+        self.wish(Begin(Move("join", names), entries), "join")
+        self.world.at(1.0, self._settled, names)
+
+    def _settled(self, names: tuple[str, ...]) -> None:
+        """Processes whose wish came to nothing are ended."""
+        self.starting -= set(names)
+        for name in names:
+            if name not in self._present():
+                self.cluster.end(name)
+
+    def _leave(self) -> bool:
+        rng, names = self.world.rng, self._present()
+        if len(names) <= self.cluster.replicas:
+            return False
+        some = rng.sample(names, rng.choice((1, 1, 1, 2)))
+        self.names += [name for name in some if name not in self.names]
+        return self.wish(Begin(Move("leave", tuple(some))), "leave")
+
+    def _abort(self) -> bool:
+        return self.cluster.log.newest.move is not None and self.wish(Abort(), "abort")
+
+    # -- tables
+
+    def _create(self) -> bool:
+        if len(self.tables) >= TABLES_MAX:
+            return False
+        self._made += 1
+        name, placement = f"t{self._made}", self.world.rng.choice(("sharded", "sharded", "whole"))
+        spec = TableSpec(
+            name, self.cluster.columns, SGD(lr=1.0), Initializer(0.0, 0.0), placement=placement,
+            replicas=self.cluster.replicas,
+        ).check()  # fmt: skip
+        if not self.wish(CreateTable(name, spec.to_plain(), placement, self.cluster.replicas), "create table"):
+            return False
+        self.tables.append(name)
+        return True
+
+    def _alter(self) -> bool:
+        """A setting that changes nothing which is checked."""
+        table = self.cluster.log.newest.table(self.world.rng.choice(["a", *self.tables]))
+        if table is None:
+            return False
+        rule = SGD(lr=1.0, clip=float(self.world.rng.randrange(100, 200)))
+        spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
+        return self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
+
+    def _copies(self) -> bool:
+        """Another number of copies, of all tables that share slots."""
+        view, rng = self.cluster.log.newest, self.world.rng
+        group, replicas = rng.choice(view.groups), rng.choice((2, 3, "all"))
+        specs = {
+            t.name: replace(TableSpec.from_plain(t.spec), replicas=replicas).check().to_plain()
+            for t in view.tables
+            if t.group == group.number
+        }
+        return self.wish(SetReplicas(specs, replicas), "set replicas")
+
+    def _drop(self) -> bool:
+        return bool(self.tables) and self.wish(DropTable(self.tables.pop(0)), "drop table")
