@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import STYLE, JsonOption, running
+from deploy.cli_common import STYLE, JsonOption, reachable, running
 
 HELP = """Save, restore, list and verify checkpoints.
 
@@ -36,7 +36,7 @@ def save(
 ) -> None:
     """Save every row, or what changed, into a new checkpoint of DIR, named by the time unless --name says otherwise.
 
-    Pushes and pulls go on.
+    Pushes and pulls go on. Asks the servers alone: it works though controller and Ray head are dead.
 
     Example:  embring checkpoint save backups --incremental --keep 3
     """
@@ -44,7 +44,7 @@ def save(
     from ps.checkpoint.save import save as save_rows
     from ps.checkpoint.storage import Storage
 
-    runtime, storage = running(), Storage(folder)
+    runtime, storage = reachable(), Storage(folder)
     with progress("saving") as counter:
         saved = save_rows(
             storage, servers_of(runtime), access_to(runtime), runtime.fingerprint,
