@@ -78,6 +78,25 @@ def kernels(
 
 
 @app.command()
+def checkpoint(
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of the table; 4000000 are 1.1 GB.")] = 1_000_000,
+    dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats in a row.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Saves and restores, each beside `cat`; medians count.")] = 3,
+    servers: Annotated[int, typer.Option(min=1, help="Server processes.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where the files lie; the present folder where left out.")] = None,
+    output: JsonOption = None,
+) -> None:
+    """Save and restore beside `cat` on the same files, bytes of an increment, import and export beside plain reading.
+
+    Example:  embring bench checkpoint --rows 4000000 --json checkpoint.json
+    """
+    from benchmarks.suites import checkpoint as suite
+
+    place = str(folder.resolve()) if folder is not None else None
+    _finish(suite.run(suite.Settings(rows, dim, rounds, servers, place), _say), output)
+
+
+@app.command()
 def placement(
     shape: Annotated[str, typer.Option(help="M: 26 tables, 214 ids a sample; O: one id each.")] = "M",
     ids: Annotated[str, typer.Option(help="Ids a sample of each table, in place of a shape: 3,1,100.")] = "",

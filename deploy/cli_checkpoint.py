@@ -1,54 +1,76 @@
-"""`embring checkpoint save|restore|list`."""
+"""`embring checkpoint save|restore|list|verify|prune`."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from deploy.cli_common import STYLE, JsonOption, reachable, running
 
-HELP = """Save, restore and list checkpoints.
+HELP = """Save, restore, list and verify checkpoints.
 
-Example:  embring checkpoint save backups
+DIR is a folder, or a place that fsspec knows: s3://bucket/path with the package s3fs, and so on.
+
+Example:  embring checkpoint save backups --incremental
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds checkpoints.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="Where checkpoints lie: a folder or an fsspec URL.")]
 NameOption = Annotated[str | None, typer.Option(help="Name of the checkpoint in DIR.")]
 
 
 @app.command()
-def save(folder: Folder, name: NameOption = None, as_json: JsonOption = False) -> None:
-    """Save every row into a new checkpoint of DIR, named by the time unless --name says otherwise. Pushes go on.
+def save(
+    folder: Folder,
+    name: NameOption = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Only what changed since the newest checkpoint, if there is one.")
+    ] = False,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Then remove all but so many full ones, each with its increments.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Save every row, or what changed, into a new checkpoint of DIR, named by the time unless --name says otherwise.
 
-    Asks the servers alone: it works though controller and Ray head are dead.
+    Pushes and pulls go on. Asks the servers alone: it works though controller and Ray head are dead.
 
-    Example:  embring checkpoint save backups
+    Example:  embring checkpoint save backups --incremental --keep 3
     """
-    from hashring.view import Server
-    from ps.checkpoint.move import newest_view
-    from ps.checkpoint.move import save as save_rows
+    from ps.checkpoint.retention import prune
+    from ps.checkpoint.save import save as save_rows
+    from ps.checkpoint.storage import Storage
 
-    runtime = reachable()
-    access = access_to(runtime)
-    view = newest_view([Server("", 0, "", "", (address,)) for address in runtime.addresses], access)
-    with progress("saved") as report:
-        moved = save_rows(folder, view, access, runtime.fingerprint, name=name, report=report)
+    runtime, storage = reachable(), Storage(folder)
+    with progress("saving") as counter:
+        saved = save_rows(
+            storage, servers_of(runtime), access_to(runtime), runtime.fingerprint,
+            name=name, incremental=incremental, counter=counter,
+        )  # fmt: skip
+    pruned = prune(storage, keep, runtime.cluster) if keep else []
     if as_json:
-        print(json.dumps({**vars(moved), "path": str(moved.path)}))
-    else:
-        print(f"{moved.path}: {moved.rows:,} rows of {moved.tables} tables, {moved.bytes:,} bytes")
+        print(json.dumps({**vars(saved), "pruned": pruned}))
+        return
+    what = f"an increment to {saved.parent}: " if saved.parent else ""
+    print(f"{saved.path}: {what}{saved.rows:,} rows, {saved.bytes:,} bytes in {saved.seconds:.1f} s")
+    for gone in pruned:
+        print(f"removed {gone}")
 
 
 @app.command()
 def restore(
     folder: Folder,
     name: NameOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Drop the cluster's tables first.")] = False,
+    table: Annotated[
+        list[str] | None, typer.Option(help="Only this table (again for more), into any running cluster.")
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Drop the cluster's tables first; with --table, replace those at the end."),
+    ] = False,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Go on though tables made later lose rows in the lost slots.")
     ] = False,
@@ -56,46 +78,104 @@ def restore(
 ) -> None:
     """Bring back the newest checkpoint of DIR: all of it into an empty cluster, or the lost slots of its own cluster.
 
-    Example:  embring checkpoint restore backups --name before
+    An increment is restored with all that it stands on. The number of servers may be another. With --table the
+    rest of the cluster goes on, and a table of that name serves until the restored one takes its place.
+
+    Example:  embring checkpoint restore backups --name before --table item --replace
     """
-    from ps.checkpoint.move import restore as restore_rows
+    from ps.checkpoint.restore import restore as restore_rows
+    from ps.checkpoint.storage import Storage
     from ps.cluster import controller
 
     runtime = running()
     access = access_to(runtime)
-    with controller(runtime) as ask, progress("restored") as report:
-        moved = restore_rows(
-            folder, ask, access, name=name, replace_tables=replace, accept_loss=accept_loss, report=report
-        )
+    with controller(runtime) as ask, progress("restoring") as counter:
+        done = restore_rows(
+            Storage(folder), ask, access, name=name, replace_tables=replace, accept_loss=accept_loss,
+            tables=table or (), counter=counter,
+        )  # fmt: skip
     if as_json:
-        print(json.dumps({**vars(moved), "path": str(moved.path)}))
+        print(json.dumps(vars(done)))
     else:
-        print(f"{moved.path}: {moved.rows:,} rows in {moved.slots:,} slots are back")
+        print(f"{done.path}: {done.rows:,} rows in {done.slots:,} slots of {done.tables} tables are back")
 
 
 @app.command("list")
 def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
-    """List the checkpoints of DIR, oldest first.
+    """List the checkpoints of DIR, oldest first; an increment names what it stands on.
 
     Example:  embring checkpoint list backups
     """
-    from ps.checkpoint.files import checkpoints
+    from ps.checkpoint.files import survey
+    from ps.checkpoint.storage import Storage
 
-    known = checkpoints(folder)
+    known, broken = survey(Storage(folder).existing())
     if as_json:
-        keys = ("name", "created", "cluster", "epoch", "rows", "bytes")
+        keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes")
         tables = [{"tables": [t[1] for t in m.tables]} for m in known]
         print(json.dumps([{k: getattr(m, k) for k in keys} | t for m, t in zip(known, tables, strict=True)]))
         return
     for m in known:
-        print(f"{m.name}  {m.created}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  epoch {m.epoch}")
-    if not known:
+        kind = f"+ {m.parent}" if m.parent else "full"
+        print(f"{m.name}  {m.created[:19]}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  {kind}")
+    for error in broken:
+        print(f"damaged: {error}")
+    if not known and not broken:
         print(f"there is no checkpoint in {folder}")
 
 
+@app.command()
+def verify(folder: Folder, name: NameOption = None, as_json: JsonOption = False) -> None:
+    """Read every byte of DIR's checkpoints, or of one and what it stands on, and compare checksums.
+
+    Ends with status 1 where a file is damaged, too short or missing, and names each.
+
+    Example:  embring checkpoint verify backups
+    """
+    from ps.checkpoint.retention import verify as verify_files
+    from ps.checkpoint.storage import Storage
+
+    with progress("verifying") as counter:
+        found = list(verify_files(Storage(folder).existing(), name, counter))
+    bad = [c for c in found if c.problems]
+    if as_json:
+        print(json.dumps([{**vars(c)} for c in found]))
+    else:
+        for c in found:
+            for problem in c.problems:
+                print(f"{c.name}: {problem}")
+        print(f"{len(found) - len(bad)} of {len(found)} checkpoints are sound, {counter.bytes:,} bytes read")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    folder: Folder,
+    keep: Annotated[int, typer.Option(min=1, help="How many full checkpoints stay, each with its increments.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old checkpoints of the running cluster, whole chains only, and what killed saves left a day ago.
+
+    Example:  embring checkpoint prune backups --keep 3
+    """
+    from ps.checkpoint.retention import prune as prune_chains
+    from ps.checkpoint.storage import Storage
+
+    gone = prune_chains(Storage(folder), keep, running().cluster)
+    print(json.dumps(gone) if as_json else "\n".join(f"removed {name}" for name in gone) or "nothing to remove")
+
+
+def servers_of(runtime: Any) -> list[Any]:
+    """The servers that the runtime file names, by address alone."""
+    from hashring.view import Server
+
+    return [Server("", 0, "", "", (address,)) for address in runtime.addresses]
+
+
 def access_to(runtime: Any) -> Any:
-    """How this user reaches the servers of a running cluster: ps.checkpoint.move.Access."""
-    from ps.checkpoint.move import Access
+    """How this user reaches the servers of a running cluster: ps.checkpoint.reach.Access."""
+    from ps.checkpoint.reach import Access
     from ps.fabric.tls import trusting
     from ps.runtime import read_token
 
@@ -103,14 +183,22 @@ def access_to(runtime: Any) -> Any:
 
 
 @contextmanager
-def progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A counter of rows and bytes on standard error, where that is a terminal."""
-    from ps.checkpoint.move import Counter
+def progress(verb: str) -> Iterator[Any]:
+    """A `ps.checkpoint.reach.Counter`, shown as a bar on standard error where that is a terminal."""
+    from ps.checkpoint.reach import Counter
 
     if not sys.stderr.isatty():
-        yield Counter(lambda rows, size: None)
+        yield Counter()
         return
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Console(stderr=True).status("connecting") as status:
-        yield Counter(lambda rows, size: status.update(f"{verb} {rows:,} rows, {size / 2**20:,.0f} MiB"))
+    columns = [TextColumn(verb), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()]
+    with Progress(*columns, TextColumn("{task.fields[moved]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(verb, total=None, moved="")
+
+        def show(counter: Counter) -> None:
+            moved = f"{counter.rows:,} rows, {counter.bytes / 2**20:,.0f} MiB"
+            bar.update(task, total=counter.total or None, completed=counter.done, moved=moved)
+
+        yield Counter(show)

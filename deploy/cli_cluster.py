@@ -23,6 +23,9 @@ def up(
         str | None, typer.Option(help="Join a running Ray at host:port, as RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH say.")
     ] = None,
     state: Annotated[Path | None, typer.Option(help="State folder; default ~/.local/state/embring.")] = None,
+    restore: Annotated[
+        str | None, typer.Option(help='Then restore this checkpoint of [checkpoint] directory; "latest": the newest.')
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a cluster and return; `ps.connect()` and the other commands find it.
@@ -43,7 +46,11 @@ def up(
         find_models(Path(settings.router.models))  # a wrong folder is refused before a process is started
     elif routers is not None:
         raise typer.BadParameter("routers need a models repository: --models DIR, or models in [router]")
+    if restore is not None and not settings.checkpoint.directory:
+        raise typer.BadParameter("--restore needs the directory of [checkpoint] in a cluster.toml: --config FILE")
     runtime = start(settings, state=state, address=address, report=say)
+    if restore is not None:
+        _restored(runtime, settings.checkpoint.directory, restore)
     told = _routers(runtime, settings) if settings.router.models else []
     if as_json:
         print(
@@ -73,6 +80,24 @@ def _changed(settings: Any, section: str, **options: Any) -> Any:
     return settings.with_settings(section, **given) if given else settings
 
 
+def _restored(runtime: Any, directory: str, name: str) -> None:
+    """Restore a checkpoint into the cluster that was just started; a first start finds none."""
+    from deploy.cli_checkpoint import access_to, progress
+    from ps.checkpoint.files import checkpoints
+    from ps.checkpoint.restore import restore
+    from ps.checkpoint.storage import Storage
+    from ps.cluster import controller
+
+    storage = Storage(directory)
+    if name == "latest" and not checkpoints(storage):
+        say(f"there is no checkpoint in {directory} yet: the cluster is empty")
+        return
+    say(f"restoring {name} of {directory}")
+    with controller(runtime) as ask, progress("restoring") as counter:
+        done = restore(storage, ask, access_to(runtime), name=None if name == "latest" else name, counter=counter)
+    say(f"{done.path}: {done.rows:,} rows of {done.tables} tables are back")
+
+
 def _routers(runtime: Any, settings: Any) -> list[dict[str, Any]]:
     """Start the routers; a cluster without them is not what was asked for, and ends again."""
     from deploy.routers import start_all
@@ -92,7 +117,7 @@ def _waiting(router: dict[str, Any]) -> str:
 
 def down(
     yes: YesOption = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Save a checkpoint into this folder first.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Save a checkpoint into this DIR first.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """End the cluster: its servers, its controller and the Ray that `up` started, and nothing else.

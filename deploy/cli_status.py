@@ -106,6 +106,8 @@ def render(record: Mapping[str, Any]) -> Any:
         cure = "`embring checkpoint restore DIR`, or `embring recover --accept-loss`"
         warning = f"{record['slots_lost']} slots are lost: {cure}"
         parts += [Text(), Text(warning, style="bold red")]
+    if line := _checkpoint(record):
+        parts += [Text(), Text(line, style="yellow" if record["checkpoint"]["error"] else "")]
     if record["move"] or record["starting"]:
         from deploy.cli_servers import stage
 
@@ -119,6 +121,22 @@ def render(record: Mapping[str, Any]) -> Any:
     for warning in record["warnings"]:
         parts += [Text(), Text(f"warning: {warning}", style="yellow")]
     return Group(*parts)
+
+
+def _checkpoint(record: Mapping[str, Any]) -> str:
+    """What the controller saves or restores, "" where it does neither."""
+    told = record.get("checkpoint") or {}
+    if not told.get("directory"):
+        return ""
+    done = {"save": "saved", "restore": "restored"}
+    parts = [
+        f"{done[job]} {last['name']} {record['time'] - last['at']:.0f} s ago" for job, last in told["last"].items()
+    ]
+    if told["doing"]:
+        parts.append(f"a {told['doing']} is under way")
+    if told["error"]:
+        parts.append(f"the last one failed: {told['error']}")
+    return f"checkpoints in {told['directory']}: {'; '.join(parts) or 'none yet'}"
 
 
 def _lag(server: Mapping[str, Any]) -> str:

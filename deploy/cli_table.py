@@ -1,4 +1,4 @@
-"""`embring table`: list, describe, alter and drop tables of the running cluster."""
+"""`embring table`: list, describe, alter, drop, import and export tables of the running cluster."""
 
 import json
 import sys
@@ -7,13 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from deploy.cli_common import STYLE, JsonOption, YesOption, running
+from deploy.cli_transfer import export_rows, import_rows
 
-HELP = """List, describe, alter and drop tables.
+HELP = """List, describe, alter and drop tables; bring rows in from other tools' files, and out.
 
 Example:  embring table list
 """
 
 app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
+app.command("import")(import_rows)
+app.command("export")(export_rows)
 
 Name = Annotated[str, typer.Argument(help="The table.")]
 

@@ -98,7 +98,7 @@ def lines(findings: Findings, repair: bool) -> list[str]:
 
 
 class Copies:
-    """Asks the primaries of a running cluster. access: ps.checkpoint.move.Access."""
+    """Asks the primaries of a running cluster. access: ps.checkpoint.reach.Access."""
 
     def __init__(self, addresses: Sequence[str], access: Any) -> None:
         self._addresses = addresses
@@ -107,7 +107,7 @@ class Copies:
     def view(self) -> "View":
         """The newest view that a server answers with."""
         from hashring.view import Server
-        from ps.checkpoint.move import newest_view
+        from ps.checkpoint.reach import newest_view
 
         return newest_view([Server("", 0, "", "", (address,)) for address in self._addresses], self._access)
 
@@ -145,7 +145,7 @@ class Copies:
         self, view: "View", slots: "NDArray[np.int64]", repair: bool, report: Report
     ) -> tuple[int, list[tuple[int, str]], set[int]]:
         """Ask each primary once for all its slots: copies compared, those that differ, slots that were skipped."""
-        from ps.checkpoint.move import call, connected
+        from ps.checkpoint.reach import call, connected
         from ps.errors import NotApplied, PerhapsApplied, WrongView
 
         compared, different, skipped = 0, [], set()

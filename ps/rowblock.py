@@ -40,7 +40,8 @@ class Watermark:
 
     def of(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of these slots, 0 where the watermark does not know one."""
-        order = np.argsort(self.slots, kind="stable")
+        rising = bool((self.slots[1:] > self.slots[:-1]).all())
+        order = slice(None) if rising else np.argsort(self.slots, kind="stable")
         known = self.slots[order]
         if not len(known):
             return np.zeros(len(slots), np.int64)

@@ -13,8 +13,8 @@ import asyncio
 import contextlib
 import gc
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -25,12 +25,13 @@ from hashring.tokens import tokens
 from hashring.view import View
 from ps.config import Config
 from ps.errors import EmbringError, NotApplied, RequestError, judged_by
+from ps.exports import Exports
 from ps.fabric.listen import Listener, ListenLimits, Result
 from ps.fabric.protocol import Welcome
 from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
-from ps.rowblock import RowBlock, Watermark
+from ps.rowblock import RowBlock
 from ps.shared import lease
 from ps.spec import TableSpec
 from ps.store import Store
@@ -52,12 +53,6 @@ Control = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 PART_BYTES = 1024 * 1024
 """Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work."""
 
-EXPORT_ROWS = 4096
-"""Rows in one part of an export, at most."""
-
-EXPORTS_MAX = 16
-"""Exports open at once; the one that was asked for a part longest ago makes room."""
-
 NEWER_S = 1.0
 """How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
 
@@ -66,14 +61,6 @@ TICK_S = 0.05
 
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
-
-
-@dataclass(slots=True)
-class _Export:
-    """An export that is under way: its blocks, and the number of the next part."""
-
-    blocks: Iterator[RowBlock]
-    part: int = 0
 
 
 class Service:
@@ -89,8 +76,7 @@ class Service:
         self._control = control
         self._name = name
         self._absent_ids = 0
-        self._exports: dict[int, _Export] = {}
-        self._export_number = 0
+        self._exports = Exports(store, PART_BYTES)
         self._newer = asyncio.Event()
         server = config.server
         limits = ReplicationLimits(
@@ -319,7 +305,10 @@ class Service:
         return self._outcome(token)
 
     def _range(self, request: Message) -> Result:
-        """One part of the rows whose tokens lie in [start, stop); the next begins at `cursor` (None: there is none)."""
+        """One part of the rows whose tokens lie in [start, stop); the next begins at `cursor` (None: there is none).
+
+        slots: rows of these slots alone.
+        """
         self._serving()
         fields = request.fields
         number = whole(fields, "table", 0, 2**31 - 1)
@@ -330,7 +319,8 @@ class Service:
             raise RequestError(f"table {number} is unknown in epoch {self.view.epoch}")
         spec = TableSpec.from_plain(table.spec)
         rows_max = max(1, PART_BYTES // (4 * spec.dim))
-        for ids, rows in self.store.range(number, start, stop, rows_max):
+        slots = self._slots(request) if "slots" in request.arrays else None
+        for ids, rows in self.store.range(number, start, stop, rows_max, slots):
             if len(ids):
                 # Tokens are a bijection of ids: no other row of the table stands where this part ends.
                 cursor = int(tokens(ids, spec.seed).max()) + 1
@@ -354,34 +344,14 @@ class Service:
 
     def _export(self, request: Message) -> Result | Awaitable[Result]:
         """One part of an export: begun by `slots`, continued by the `cursor` and `part` of the answer before."""
-        if "cursor" not in request.fields:
-            slots = self._slots(request)
-            since = None
-            if "positions" in request.arrays:
-                cluster = whole(request.fields, "cluster", 0, 2**64 - 1)
-                positions = vector(request.arrays, "positions", "<i8")
-                if len(positions) != len(slots):
-                    raise RequestError(f"there are {len(positions)} positions of {len(slots)} slots; each has one")
-                since = Watermark(cluster, slots, positions)
-            while len(self._exports) >= EXPORTS_MAX:
-                self._exports.pop(next(iter(self._exports)))
-            self._export_number += 1
-            cursor, export = self._export_number, _Export(iter(self.store.export(slots, since, EXPORT_ROWS)))
-        else:
-            cursor = whole(request.fields, "cursor")
-            found = self._exports.pop(cursor, None)
-            if found is None or found.part != whole(request.fields, "part"):
-                raise NotApplied(f"export {cursor} does not stand at that part here; begin it again")
-            export = found
-        block = next(export.blocks, None)
-        if block is None:
+        begins = "cursor" not in request.fields
+        told = self._exports.part(request, self._slots(request) if begins else None)
+        if told is None:
             return {"more": False}, {}
-        export.part += 1
-        # Entered anew, so that the first of the dictionary is the one asked for longest ago.
-        self._exports[cursor] = export
-        fields, arrays = block.to_arrays()
+        fields, block = told
+        plain, arrays = block.to_arrays()
         token = self._token()
-        self._held[token] = {"more": True, "cursor": cursor, "part": export.part, "block": fields}, arrays
+        self._held[token] = {"more": True, "block": plain, **fields}, arrays
         self.replication.hold(token, block.slots, block.last)  # it leaves once every owner holds what is in it
         return self._outcome(token)
 

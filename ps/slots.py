@@ -180,10 +180,12 @@ class Tombstones:
 
     def of(self, slots: NDArray[np.int64], since: NDArray[np.int64]) -> Gone:
         """Deletions in these slots after `since`: index into slots, tables, ids, versions; by slot, oldest first."""
+        if not len(slots):
+            return NOTHING_GONE
         order = np.argsort(slots, kind="stable")
         known = slots[order]
-        used = np.flatnonzero(self._slots >= 0)
-        if not len(known) or not len(used):
+        used = np.flatnonzero((self._slots >= known[0]) & (self._slots <= known[-1]) & (self._versions > since.min()))
+        if not len(used):
             return NOTHING_GONE
         at = np.minimum(np.searchsorted(known, self._slots[used]), len(known) - 1)
         where = order[at]

@@ -37,8 +37,8 @@ PS_LAYERS = (  # from the bottom; a module may import its own layer and those be
     {"errors", "ragged", "spec", "share", "kernels", "optimizers", "memory", "config", "runtime", "loop"},
     {"arena", "rowblock", "shared", "slots", "window"},
     {"store", "replication", "rebalance", "failover"},
-    {"wire", "fabric", "service", "peers", "meter", "viewlog"},
-    {"client", "checkpoint", "nn"},
+    {"wire", "fabric", "service", "exports", "peers", "meter", "viewlog"},
+    {"client", "checkpoint", "nn", "bulk"},
     {"server", "controller"},
     {"cluster", "rayhead"},
 )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.kernel_sides import POOLING, KernelBench, Question, change, gather, one_server_store
 from benchmarks.measure import interleave, timed
 from benchmarks.report import Findings
+from ps.exports import EXPORT_ROWS
 from ps.kernels import warmup
-from ps.service import EXPORT_ROWS
 from ps.spec import Adagrad, Placement, TableSpec
 from ps.store import Store
 

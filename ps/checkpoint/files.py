@@ -1,48 +1,61 @@
-"""A checkpoint on disk: a folder that appears whole or not at all, and whose every byte is checked.
+"""A checkpoint's files: a folder that counts from the moment its manifest is there, and whose every byte is checked.
 
-    FOLDER/<name>/manifest.json      what it holds, and the size and checksum (XXH64) of every block
-    FOLDER/<name>/<server>.blocks    blocks, one behind another; each is one frame of the fabric (ps.wire)
+    DIR/NAME/0000.blocks, 0001.blocks, ...   blocks of rows, one behind another
+    DIR/NAME/manifest                        written last: what has no manifest is no checkpoint
 
-Everything is written and synced under a hidden name; the manifest is put in place by rename, and so is the folder
-at last. What has no manifest is no checkpoint.
+All numbers are little-endian. FORMAT is 2; whoever meets a higher one refuses it. A manifest:
+
+    offset  size  field
+    0       8     magic, b"EMBRCKPT"
+    8       4     format (u32)
+    12      4     length n of the body (u32)
+    16      8     XXH3-64 of bytes 0 to 16 and of the body (u64)
+    24      n     body: MessagePack, the fields of `Manifest` by name; arrays are [[dtype, length] ..., packed]
+
+A block is one frame (ps.wire): a MessagePack header ["block", 0, fields, arrays] and raw arrays. fields has cluster,
+copy, sections ([dim, optimizer] each) and packed ([name, dtype, length] each). Arrays are those of `RowBlock`
+by name: rows ("0.ids", "0.tables", "0.values", "0.state", "0.meta", ...) are raw; all others are in the array
+"packed", in the order of the field: offsets as counts, `last` as its difference to `base`; each column's bytes
+transposed; the whole of them deflated (zlib). XXH3-64 and length of each block stand in the manifest, and blocks fill
+their files without a gap: there is no byte that is not covered by a checksum.
+
+An *increment* holds only what changed after the watermark of its parent, which it names together with the checksum of
+the parent's manifest; it needs its parent, up to a full checkpoint: a *chain*, in one DIR.
 """
 
-import json
-import os
+import contextlib
 import re
-import shutil
-import tempfile
+import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import msgpack
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from ps.errors import EmbringError
-from ps.viewlog import sync_folder
-from ps.wire import Buffer
+from ps.checkpoint.codec import pack, read_frame, unpack
+from ps.checkpoint.storage import CheckpointError, Sink, Storage
+from ps.rowblock import Watermark
+from ps.wire import Buffer, Message
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST = "manifest"
+MAGIC = b"EMBRCKPT"
+_HEAD = struct.Struct("<8sIIQ")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
+_BLOCK_COLUMNS = (("file", "<i4"), ("size", "<i8"), ("rows", "<i8"), ("xxh3", "<u8"))
 
 
-class CheckpointError(EmbringError):
-    """A checkpoint is missing, damaged, of another format, or does not fit; names the file and what is wrong."""
-
-    code = "checkpoint"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
-    """Where a block lies in its file, in bytes, and its checksum (16 hexadecimal digits)."""
+    """A block of a file: which one, how long, how many rows, XXH3-64. It begins where the one before it ends."""
 
-    file: str
-    offset: int
+    file: int
     size: int
-    xxh64: str
     rows: int
+    xxh3: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,9 @@ class Manifest:
 
     cluster, epoch, fingerprint: of the view it was taken under. term_max: the highest term of a position in it; a
     restore goes above. tables: [number, name, group, spec]. groups: [number, placement, replicas, first, slots].
-    watermark: where each slot stood, {"slots": ..., "positions": ...} as lists of equal length.
+    slots, positions int64[k]: the watermark, where each slot stood. parent: name of the checkpoint that this one is an
+    increment to, "" for a full one; parent_checksum: of that one's manifest. full: slots that it holds whole.
+    checksum: of this manifest, by which an increment names it.
     """
 
     name: str
@@ -62,9 +77,18 @@ class Manifest:
     term_max: int
     tables: list[list[Any]]
     groups: list[list[Any]]
-    watermark: dict[str, list[int]]
-    blocks: list[Block] = field(default_factory=list)
-    format: int = FORMAT
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    parent: str = ""
+    parent_checksum: int = 0
+    full: int = 0
+    blocks: tuple[Block, ...] = field(default=(), repr=False)
+    checksum: int = 0
+
+    @property
+    def watermark(self) -> Watermark:
+        """What an increment to this checkpoint is asked since."""
+        return Watermark(self.cluster, self.slots, self.positions)
 
     @property
     def rows(self) -> int:
@@ -76,138 +100,218 @@ class Manifest:
         """Bytes of all blocks."""
         return sum(b.size for b in self.blocks)
 
+    @property
+    def files(self) -> dict[str, list[Block]]:
+        """Files by name, each with its blocks in order."""
+        out: dict[str, list[Block]] = {}
+        for block in self.blocks:
+            out.setdefault(file_name(block.file), []).append(block)
+        return out
+
+
+def file_name(number: int) -> str:
+    """The name of a file of blocks."""
+    return f"{number:04}.blocks"
+
+
+# -- writing
+
 
 class BlockFile:
     """A file of blocks being written; used by one thread."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, sink: Sink, number: int) -> None:
         self.blocks: list[Block] = []
-        self._name = name
-        self._file = open(folder / name, "xb")  # noqa: SIM115 - closed by `close`
-        self._offset = 0
+        self._sink, self._number = sink, number
 
-    def append(self, frame: list[Buffer], rows: int) -> None:
-        """Write one block."""
-        digest = xxhash.xxh64()
-        size = 0
+    def append(self, frame: list[Buffer], rows: int) -> int:
+        """Write one block; its bytes."""
+        digest, size = xxhash.xxh3_64(), 0
         for part in frame:
             digest.update(part)
+            self._sink.write(part)
             size += memoryview(part).nbytes
-            self._file.write(part)
-        self.blocks.append(Block(self._name, self._offset, size, digest.hexdigest(), rows))
-        self._offset += size
+        self.blocks.append(Block(self._number, size, rows, digest.intdigest()))
+        return size
 
     def close(self) -> None:
         """Make the file durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._sink.close()
 
 
 class Saving:
-    """A checkpoint being written. As a context manager it leaves nothing behind unless it was committed."""
+    """A checkpoint being written; what is not committed when the context ends is removed."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, storage: Storage, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"the checkpoint's name is {name!r}; it must be 1 to 100 letters, digits or _ . -")
-        self.target = folder / name
-        if self.target.exists():
-            raise CheckpointError(f"{self.target} exists already")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+        self.storage, self.name = storage, name
+        self.files = 0
         self._committed = False
 
     def __enter__(self) -> "Saving":
+        self.storage.make(self.name)
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self._committed:
-            shutil.rmtree(self.path, ignore_errors=True)
+            # Where even that fails, it has no manifest: nobody takes it for a checkpoint, and retention removes it.
+            with contextlib.suppress(OSError):
+                self.storage.remove(self.name)
 
-    def commit(self, manifest: Manifest) -> Path:
-        """Give the checkpoint its name; before this returns, nobody sees it, and afterwards it is durable."""
-        temporary = self.path / f".{MANIFEST}"
-        with open(temporary, "w") as file:
-            json.dump(asdict(manifest), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, self.path / MANIFEST)
-        sync_folder(self.path)
-        self.path.chmod(0o755)
-        os.rename(self.path, self.target)
-        sync_folder(self.target.parent)
+    def file(self) -> BlockFile:
+        """A further file of blocks. Raises OSError."""
+        number, self.files = self.files, self.files + 1
+        return BlockFile(self.storage.create(self.name, file_name(number)), number)
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Make it a checkpoint, durable when this returns; its manifest with the checksum. Raises OSError."""
+        data = encode_manifest(manifest)
+        self.storage.publish(self.name, MANIFEST, data)
         self._committed = True
-        return self.target
+        return decode_manifest(data, self.name)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint in a folder. Raises CheckpointError."""
-    file = path / MANIFEST
-    try:
-        plain = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    version = plain.get("format") if isinstance(plain, dict) else None
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of a manifest."""
+    plain = {f.name: getattr(manifest, f.name) for f in fields(Manifest) if f.name != "checksum"}
+    plain["blocks"] = _packed([np.array([getattr(b, n) for b in manifest.blocks], t) for n, t in _BLOCK_COLUMNS])
+    for name in ("slots", "positions"):
+        plain[name] = _packed([np.asarray(plain[name], "<i8")])
+    body = msgpack.packb(plain)
+    begin = _HEAD.pack(MAGIC, FORMAT, len(body), 0)[:16]
+    return begin + struct.pack("<Q", xxhash.xxh3_64_intdigest(begin + body)) + body
+
+
+def _packed(columns: list[NDArray[Any]]) -> list[Any]:
+    return [[[c.dtype.str, len(c)] for c in columns], pack(columns)]
+
+
+def decode_manifest(data: bytes, path: str) -> Manifest:
+    """The manifest in these bytes of `path`. Raises CheckpointError where they are damaged or of another format."""
+    if len(data) < _HEAD.size or data[:8] != MAGIC:
+        raise CheckpointError(f"{path} is damaged, or no manifest: it does not begin as one")
+    _, version, length, checksum = _HEAD.unpack_from(data)
     if version != FORMAT:
-        raise CheckpointError(f"{file} has format {version!r}; this version reads format {FORMAT}")
-    missing = {f.name for f in fields(Manifest)} ^ set(plain)
-    if missing:
-        raise CheckpointError(f"{file} is damaged: its keys differ in {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path} has format {version}; this version of embring reads format {FORMAT}")
+    body = data[_HEAD.size :]
+    if len(body) != length or xxhash.xxh3_64_intdigest(data[:16] + body) != checksum:
+        raise CheckpointError(f"{path} is damaged: it fails its checksum")
     try:
-        return Manifest(**{**plain, "blocks": [Block(**b) for b in plain["blocks"]]})
-    except TypeError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
+        plain = msgpack.unpackb(body)
+        columns = unpack(*reversed(plain.pop("blocks")))
+        for name in ("slots", "positions"):
+            (plain[name],) = unpack(*reversed(plain[name]))
+        blocks = tuple(Block(*line) for line in zip(*(c.tolist() for c in columns), strict=True))
+        return Manifest(**plain, blocks=blocks, checksum=checksum)
+    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 
-def checkpoints(folder: Path) -> list[Manifest]:
-    """The checkpoints of a folder, oldest first. Raises CheckpointError where the folder cannot be read."""
+# -- reading
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError."""
+    path = storage.path(name, MANIFEST)
     try:
-        entries = [p for p in folder.iterdir() if not p.name.startswith(".") and (p / MANIFEST).is_file()]
+        data = storage.read(name, MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{storage.path(name)} is not a checkpoint: it has no {MANIFEST}") from None
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
-    return sorted((read_manifest(p) for p in entries), key=lambda m: (m.created, m.name))
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    manifest = decode_manifest(data, path)
+    if manifest.name != name:
+        raise CheckpointError(f"{path} is of checkpoint {manifest.name!r}: a checkpoint keeps its name")
+    return manifest
 
 
-def choose(folder: Path, name: str | None) -> Path:
-    """The folder of a named checkpoint, or of the newest one. Raises CheckpointError where there is none."""
-    if name is not None:
-        return folder / name
-    known = checkpoints(folder)
-    if not known:
-        raise CheckpointError(f"there is no checkpoint in {folder}")
-    return folder / known[-1].name
+def survey(storage: Storage) -> tuple[list[Manifest], list[CheckpointError]]:
+    """The checkpoints of a folder, oldest first, and what is wrong with those that cannot be read."""
+    good, bad = [], []
+    for name in storage.names():
+        if _NAME.fullmatch(name) and storage.has(name, MANIFEST):
+            try:
+                good.append(read_manifest(storage, name))
+            except CheckpointError as error:
+                bad.append(error)
+    return sorted(good, key=lambda m: (m.created, m.name)), bad
 
 
-def check_files(path: Path, manifest: Manifest) -> None:
+def checkpoints(storage: Storage) -> list[Manifest]:
+    """The checkpoints of a folder, oldest first. Raises CheckpointError where one cannot be read."""
+    good, bad = survey(storage)
+    if bad:
+        raise bad[0]
+    return good
+
+
+def chain(storage: Storage, name: str | None) -> list[Manifest]:
+    """What a named checkpoint (None: the newest) needs, a full one first, itself last.
+
+    Raises CheckpointError where there is none, or where a link of the chain is missing or another one.
+    """
+    if name is None:
+        known = checkpoints(storage)
+        if not known:
+            raise CheckpointError(f"there is no checkpoint in {storage.root}")
+        manifest = known[-1]
+    else:
+        manifest = read_manifest(storage, name)
+    links = [manifest]
+    while manifest.parent:
+        there = storage.has(manifest.parent, MANIFEST)
+        parent = read_manifest(storage, manifest.parent) if there else None
+        check_link(storage, manifest, parent)
+        assert parent is not None
+        links.append(parent)
+        manifest = parent
+    return links[::-1]
+
+
+def check_link(storage: Storage, manifest: Manifest, parent: Manifest | None) -> None:
+    """Raise CheckpointError unless this is the parent that the manifest names, where it names one."""
+    path = storage.path(manifest.name)
+    if manifest.parent and parent is None:
+        raise CheckpointError(f"{path} is an increment to {manifest.parent!r}, which is missing")
+    if parent is not None and (parent.checksum, parent.cluster) != (manifest.parent_checksum, manifest.cluster):
+        raise CheckpointError(f"{path} is an increment to another {manifest.parent!r} than the one here")
+
+
+def unfinished(storage: Storage) -> list[str]:
+    """Folders of saves that did not end, or not yet."""
+    names = [n for n in storage.names() if _NAME.fullmatch(n) and not storage.has(n, MANIFEST)]
+    return [n for n in names if storage.has(n, file_name(0))]
+
+
+def check_files(storage: Storage, manifest: Manifest) -> None:
     """Raise CheckpointError unless every file is there in its full length (contents are checked as they are read)."""
-    ends: dict[str, int] = {}
-    for block in manifest.blocks:
-        if Path(block.file).name != block.file:
-            raise CheckpointError(f"{path / MANIFEST} names a file outside of its folder: {block.file!r}")
-        ends[block.file] = max(ends.get(block.file, 0), block.offset + block.size)
-    for name, end in ends.items():
+    for name, blocks in manifest.files.items():
+        path, end = storage.path(manifest.name, name), sum(b.size for b in blocks)
         try:
-            size = (path / name).stat().st_size
+            size = storage.size(manifest.name, name)
         except OSError as error:
-            raise CheckpointError(f"{path / name} is missing: {error.strerror}") from None
+            raise CheckpointError(f"{path} is missing: {error.strerror or error}") from None
         if size != end:
-            raise CheckpointError(f"{path / name} has {size} bytes; the manifest counts {end}")
+            raise CheckpointError(f"{path} has {size} bytes; the manifest counts {end}")
 
 
-def read_blocks(path: Path, blocks: list[Block]) -> Iterator[tuple[Block, bytearray]]:
-    """Each block with its bytes, checked. Raises CheckpointError naming the file and the place of a damaged one."""
-    for block in blocks:
-        data = bytearray(block.size)
-        with open(path / block.file, "rb") as file:
-            file.seek(block.offset)
-            got = file.readinto(data)
-        if got != block.size or xxhash.xxh64_hexdigest(data) != block.xxh64:
-            raise CheckpointError(
-                f"{path / block.file} is damaged: the block at byte {block.offset} fails its checksum"
-            )
-        yield block, data
+def read_blocks(storage: Storage, manifest: Manifest, name: str) -> Iterator[tuple[Block, Message]]:
+    """Each block of a file with its message, checked. Raises CheckpointError naming the file and the damaged place."""
+    path, at = storage.path(manifest.name, name), 0
+    try:
+        with storage.open(manifest.name, name) as file:
+            for block in manifest.files[name]:
+                try:
+                    frame, message = read_frame(file, block.size)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{path} is damaged: the block at byte {at}: {error}") from None
+                digest = xxhash.xxh3_64()
+                for part in frame:
+                    digest.update(part)
+                if digest.intdigest() != block.xxh3:
+                    raise CheckpointError(f"{path} is damaged: the block at byte {at} fails its checksum")
+                yield block, message
+                at += block.size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -281,6 +281,13 @@ class Client:
         """
         self._run(self._verbs.push(name, ids, rows, "assign", 1.0, timeout))
 
+    def assign_nowait(self, name: str, ids: ArrayLike, rows: ArrayLike, timeout: float | None = None) -> PushHandle:
+        """`assign` that returns once it is sent; see `push_nowait`.
+
+        >>> client.assign_nowait("item", [3], np.zeros((1, 32), np.float32)).result()
+        """
+        return self._launch(self._verbs.push(name, ids, rows, "assign", 1.0, timeout))
+
     def delete(self, name: str, ids: ArrayLike, timeout: float | None = None) -> None:
         """Forget the rows of ids; an id without a row is no error. The guarantees are those of `push`.
 

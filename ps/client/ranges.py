@@ -1,8 +1,9 @@
 """A range pull: every row of a token interval once, also while slots move between servers.
 
-Each slot remembers up to which token its rows were taken. A call asks one server for a run of neighbouring slots
-that it owns. An answer counts only if the server judged by the view that the call was planned with, or by one in which
-the owner and the term of those slots are the same: then the rows are the slots' own, and will not be asked for again.
+Each slot remembers up to which token its rows were taken. A call asks one server for a run of slots that it owns, in
+the order of the ring; neighbours mostly have other owners. An answer counts only if the server judged by the
+view that the call was planned with, or by one in which the owner and the term of those slots are the same: then the
+rows are the slots' own, and will not be asked for again.
 """
 
 import time
@@ -24,17 +25,16 @@ RING_LAST = 2**64 - 1
 BLOCK_BYTES = 2**20
 """Rows are gathered up to about this many bytes before they are handed out."""
 
-RUNS_MAX = 16
-"""Calls to one server at once."""
+RUNS = 4
+"""Runs that the slots of one server are cut into: calls that are on their way to it at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Slots low..high-1 of the table, all owned by one server."""
+    """Slots of the table (int64[k], rising, from 0), all owned by one server; at most the first of them was begun."""
 
     server: int
-    low: int
-    high: int
+    slots: NDArray[np.int64]
 
 
 class PullRange:
@@ -47,6 +47,7 @@ class PullRange:
         self._last = RING_LAST if end is None else end - 1
         self._timeout = timeout
         self._number = -1
+        self._firsts: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._next: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._lasts: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._open: NDArray[np.bool_] = np.empty(0, np.bool_)
@@ -56,7 +57,8 @@ class PullRange:
         """Of each slot: the first token that is still to be taken, the last one, and whether any is left."""
         width = 2 ** (64 - info.bits)
         first = [s * width for s in range(2**info.bits)]
-        self._next = np.array([max(f, self._start) for f in first], np.uint64)
+        self._firsts = np.array([max(f, self._start) for f in first], np.uint64)
+        self._next = self._firsts.copy()
         self._lasts = np.array([min(f + width - 1, self._last) for f in first], np.uint64)
         self._open = self._next <= self._lasts
         self._number = info.number
@@ -100,17 +102,15 @@ class PullRange:
         if (owners == -1).any():
             slots = (np.flatnonzero(owners == -1) + info.first).tolist()
             raise SlotsLost(f"{len(slots)} slots of table {self._name!r} have no living owner", slots)
-        edges = np.flatnonzero(np.diff(owners)) + 1
-        # A slot that was begun must come first in its run, since a run is asked from its first open token on.
-        begun = np.flatnonzero(self._open[1:] & (self._next[1:] != self._lasts[:-1] + np.uint64(1))) + 1
-        lows = np.unique(np.concatenate([[0], edges, begun]))
-        taken: dict[int, int] = {}
+        begun = self._next > self._firsts
         runs = []
-        for low, high in zip(lows.tolist(), [*lows.tolist()[1:], len(owners)], strict=True):
-            s = int(owners[low])
-            if s >= 0 and taken.get(s, 0) < RUNS_MAX:
-                taken[s] = taken.get(s, 0) + 1
-                runs.append(_Run(s, low, high))
+        for server in np.unique(owners[owners >= 0]).tolist():
+            slots_of = np.flatnonzero(owners == server)
+            # A slot that was begun must come first in its run, since a run is asked from its first open token on.
+            cuts = np.flatnonzero(begun[slots_of])
+            if len(cuts) < RUNS:
+                cuts = np.union1d(cuts, np.arange(RUNS) * len(slots_of) // RUNS)
+            runs += [_Run(server, part) for part in np.split(slots_of, cuts) if len(part)]
         return runs
 
     def _round(
@@ -118,7 +118,7 @@ class PullRange:
     ) -> Generator[Command, dict[int, EmbringError], dict[int, EmbringError]]:
         """Ask for every run at once and keep what counts; errors by server."""
         replies: dict[int, Message] = {}
-        calls = [self._call(key, run, routing) for key, run in enumerate(runs)]
+        calls = [self._call(key, run, routing, info) for key, run in enumerate(runs)]
         ask = Ask(routing.servers, calls, replies.__setitem__, self._verbs.attempt_until(until))
         failed = {runs[key].server: error for key, error in (yield ask).items()}
         for key, reply in replies.items():
@@ -132,21 +132,21 @@ class PullRange:
             self._take(run, reply, parts)
         return failed
 
-    def _call(self, key: int, run: _Run, routing: Routing) -> Call:
-        last = int(self._lasts[run.high - 1])
+    def _call(self, key: int, run: _Run, routing: Routing, info: TableInfo) -> Call:
+        last = int(self._lasts[run.slots[-1]])
         fields = {
             "table": self._number,
-            "start": int(self._next[run.low]),
+            "start": int(self._next[run.slots[0]]),
             "stop": None if last == RING_LAST else last + 1,
             "epoch": routing.epoch,
         }
-        return Call(key, run.server, "range", fields, {})
+        return Call(key, run.server, "range", fields, {"slots": run.slots + info.first})
 
     def _take(self, run: _Run, reply: Message, parts: list[RowRange]) -> None:
         """Keep the rows of a run, and remember up to where it was answered."""
         if len(reply.arrays["ids"]):
             parts.append(RowRange(reply.arrays["ids"], reply.arrays["rows"]))
-        span = slice(run.low, run.high)
+        span = run.slots
         cursor = reply.fields.get("cursor")
         if cursor is None or int(cursor) > RING_LAST:
             self._open[span] = False
@@ -160,7 +160,7 @@ class PullRange:
         table = now.tables.get(self._name)
         if table is None or table.number != info.number:
             return False
-        span = slice(info.first + run.low, info.first + run.high)
+        span = info.first + run.slots
         owner = before.servers[run.server].incarnation
         here = [s for s, server in enumerate(now.servers) if server.incarnation == owner]
         same_owner = bool(here) and bool((now.primaries[span, 0] == here[0]).all())

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import ray
 from ray.exceptions import RayError
 
@@ -28,10 +27,11 @@ from hashring.view import Move, Server, View
 from ps.config import Config, ControlConfig, config_from_plain
 from ps.controller.admin import change_of, last_owned
 from ps.controller.figures import figures
+from ps.controller.keeper import Job, Keeper
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
 from ps.controller.outlook import begun, names_for, outlook
-from ps.controller.restore import Restore, conclude, prepare, recovered
+from ps.controller.restore import Restore, conclude, prepare, recovered, told
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
 from ps.errors import EmbringError, NotApplied, RequestError
@@ -81,7 +81,9 @@ class Control:
         self._tls = trusting(config.tls.trusted)
         self._begun = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._restoring: Restore | None = None
+        self._restoring: tuple[int, Restore] | None = None
+        self._restores = 0
+        self.keeper = Keeper(config.checkpoint, lambda: self.shell.view, self._order)
         self._published: tuple[str, ...] = ()
         self._starting: tuple[str, ...] = ()
         self._aborted = False
@@ -110,6 +112,7 @@ class Control:
         await self.shell.spread(self.shell.view.epoch)
         self._begun.set()
         self._keep(self._end_superfluous())
+        self._keep(self.keeper.run())
         log.info("%d servers run", len(names))
 
     def _keep(self, work: Any) -> None:
@@ -285,7 +288,8 @@ class Control:
 
     async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
-        flags = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        flags: dict[str, Any] = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        flags["tables"] = [str(name) for name in fields.get("tables") or ()]
         begun: list[Restore] = []
 
         def wish(view: View) -> View | None:
@@ -293,20 +297,32 @@ class Control:
             return begun[0].first
 
         await self._change(wish)
-        restore = self._restoring = begun[0]
-        return {
-            "view": msgpack.packb(restore.final.to_plain()),
-            "slots": restore.slots,
-            "tables": restore.tables,
-            "wanted": restore.wanted,
-        }
+        self._restores += 1
+        self._restoring = (self._restores, begun[0])
+        return {**told(begun[0]), "restore": self._restores}
 
-    async def _restored(self) -> dict[str, Any]:
+    async def _restored(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """End a restore: its rows are where they belong."""
-        restore, self._restoring = self._restoring, None
-        if restore is None:
-            raise RequestError("no restore is under way, or the controller was restarted during it: restore again")
+        number, restore = self._restoring or (0, None)
+        if restore is None or number != fields.get("restore"):
+            raise RequestError("another restore has begun, or the controller was restarted: restore again")
+        self._restoring = None
         return {"epoch": await self._change(lambda view: conclude(view, restore))}
+
+    def _order(self, what: Job) -> dict[str, Any]:
+        """What the process that saves or restores for the controller must know."""
+        checkpoint, view = self.config.checkpoint, self.shell.view
+        return {
+            "what": what,
+            "directory": checkpoint.directory,
+            "full_every": checkpoint.full_every,
+            "keep": checkpoint.keep,
+            "servers": [[s.name, s.incarnation, list(s.addresses)] for s in view.servers if s.alive],
+            "token": self._setup.token,
+            "tls_ca": self.config.tls.trusted,
+            "fingerprint": self.config.fingerprint,
+            "cluster": view.cluster,
+        }
 
     async def _recover(self) -> dict[str, Any]:
         """Give lost slots to living servers, without their rows."""
@@ -344,7 +360,7 @@ class Control:
         if verb == "restore":
             return await self._restore(fields)
         if verb == "restored":
-            return await self._restored()
+            return await self._restored(fields)
         if verb == "failover":
             return await self._fail_over(fields)
         if verb == "outlook":
@@ -373,6 +389,7 @@ class Control:
             "starting": list(self._starting),
             "move_failed": self._failed,
             "fingerprint": self.config.fingerprint,
+            "checkpoint": self.keeper.status(),
             "metrics": self.metrics,
             "time": time.time(),
         }

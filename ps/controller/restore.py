@@ -9,20 +9,23 @@ Slots that are being restored stay *lost* until every row of theirs is back: nob
      the checkpoint, so that no position is ever used twice. It is planned from what is the newest view by then: other
      slots may have changed owners meanwhile.
 
+Some tables alone come *beside* what runs: under hidden names, in slots of their own, and the last view gives them
+their names; a table of the same name serves until then, and is dropped by that view.
+
 Whatever happens before the third step leaves the slots lost, and the restore can be begun again.
 
 Slots that begin anew have one owner, whose copies are then made as after a failure: of two, one might still hold an
 older copy of its own.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hashring.planner import CreateTable, PlanError, Reassign, Recover, plan
-from hashring.view import Group, Server, Table, View
+from hashring.planner import CreateTable, DropTable, PlanError, Reassign, Recover, plan
+from hashring.view import Group, Server, View
 from ps.errors import RequestError
 
 
@@ -32,7 +35,7 @@ class Restore:
 
     slots: [first in the checkpoint, first here, count] of each group. tables: number in the checkpoint -> here; rows
     of other tables are left out. wanted: numbers (here) of the slots that rows are taken for. term_max: the highest
-    term in the checkpoint.
+    term in the checkpoint. renames: hidden name -> the table's own.
     """
 
     first: View | None
@@ -41,13 +44,19 @@ class Restore:
     tables: dict[int, int]
     wanted: list[int]
     term_max: int
+    renames: Mapping[str, str] = field(default_factory=dict)
 
 
-def prepare(view: View, manifest: Mapping[str, Any], *, replace_tables: bool, accept_loss: bool) -> Restore:
+def prepare(
+    view: View, manifest: Mapping[str, Any], *, replace_tables: bool, accept_loss: bool, tables: Sequence[str] = ()
+) -> Restore:
     """Plan a restore. Raises RequestError, in one sentence, where the checkpoint does not fit.
 
-    manifest: cluster, term_max, tables and groups of a checkpoint (ps.checkpoint.files.Manifest).
+    manifest: cluster, term_max, tables and groups of a checkpoint (ps.checkpoint.files.Manifest). tables: only these,
+    beside whatever else there is.
     """
+    if tables:
+        return _beside(view, manifest, tables, replace_tables)
     groups = {g.number: g for g in view.groups}
     known = [[number, first] for number, _, _, first, _ in manifest["groups"]]
     own = manifest["cluster"] == view.cluster and all(n in groups and groups[n].first == f for n, f in known)
@@ -57,9 +66,28 @@ def prepare(view: View, manifest: Mapping[str, Any], *, replace_tables: bool, ac
         names = ", ".join(sorted(t.name for t in view.tables)[:10])
         raise RequestError(
             f"the cluster has tables ({names}) and none of this checkpoint's slots is lost: "
-            "restore into an empty cluster, or say --replace to drop its tables"
+            "restore into an empty cluster, choose tables with --table, or say --replace to drop the cluster's"
         )
     return _afresh(view, manifest)
+
+
+def told(restore: Restore) -> dict[str, Any]:
+    """What whoever carries the rows must know: plain data.
+
+    slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot here, as bytes; an index into servers
+    ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted.
+    """
+    final = restore.final
+    owners = np.full(final.slots_total, -1, "<i2")
+    wanted = np.array(restore.wanted, np.int64)
+    owners[wanted] = final.owners()[wanted, 0]
+    return {
+        "cluster": final.cluster,
+        "slots": restore.slots,
+        "tables": [[there, here] for there, here in restore.tables.items()],
+        "owners": owners.tobytes(),
+        "servers": [[s.name, s.incarnation, s.host, s.zone, list(s.addresses)] for s in final.servers],
+    }
 
 
 def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore:
@@ -89,7 +117,7 @@ def conclude(view: View, restore: Restore) -> View:
             "a server that rows were sent to has died, or tables were dropped, during the restore: "
             "its slots stay lost, restore again"
         )
-    return _above(_planned(view, Reassign(wanted, owners)), restore.term_max)
+    return _renamed(_above(_planned(view, Reassign(wanted, owners)), restore.term_max), restore.renames)
 
 
 def recovered(view: View) -> View:
@@ -109,29 +137,82 @@ def _any_lost(group: Group, lost: np.ndarray) -> bool:
 
 def _afresh(view: View, manifest: Mapping[str, Any]) -> Restore:
     """All of a checkpoint into a cluster whose tables, if it has any, are dropped."""
-    made = replace(view, tables=(), groups=())
-    for _, name, _, spec in sorted(manifest["tables"], key=lambda entry: entry[0]):
-        made = _planned(made, CreateTable(name, spec, spec["placement"], spec["replicas"]))
+    return _into(replace(view, tables=(), groups=()), manifest)
+
+
+def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
+    """The tables of a checkpoint beside those of the view, whose slots stay as they are."""
+    made, groups = _made(view, manifest["tables"])
     epoch = view.epoch + 1
     nobody = Server(f"restore~{epoch}", 0, "", alive=False)
-    hidden = tuple(
+    here = set(groups.values())
+    hidden = (
         replace(g, owners=np.full((g.slots, 1), len(made.servers), np.int16), terms=np.full(g.slots, epoch))
+        if g.number in here
+        else g
         for g in made.groups
     )
-    first = replace(made, epoch=epoch, servers=(*made.servers, nobody), groups=hidden).check()
-    final = _above(recovered(first), manifest["term_max"]) if first.groups else _empty(first)
-    numbers = {name: number for number, name, _, _ in manifest["tables"]}
-    tables = {numbers[t.name]: t.number for t in first.tables}
-    starts = {number: first_slot for number, _, _, first_slot, _ in manifest["groups"]}
-    home = {number: group for number, _, group, _ in manifest["tables"]}
-    slots = [[starts[home[numbers[t.name]]], *_place(first, t)] for t in first.tables]
-    unique = [list(entry) for entry in sorted({tuple(entry) for entry in slots})]
-    return Restore(first, final, unique, tables, np.flatnonzero(first.lost()).tolist(), manifest["term_max"])
+    first = replace(made, epoch=epoch, servers=(*made.servers, nobody), groups=tuple(hidden)).check()
+    final = _above(recovered(first), manifest["term_max"]) if here else _empty(first)
+    there = sorted(number for number, _, _, _ in manifest["tables"])
+    tables = dict(zip(there, (t.number for t in first.tables[len(view.tables) :]), strict=True))
+    starts = {number: start for number, _, _, start, _ in manifest["groups"]}
+    places = {old: first.group(number) for old, number in groups.items()}
+    slots = sorted([starts[old], group.first, group.slots] for old, group in places.items())
+    wanted = np.concatenate([np.arange(f, f + count) for _, f, count in slots] or [np.empty(0, np.int64)])
+    return Restore(first, final, slots, tables, np.sort(wanted).tolist(), manifest["term_max"])
 
 
-def _place(view: View, table: Table) -> list[int]:
-    group = view.group(table.group)
-    return [group.first, group.slots]
+def _made(view: View, entries: Sequence[Sequence[Any]]) -> tuple[View, dict[int, int]]:
+    """The view with tables made, in the order of their numbers, and each group's number: there -> here.
+
+    Tables that shared slots share them again, and with no others: two slots cannot be put into one.
+    """
+    groups: dict[int, int] = {}
+    for _, name, there, spec in sorted(entries, key=lambda entry: entry[0]):
+        alike = {g.number for g in view.groups if (g.placement, g.replicas) == ("sharded", spec["replicas"])}
+        unseen = alike - {groups.get(there, -1)}
+        kept = tuple(g for g in view.groups if g.number not in unseen)
+        part = replace(view, groups=kept, tables=tuple(t for t in view.tables if t.group not in unseen))
+        part = _planned(part, CreateTable(name, spec, spec["placement"], spec["replicas"]))
+        new = part.tables[-1]
+        groups[there] = new.group
+        back = tuple(g for g in view.groups if g.number in unseen)
+        view = replace(part, groups=(*part.groups, *back), tables=(*view.tables, new))
+    return view, groups
+
+
+def _beside(view: View, manifest: Mapping[str, Any], names: Sequence[str], replace_tables: bool) -> Restore:
+    """Some of a checkpoint's tables into a cluster that runs."""
+    known = {entry[1] for entry in manifest["tables"]}
+    for name in names:
+        if name not in known:
+            raise RequestError(f"the checkpoint has no table {name!r}; it has {', '.join(sorted(known)) or 'none'}")
+        if view.table(name) is not None and not replace_tables:
+            raise RequestError(f"table {name!r} exists: say --replace to have it replaced once all rows are there")
+    hidden = {name: f"{name}.restoring" for name in names}
+    for left in hidden.values():
+        if (table := view.table(left)) is not None:
+            if not _any_lost(view.group(table.group), view.lost()):
+                raise RequestError(f"table {left!r} is in the way: a restore uses that name")
+            view = _planned(view, DropTable(left))  # of a restore that did not end
+    saved = [entry for entry in manifest["tables"] if entry[1] in hidden]
+    chosen = [[number, hidden[name], group, {**spec, "name": hidden[name]}] for number, name, group, spec in saved]
+    restore = _into(view, {**manifest, "tables": chosen})
+    return replace(restore, renames={there: name for name, there in hidden.items()})
+
+
+def _renamed(view: View, renames: Mapping[str, str]) -> View:
+    """The view in which hidden tables take the places of those whose names they are given."""
+    epoch = view.epoch
+    for there, name in renames.items():
+        if view.table(there) is None:
+            raise RequestError(f"table {name!r} was dropped while it was restored")
+        if view.table(name) is not None:
+            view = _planned(view, DropTable(name))
+        tables = (replace(t, name=name, spec={**t.spec, "name": name}) if t.name == there else t for t in view.tables)
+        view = replace(view, tables=tuple(tables))
+    return replace(view, epoch=epoch).check()
 
 
 def _empty(first: View) -> View:
@@ -147,7 +228,7 @@ def _above(view: View, term_max: int) -> View:
     return replace(view, epoch=epoch, groups=groups).check()
 
 
-def _planned(view: View, change: CreateTable | Recover | Reassign) -> View:
+def _planned(view: View, change: CreateTable | DropTable | Recover | Reassign) -> View:
     try:
         return plan(view, change)
     except PlanError as error:

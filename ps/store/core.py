@@ -370,14 +370,19 @@ class Store:
         return self.held.slots.positions[np.asarray(slots, np.int64)]
 
     def range(
-        self, table: int, start: int = 0, stop: int | None = None, rows_max: int = 65_536
+        self,
+        table: int,
+        start: int = 0,
+        stop: int | None = None,
+        rows_max: int = 65_536,
+        slots: NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Every row of a table whose token is in [start, stop) (None: the ring's end), in token order.
 
-        Yields (ids int64[k], rows float32[k, dim]), k mostly up to rows_max. Pushes may come in between: a row that is
-        there throughout comes exactly once. WrongView where a slot of the interval is not owned here.
+        slots: of these alone. Yields (ids int64[k], rows float32[k, dim]), k mostly up to rows_max. Pushes may come in
+        between: a row that is there throughout comes exactly once. WrongView where a slot of them is not owned here.
         """
-        return transfer.token_range(self.held, table, start, stop, rows_max)
+        return transfer.token_range(self.held, table, start, stop, rows_max, slots)
 
     def compact(self, work_max: int = 32_768) -> bool:
         """One bounded step of giving freed memory back; True while there is more to do. Call when idle."""

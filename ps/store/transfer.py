@@ -15,12 +15,20 @@ from ps.window import ClientEntries
 
 _RING = 2**64
 
+SCAN = 4
+"""Rows whose version is read in the time in which one is copied, at the least."""
+
 
 # -- ranges
 
 
 def token_range(
-    held: Holdings, table: int, start: int, stop: int | None, rows_max: int
+    held: Holdings,
+    table: int,
+    start: int,
+    stop: int | None,
+    rows_max: int,
+    slots: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """See `Store.range`."""
     entry = held.registry.entry(table)
@@ -32,6 +40,8 @@ def token_range(
     arena = held.registry.arenas[entry.arena]
     shift = 64 - entry.bits
     numbers = np.arange(entry.first + (start >> shift), entry.first + ((end - 1) >> shift) + 1)
+    if slots is not None:
+        numbers = np.intersect1d(numbers, slots, assume_unique=True)
     held.require(numbers, OWNER)
     for batch, part, parts in _pieces([arena], numbers, rows_max):
         if table not in held.registry.entries:
@@ -82,9 +92,12 @@ def export(
     """Blocks that bring an empty copy, or one that stands at `since`, to where the slots stand.
 
     A slot whose `since` is off its lineage, or older than the deletions kept, is sent whole; one of a later term, or
-    of another cluster, is refused. A slot of more than rows_max rows is cut by token intervals, which name the same
-    ids however its segments grow meanwhile; its last part repeats what was changed since the first, so that the slot
-    at `last` is exactly what stood there at that moment.
+    of another cluster, is refused. Changes are found by looking at the version of every row, which costs far less than
+    copying it: they are looked for among SCAN times as many rows as a block may hold.
+
+    A slot of more rows than that is cut by token intervals, which name the same ids however its segments grow
+    meanwhile; its last part repeats what was changed since the first, so that the slot at `last` is exactly what stood
+    there at that moment.
     """
     if since is not None and since.cluster != held.cluster:
         raise RequestError(f"the watermark is of cluster {since.cluster}; this is cluster {held.cluster}")
@@ -93,7 +106,8 @@ def export(
     held.require(slots, PRIMARY)
     if copy is None:
         copy = secrets.randbits(62)
-    for batch, part, parts in _pieces(held.registry.arenas, slots, rows_max):
+    looked_at = rows_max if since is None else rows_max * SCAN
+    for batch, part, parts in _pieces(held.registry.arenas, slots, looked_at):
         held.require(batch, PRIMARY)
         if part == 0:
             base = np.zeros(len(batch), np.int64) if since is None else _bases(held, batch, since)

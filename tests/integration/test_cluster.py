@@ -210,10 +210,18 @@ def test_a_stopped_server_is_called_silent_and_loses_nothing(machine):
 def test_a_killed_server_loses_its_slots_until_they_are_recovered(machine, tmp_path):
     """kill -9: the rows of its slots are gone, and nobody is given initial rows for what was trained."""
     ids = np.arange(5000, dtype=np.int64)
-    machine.embring("checkpoint", "save", str(tmp_path), "--name", "before")
+    saves = str(tmp_path / "saves")
+    machine.embring("checkpoint", "save", saves, "--name", "before")
     victim = machine.status()["servers"][1]
     with machine.connect() as client:
+        client.push("item", ids[:50], np.ones((50, 8), np.float32))
+        machine.embring("checkpoint", "save", saves, "--incremental")
+        assert "2 of 2 checkpoints are sound" in machine.embring("checkpoint", "verify", saves).stdout
         before = client.pull("item", ids)
+        machine.embring("table", "export", "item", str(tmp_path / "item.parquet"))
+        told = machine.embring("table", "import", "item", str(tmp_path / "item.parquet"), "--json").stdout
+        assert json.loads(told)["rows"] == 5000
+        np.testing.assert_array_equal(client.pull("item", ids), before)
         os.kill(victim["pid"], signal.SIGKILL)
 
         def restarted() -> bool:
@@ -231,7 +239,7 @@ def test_a_killed_server_loses_its_slots_until_they_are_recovered(machine, tmp_p
 
         assert f"{victim['slots']} slots are lost" in machine.embring("recover", status=1).stderr
         assert "are lost" in machine.embring("status").stdout
-        machine.embring("checkpoint", "restore", str(tmp_path))
+        machine.embring("checkpoint", "restore", saves)
         assert machine.status()["slots_lost"] == 0
         np.testing.assert_array_equal(client.pull("item", ids), before)
 

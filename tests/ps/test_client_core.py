@@ -160,13 +160,15 @@ class World:
         table, start, stop = call.fields["table"], call.fields["start"], call.fields["stop"]
         found = next(t for t in self.view.tables if t.number == table)
         group = self.view.group(found.group)
-        first, last = start >> 58, ((stop or 2**64) - 1) >> 58
+        slots = call.arrays["slots"] - group.first
+        assert (slots[1:] > slots[:-1]).all()
         index = next((i for i, s in enumerate(self.view.servers) if s.incarnation == server.incarnation), -1)
-        if not (group.owners[first : last + 1, 0] == index).all():
+        if not (group.owners[slots, 0] == index).all():
             raise WrongView("not mine", self.view.epoch)
         held = [i for t, i in self.rows if t == table]
         places = tokens(np.array(held, np.int64), found.spec["seed"]).tolist() if held else []
         inside = sorted((p, i) for p, i in zip(places, held, strict=True) if start <= p < (stop or 2**64))
+        inside = [(p, i) for p, i in inside if p >> 58 in slots]
         cut = inside[: self.part]
         ids = np.array([i for _, i in cut], np.int64)
         rows = np.array([self.rows[table, i] for _, i in cut], np.float32).reshape(-1, DIM)

@@ -11,11 +11,11 @@ from hashring.tokens import tokens
 from hashring.view import Server, View
 from ps.config import Config
 from ps.errors import ConfigError, EmbringError, NotApplied, RequestError, WrongView
+from ps.exports import EXPORTS_MAX as EXPORTS
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
 from ps.loop import LoopThread
 from ps.meter import BUCKETS_S
-from ps.service import EXPORTS_MAX as EXPORTS
 from ps.service import Service, serve
 from ps.share import PullShare, PushShare, features_of
 from ps.spec import SGD, Initializer, TableSpec
@@ -260,7 +260,7 @@ def export_all(server, slots, **fields):
 
 
 def test_exported_blocks_make_an_equal_server(server, monkeypatch):
-    monkeypatch.setattr("ps.service.EXPORT_ROWS", 64)
+    monkeypatch.setattr("ps.exports.EXPORT_ROWS", 64)
     ids = np.arange(500)
     server.push(ids, np.random.default_rng(1).normal(size=(500, DIM)), 1)
     slots = np.arange(16)

@@ -10,7 +10,7 @@ from cluster_fixture import TOKEN, local_cluster
 import ps
 from deploy.verify import Copies, lines
 from hashring.planner import CreateTable, Fail, Reassign, Withdraw
-from ps.checkpoint.move import Access
+from ps.checkpoint.reach import Access
 from ps.replication import ADMISSION, COMPLAINT
 from ps.spec import SGD, Initializer, TableSpec
 

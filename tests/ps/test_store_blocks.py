@@ -290,6 +290,20 @@ def test_random_ranges_hold_every_row_once_and_only_theirs(number: int) -> None:
     assert list(store.range(number, 5, 5)) == []
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_ranges_of_some_slots_hold_their_rows_alone(number: int) -> None:
+    store = filled(view_of(SPECS))
+    slots = every_slot(store)
+    whole = all_rows(store, number)
+    parts = [all_rows(store, number, slots=slots[k::3]) for k in range(3)]  # type: ignore[arg-type]
+    assert sum(map(len, parts)) == len(whole)
+    assert {i for part in parts for i in part} == whole.keys()
+    if number == 1:
+        assert min(map(len, parts)) > 50
+        (low,) = (p for p in [all_rows(store, number, slots=slots[:4], stop=2**62)])  # type: ignore[arg-type]
+        assert low.keys() == all_rows(store, number, stop=2**62).keys()
+
+
 def test_a_range_is_whole_though_pushes_come_in_between() -> None:
     store = filled(view_of(SPECS))
     seen: list[int] = []

@@ -1,156 +1,351 @@
-"""A checkpoint's files: committed whole or absent, and every damage named."""
+"""A checkpoint's files: committed whole or absent, whatever the moment of a crash, and every damage named."""
 
-import json
-import os
-from dataclasses import asdict
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ps.checkpoint import files
+from ps.checkpoint import storage as storing
 from ps.checkpoint.files import (
-    BlockFile,
-    CheckpointError,
     Manifest,
     Saving,
+    chain,
     check_files,
     checkpoints,
-    choose,
+    decode_manifest,
+    encode_manifest,
     read_blocks,
     read_manifest,
+    survey,
 )
+from ps.checkpoint.retention import prune, verify
+from ps.checkpoint.storage import CheckpointError, Storage
+from ps.spec import SGD, TableSpec
+from tests.ps.checkpoint.loopback import LoopCluster, without_sockets
 
-BLOCKS = [[b"one", b"two"], [b""], [memoryview(b"three" * 1000)]]
+__all__ = ["without_sockets"]
+pytestmark = pytest.mark.usefixtures("without_sockets")
 
-
-def manifest(name: str = "first", created: str = "2026-01-01T00:00:00+00:00", **other: object) -> Manifest:
-    plain = {
-        "name": name, "created": created, "cluster": 1, "epoch": 2, "fingerprint": "f", "term_max": 2,
-        "tables": [[1, "item", 1, {"dim": 4}]], "groups": [[1, "sharded", 1, 0, 64]],
-        "watermark": {"slots": [0], "positions": [5]},
-    }  # fmt: skip
-    return Manifest(**{**plain, **other})
+ITEM = TableSpec("item", 2, SGD(lr=1.0), seed=3)
 
 
-def save(folder: Path, name: str = "first", **other: object) -> Path:
-    with Saving(folder, name) as saving:
-        file = BlockFile(saving.path, "server-0.blocks")
-        for number, block in enumerate(BLOCKS):
-            file.append(block, rows=number)
-        file.close()
-        return saving.commit(manifest(name, blocks=file.blocks, **other))
+def source(rows: int = 40) -> LoopCluster:
+    cluster = LoopCluster(2, cluster=1)
+    cluster.create(ITEM)
+    cluster.push("item", list(range(rows)), np.ones((rows, 2)))
+    return cluster
 
 
-def test_what_was_saved_comes_back(tmp_path):
-    path = save(tmp_path / "new" / "folder")
-    read = read_manifest(path)
-    check_files(path, read)
-    assert read.rows == 3
-    assert [bytes(data) for _, data in read_blocks(path, read.blocks)] == [b"onetwo", b"", b"three" * 1000]
-    assert read.bytes == 5006
-    assert checkpoints(path.parent) == [read]
+def problems(storage: Storage, name: str | None = None) -> list[str]:
+    return [problem for checked in verify(storage, name) for problem in checked.problems]
 
 
-def test_nothing_is_seen_before_the_commit_and_nothing_stays_without(tmp_path):
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "local":
+        yield Storage(tmp_path / "new" / "folder")
+    else:
+        storage = Storage(f"memory://files/{tmp_path.name}")
+        yield storage
+        if storage.names():
+            storage._fs.rm(storage.root, recursive=True)
+
+
+def test_what_was_saved_comes_back_from_any_place(place: Storage) -> None:
+    cluster = source()
+    saved = cluster.save(place, "first")
+    manifest = read_manifest(place, "first")
+    check_files(place, manifest)
+    assert (manifest.rows, saved.rows, manifest.parent) == (40, 40, "")
+    assert sum(len(list(read_blocks(place, manifest, name))) for name in manifest.files) == len(manifest.blocks)
+    assert checkpoints(place)[0].checksum == manifest.checksum
+    assert problems(place) == []
+    with pytest.raises(CheckpointError, match="first exists already"):
+        cluster.save(place, "first")
+    with pytest.raises(CheckpointError, match="must be 1 to 100 letters"):
+        cluster.save(place, "../x")
+    with pytest.raises(CheckpointError, match="it has no manifest"):
+        read_manifest(place, "missing")
+
+
+def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        Storage("nowhere://x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        source().save(Storage(tmp_path / "file" / "folder"))
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        chain(Storage(tmp_path / "missing"), None)
+
+
+def test_nothing_stays_of_a_save_that_fails(place: Storage) -> None:
     def give_up() -> None:
-        with Saving(tmp_path, "first") as saving:
-            BlockFile(saving.path, "server-0.blocks").close()
-            assert checkpoints(tmp_path) == []
+        with Saving(place, "first") as saving:
+            saving.file().close()
+            assert checkpoints(place) == []
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         give_up()
-    assert os.listdir(tmp_path) == []
+    assert place.names() == []
 
 
-@pytest.mark.parametrize("step", ["fsync", "rename", "chmod"])
-def test_a_crash_at_any_step_leaves_the_older_checkpoint(tmp_path, monkeypatch, step):
-    save(tmp_path, "older")
-    calls = 0
+# -- crashes
 
-    def crash(*_: object, **__: object) -> None:
-        nonlocal calls
-        calls += 1
+
+class Killed(BaseException):
+    """The process is no more: nothing that it had not asked of the disk happens."""
+
+
+class Disk:
+    """Counts what is asked of the disk, ends the process at one step, and then forgets what was not synced.
+
+    until: the step at which the process ends (from 1). At a crash, files lose what was written after their last sync,
+    and a name that was given by rename, in a folder that was not synced since, is the old one again, where `lazy`.
+    """
+
+    def __init__(self, until: int, lazy: bool) -> None:
+        self.steps, self.until, self.lazy = 0, until, lazy
+        self.unsynced: dict[str, int] = {}
+        self.renamed: list[tuple[str, str]] = []
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps >= self.until:
+            raise Killed
+
+    def forget(self) -> None:
+        for path, size in self.unsynced.items():
+            if Path(path).exists():
+                with open(path, "r+b") as file:
+                    file.truncate(size)
+        if self.lazy:
+            for old, new in reversed(self.renamed):
+                Path(new).rename(old)
+
+    @contextmanager
+    def watched(self, patch: pytest.MonkeyPatch) -> Iterator[None]:
+        real_write, real_close = storing._LocalSink.write, storing._LocalSink.close
+        real_rename, real_mkdir = storing.os.rename, storing.os.mkdir
+        real_sync, disk = storing.sync_folder, self
+
+        def write(sink: Any, data: Any) -> None:
+            disk.step()
+            disk.unsynced.setdefault(sink._file.name, sink._file.tell())
+            real_write(sink, data)
+
+        def close(sink: Any) -> None:
+            disk.step()
+            real_close(sink)
+            disk.unsynced.pop(sink._file.name, None)
+
+        def rename(old: str, new: str) -> None:
+            disk.step()
+            real_rename(old, new)
+            disk.renamed.append((old, new))
+
+        def mkdir(path: str, mode: int) -> None:
+            disk.step()
+            real_mkdir(path, mode)
+
+        def sync(folder: Path) -> None:
+            disk.step()
+            real_sync(folder)
+            disk.renamed = [(a, b) for a, b in disk.renamed if Path(b).parent != folder]
+
+        def remove(*_: Any) -> None:
+            raise Killed
+
+        with patch.context() as patched:
+            patched.setattr(storing._LocalSink, "write", write)
+            patched.setattr(storing._LocalSink, "close", close)
+            patched.setattr(storing.os, "rename", rename)
+            patched.setattr(storing.os, "mkdir", mkdir)
+            patched.setattr(storing, "sync_folder", sync)
+            patched.setattr(Storage, "remove", remove)
+            yield
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_crash_at_any_step_restores_the_last_one_that_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, incremental: bool, lazy: bool
+) -> None:
+    storage, cluster = Storage(tmp_path), source()
+    cluster.save(storage, "older")
+    older = cluster.digests()
+    cluster.push("item", [1, 2, 3], np.ones((3, 2)))
+    newer = cluster.digests()
+    step, committed = 0, False
+    seen = set()
+    while not committed:
+        step += 1
+        disk = Disk(step, lazy)
+        with suppress(Killed), disk.watched(monkeypatch):
+            cluster.save(storage, f"newer{step}", incremental=incremental)
+            committed = True
+        if not committed:
+            disk.forget()
+        names = [m.name for m in checkpoints(storage)]
+        assert names[0] == "older"
+        assert not committed or names == ["older", f"newer{step}"]
+        assert problems(storage) == []
+        target = LoopCluster(3, cluster=2)
+        target.restore(storage)
+        seen.add(names[-1] != "older")
+        assert target.digests() == (older if names == ["older"] else newer)
+        if len(names) > 1 and not committed:  # it was whole before the save could say so
+            storage.remove(names[1])
+    assert step >= 12
+    assert seen == {False, True}
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, cluster = Storage(tmp_path), source()
+
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path if step == "chmod" else os, step, crash)
-        with pytest.raises(OSError, match="No space"):
-            save(tmp_path, "newer")
-    assert calls == 1
-    assert [m.name for m in checkpoints(tmp_path)] == ["older"]
-    save(tmp_path, "newer", created="2026-01-02T00:00:00+00:00")
-    assert [m.name for m in checkpoints(tmp_path)] == ["older", "newer"]
+    for name in ("write", "close"):
+        with monkeypatch.context() as patched:
+            patched.setattr(storing._LocalSink, name, full)
+            with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+                cluster.save(storage, "first")
+        assert storage.names() == []
 
 
-def test_the_newest_is_chosen_unless_one_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
-        choose(tmp_path, None)
-    save(tmp_path, "b", created="2026-01-01T00:00:00+00:00")
-    save(tmp_path, "a", created="2026-01-02T00:00:00+00:00")
-    assert choose(tmp_path, None) == tmp_path / "a"
-    assert choose(tmp_path, "b") == tmp_path / "b"
+# -- damage
 
 
-def test_every_truncation_and_every_flipped_bit_is_named(tmp_path):
-    path = save(tmp_path)
-    read = read_manifest(path)
-    file = path / "server-0.blocks"
-    good = file.read_bytes()
-    for at in (0, 3, 5, 6, 1000, len(good) - 1):
-        file.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
-        check_files(path, read)
-        with pytest.raises(CheckpointError, match=r"server-0\.blocks is damaged: the block at byte"):
-            list(read_blocks(path, read.blocks))
-        file.write_bytes(good[:at])
-        with pytest.raises(CheckpointError, match=f"has {at} bytes; the manifest counts 5006"):
-            check_files(path, read)
-    file.write_bytes(good + b"x")
-    with pytest.raises(CheckpointError, match="has 5007 bytes"):
-        check_files(path, read)
-    file.unlink()
-    with pytest.raises(CheckpointError, match=r"server-0\.blocks is missing"):
-        check_files(path, read)
+def test_every_flipped_byte_is_named_by_verify_and_by_restore(tmp_path: Path) -> None:
+    storage, cluster = Storage(tmp_path), source(12)
+    cluster.save(storage, "full")
+    cluster.push("item", [1, 2, 3], np.ones((3, 2)))
+    cluster.push("item", [5], np.empty(0), "delete")
+    cluster.save(storage, "one", incremental=True)
+    tried = 0
+    for path in sorted(p for name in ("full", "one") for p in (tmp_path / name).iterdir()):
+        good = path.read_bytes()
+        for at in range(len(good)):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+            found = problems(storage)
+            assert found
+            assert str(path) in found[0]
+            if at % 61 == 0:
+                tried += 1
+                with pytest.raises(CheckpointError, match=str(path)):
+                    LoopCluster(1, cluster=2).restore(storage, name="one")
+        path.write_bytes(good)
+    assert tried > 50
+    assert problems(storage) == []
+    target = LoopCluster(1, cluster=2)
+    target.restore(storage)
+    assert target.rows("item") == cluster.rows("item")
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda m: {**m, "format": 2}, "has format 2; this version reads format 1"),
-        (lambda m: {**m, "colour": 1}, "its keys differ in colour"),
-        (lambda m: {k: v for k, v in m.items() if k != "epoch"}, "its keys differ in epoch"),
-        (lambda m: {**m, "blocks": [{"file": "x"}]}, "is damaged"),
-        (lambda m: [], "has format None"),
-    ],
-)
-def test_a_manifest_of_another_kind_is_refused(tmp_path, change, sentence):
-    path = save(tmp_path)
-    plain = asdict(read_manifest(path))
-    (path / files.MANIFEST).write_text(json.dumps(change(plain)))
+def test_every_truncation_and_missing_file_is_named(tmp_path: Path) -> None:
+    storage, cluster = Storage(tmp_path), source(12)
+    cluster.save(storage, "first")
+    for path in (tmp_path / "first").iterdir():
+        good = path.read_bytes()
+        for size in (0, 1, 23, 24, len(good) // 2, len(good) - 1):
+            path.write_bytes(good[:size])
+            assert str(path) in problems(storage)[0]
+            with pytest.raises(CheckpointError, match=str(path)):
+                LoopCluster(1, cluster=2).restore(storage, name="first")
+        path.write_bytes(good + b"x")
+        assert str(path) in problems(storage)[0]
+        path.unlink()
+        with pytest.raises(CheckpointError, match=r"is missing|has no manifest"):
+            LoopCluster(1, cluster=2).restore(storage, name="first")
+        path.write_bytes(good)
+    assert problems(storage) == []
+
+
+def test_a_later_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    source().save(storage, "first")
+    path = tmp_path / "first" / files.MANIFEST
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
+    sentence = "manifest has format 3; this version of embring reads format 2"
     with pytest.raises(CheckpointError, match=sentence):
-        read_manifest(path)
+        read_manifest(storage, "first")
+    assert sentence in problems(storage)[0]
 
 
-def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
-    path = save(tmp_path)
-    read = read_manifest(path)
-    plain = asdict(read)
-    plain["blocks"][0]["file"] = "../secret"
-    (path / files.MANIFEST).write_text(json.dumps(plain))
-    with pytest.raises(CheckpointError, match="names a file outside"):
-        check_files(path, read_manifest(path))
+def test_a_manifest_keeps_everything_and_its_name(tmp_path: Path) -> None:
+    plain = Manifest(
+        "a", "2026-01-01", 2**63 - 1, 3, "f", 7, [[1, "item", 2, {"dim": 4}]], [[2, "sharded", "all", 0, 64]],
+        np.arange(5), np.arange(5) << 40 | 3, "parent", 2**64 - 1, 4, (files.Block(0, 10, 2, 2**64 - 1),),
+    )  # fmt: skip
+    read = decode_manifest(encode_manifest(plain), "x")
+    assert replace(read, slots=plain.slots, positions=plain.positions, checksum=0) == plain
+    assert (read.slots == plain.slots).all()
+    assert (read.positions == plain.positions).all()
+    storage = Storage(tmp_path)
+    source().save(storage, "first")
+    (tmp_path / "first").rename(tmp_path / "second")
+    with pytest.raises(CheckpointError, match="is of checkpoint 'first': a checkpoint keeps its name"):
+        read_manifest(storage, "second")
+    with pytest.raises(CheckpointError, match="does not begin as one"):
+        decode_manifest(b"{}" * 20, "x")
 
 
-def test_names_and_places(tmp_path):
-    save(tmp_path)
-    with pytest.raises(CheckpointError, match="exists already"):
-        save(tmp_path)
-    with pytest.raises(CheckpointError, match="must be 1 to 100 letters"):
-        save(tmp_path, "../x")
-    with pytest.raises(CheckpointError, match="it has no manifest"):
-        read_manifest(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoints(tmp_path / "missing")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        save(tmp_path / "file" / "folder")
+# -- retention
+
+
+def test_pruning_takes_whole_chains_only_and_leaves_other_clusters_alone(tmp_path: Path, place: Storage) -> None:
+    cluster, other = source(), LoopCluster(1, cluster=9)
+    other.save(place, "theirs")
+    for name in ("a0", "a1", "b0", "b1", "b2", "c0"):
+        cluster.push("item", [1], np.ones((1, 2)))
+        cluster.save(place, name, incremental=not name.endswith("0"))
+    assert prune(place, 3, 1) == []
+    assert prune(place, 2, 1) == ["a1", "a0"]
+    assert sorted(m.name for m in checkpoints(place)) == ["b0", "b1", "b2", "c0", "theirs"]
+    assert problems(place) == []
+    assert prune(place, 1, 1) == ["b2", "b1", "b0"]
+    assert sorted(m.name for m in checkpoints(place)) == ["c0", "theirs"]
+
+
+def test_a_crash_while_pruning_leaves_whole_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, cluster = Storage(tmp_path), source()
+    for name in ("a0", "a1", "a2", "b0"):
+        cluster.push("item", [1], np.ones((1, 2)))
+        cluster.save(storage, name, incremental=not name.endswith("0"))
+    real = Storage.remove
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            patched.setattr(Storage, "remove", lambda *_: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                prune(storage, 1, 1)
+        assert problems(storage) == []
+    assert [m.name for m in checkpoints(storage)] == ["b0"]
+    assert real is Storage.remove
+    assert sorted(files.unfinished(storage)) == ["a0", "a1", "a2"]
+    assert prune(storage, 1, 1) == []  # they may be of a save that goes on
+    monkeypatch.setattr("ps.checkpoint.retention.UNFINISHED_S", -1.0)
+    assert prune(storage, 1, 1) == ["a0", "a1", "a2"]
+    assert storage.names() == ["b0"]
+
+
+def test_a_damaged_checkpoint_stops_no_further_save(tmp_path: Path) -> None:
+    storage, cluster = Storage(tmp_path), source()
+    cluster.save(storage, "a")
+    cluster.save(storage, "b", incremental=True)
+    path = tmp_path / "b" / files.MANIFEST
+    path.write_bytes(path.read_bytes()[:-1])
+    good, bad = survey(storage)
+    assert [m.name for m in good] == ["a"]
+    assert str(path) in str(bad[0])
+    assert cluster.save(storage, "c", incremental=True).parent == "a"
+    with pytest.raises(CheckpointError, match="damaged"):
+        chain(storage, None)  # the newest may be the damaged one: a person chooses
+    assert [m.name for m in chain(storage, "c")] == ["a", "c"]

@@ -1,21 +1,26 @@
 """Rows to files and back, over real services in this process: any number of servers, other numbers, lost slots."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
 
 from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
 from hashring.view import Server, View
-from ps.checkpoint.files import CheckpointError, checkpoints
-from ps.checkpoint.move import Access, Moved, newest_view, restore, save
+from ps.checkpoint.files import checkpoints
+from ps.checkpoint.job import work
+from ps.checkpoint.reach import Access
+from ps.checkpoint.restore import Restored, restore
+from ps.checkpoint.save import Saved, save
+from ps.checkpoint.storage import CheckpointError, Storage
 from ps.client import Client, connect
 from ps.config import Config
-from ps.controller.restore import Restore, prepare
+from ps.controller.restore import Restore, prepare, told
 from ps.errors import RequestError, SlotsLost
 from ps.loop import LoopThread
 from ps.service import Service, serve
@@ -49,7 +54,7 @@ class Cluster:
 
         async def begin() -> list[str]:
             async def control(verb: str, fields: dict[str, Any]) -> dict[str, Any]:
-                raise RequestError(f"{verb} is not for this test")
+                return await asyncio.to_thread(self.ask, verb, **fields)
 
             service = Service(Store(incarnation), CONFIG, TOKEN, control, name)
             self.services[incarnation] = (thread, service)
@@ -90,19 +95,18 @@ class Cluster:
         if done.first is not None:
             self.install(done.first)
         self.final = done.final
-        packed = msgpack.packb(done.final.to_plain())
-        return {"view": packed, "slots": done.slots, "tables": done.tables, "wanted": done.wanted}
+        return {**told(done), "restore": 1}
 
     def client(self) -> Client:
         living = [s.addresses[0] for s in self.view.servers if s.alive]
         return connect(",".join(living), token=TOKEN, timeout=60.0)
 
-    def save(self, folder: Path, name: str | None = None) -> Moved:
-        view = newest_view(list(self.view.servers), Access(TOKEN))
-        return save(folder, view, Access(TOKEN), CONFIG.fingerprint, name=name, report=lambda rows, size: None)
+    def save(self, folder: Path | str, name: str | None = None, **options: Any) -> Saved:
+        servers = self.view.servers
+        return save(Storage(folder), servers, Access(TOKEN), CONFIG.fingerprint, name=name, **options)
 
-    def restore(self, folder: Path, **options: Any) -> Moved:
-        return restore(folder, self.ask, Access(TOKEN), report=lambda rows, size: None, **options)
+    def restore(self, folder: Path | str, **options: Any) -> Restored:
+        return restore(Storage(folder), self.ask, Access(TOKEN), **options)
 
     def close(self) -> None:
         async def end(service: Service) -> None:
@@ -153,7 +157,7 @@ def test_onto_any_number_of_servers_under_other_numbers(clusters, tmp_path):
     train(source)
     saved = source.save(tmp_path, "one")
     assert (saved.rows, saved.slots, saved.tables) == (3 * len(IDS) - 50, 65, 3)
-    assert [m.rows for m in checkpoints(tmp_path)] == [saved.rows]
+    assert [m.rows for m in checkpoints(Storage(tmp_path))] == [saved.rows]
 
     target = clusters(2, cluster=2)
     target.create(replace(USER, name="gone"), replace(WHOLE, name="gone-too"))
@@ -247,14 +251,14 @@ def test_a_damaged_block_leaves_the_slots_lost(clusters, tmp_path):
     cluster = clusters(2, cluster=7)
     cluster.create(ITEM, USER, WHOLE)
     train(cluster)
-    path = cluster.save(tmp_path, "one").path
-    file = path / "s0.blocks"
+    path = Path(cluster.save(tmp_path, "one").path)
+    file = path / "0000.blocks"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     before = rows(cluster)
     with pytest.raises(RequestError, match=r"the cluster has tables \(item, user, whole\)"):
         cluster.restore(tmp_path)
-    with pytest.raises(CheckpointError, match=r"s0\.blocks is damaged"):
+    with pytest.raises(CheckpointError, match=r"0000\.blocks is damaged"):
         cluster.restore(tmp_path, replace_tables=True)
     with pytest.raises(SlotsLost), cluster.client() as client:
         client.pull("item", IDS, timeout=2.0)
@@ -265,8 +269,7 @@ def test_a_damaged_block_leaves_the_slots_lost(clusters, tmp_path):
 
 def test_another_fingerprint_is_refused(clusters, tmp_path):
     cluster = clusters(1, cluster=8)
-    view = newest_view(list(cluster.view.servers), Access(TOKEN))
-    save(tmp_path, view, Access(TOKEN), "0123456789abcdef", report=lambda rows, size: None)
+    save(Storage(tmp_path), cluster.view.servers, Access(TOKEN), "0123456789abcdef")
     with pytest.raises(CheckpointError, match="it needs the same settings"):
         cluster.restore(tmp_path)
 
@@ -278,3 +281,35 @@ def test_an_empty_cluster_is_saved_and_restored(clusters, tmp_path):
     assert target.restore(tmp_path, replace_tables=True).rows == 0
     assert target.view.tables == ()
     assert all(s.alive for s in target.view.servers)
+
+
+def test_the_controllers_job_saves_prunes_and_restores_by_the_servers_alone(clusters, tmp_path):
+    """As its process does: an order of plain data, the controller reached through a server."""
+    cluster = clusters(3, cluster=11)
+    cluster.create(ITEM, USER, WHOLE)
+    train(cluster)
+
+    def order(what: str, **other: Any) -> dict[str, Any]:
+        servers = [[s.name, s.incarnation, list(s.addresses)] for s in cluster.view.servers if s.alive]
+        plain = {
+            "what": what, "directory": str(tmp_path), "full_every": 3, "keep": 1, "servers": servers, "token": TOKEN,
+            "tls_ca": "", "fingerprint": CONFIG.fingerprint, "cluster": cluster.view.cluster, **other,
+        }  # fmt: skip
+        return json.loads(json.dumps(work(json.loads(json.dumps(plain)))))
+
+    parents = []
+    for number in range(4):
+        with cluster.client() as client:
+            client.push("item", IDS[:20], np.full((20, 4), number, np.float32))
+        told = order("save")
+        parents.append(told["parent"])
+    assert [bool(p) for p in parents] == [False, True, True, False]
+    assert len(told["pruned"]) == 3
+    before = rows(cluster)
+    with pytest.raises(CheckpointError, match="there is no checkpoint of this cluster in"):
+        order("restore", cluster=12)
+    cluster.kill("s1")
+    told = order("restore")
+    assert told["rows"] > 0
+    assert not cluster.view.lost().any()
+    assert_equal(rows(cluster), before)

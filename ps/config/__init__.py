@@ -14,15 +14,12 @@ from typing import Any
 
 import xxhash
 
+from ps.config.checkpoint import CheckpointConfig
+from ps.config.setting import setting as _setting
 from ps.errors import ConfigError
 
 HASHES = "mix64/1 xxh64/0"
 """The hash functions and their versions: of ids, and of strings with its seed. Part of the fingerprint."""
-
-
-def _setting(default: Any, unit: str, low: float | None, high: float | None, why: str) -> Any:
-    """A field of a section. low and high are inclusive; None where the value is text or a switch."""
-    return field(default=default, metadata={"unit": unit, "low": low, "high": high, "why": why})
 
 
 @dataclass(frozen=True)
@@ -373,6 +370,7 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def fingerprint(self) -> str:
@@ -410,6 +408,8 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
         # An integer is a good value for a setting in fractions.
         typed = {k: float(v) if isinstance(known[k].default, float) else v for k, v in settings.items()}
         config = replace(config, **{name: replace(getattr(config, name), **typed)})
+    if (config.checkpoint.every_s or config.checkpoint.restore_lost) and not config.checkpoint.directory:
+        raise ConfigError("checkpoint.every_s and checkpoint.restore_lost need checkpoint.directory")
     tls = config.tls
     if bool(tls.certificate) != bool(tls.key) or (tls.ca and not tls.certificate):
         raise ConfigError("tls.certificate and tls.key go together, and tls.ca needs both")
@@ -456,7 +456,7 @@ def _placed(config: Config, folder: Path) -> Config:
     for section in fields(config):
         for setting in fields(getattr(config, section.name)):
             value = plain[section.name][setting.name]
-            if value and setting.metadata["unit"].endswith(("file", "folder")):
+            if value and setting.metadata["unit"].endswith(("file", "folder")) and "://" not in value:
                 plain[section.name][setting.name] = str(folder / Path(value).expanduser())
     return config_from_plain(plain)
 

@@ -1,0 +1,415 @@
+"""Rows of a table from files of other tools, and into them: .npy, .safetensors (a torch state_dict), .parquet.
+
+A source knows its ids at once (8 bytes a row), so that duplicates are found before anything is sent, and gives rows in
+chunks from any row on. An export streams into raw files beside the target, which can be gone on with after an
+interruption, and gives the target its name when it is whole.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ps.errors import RequestError
+
+CHUNK_BYTES = 4 * 2**20
+"""Rows read, and sent, at a time."""
+
+Rows = NDArray[np.float32]
+
+IN_FLIGHT = 4
+"""Chunks sent and not yet acknowledged."""
+
+TIMEOUT_S = 60.0
+"""For one chunk."""
+
+PARTS = 64
+"""Parts of an export; an interrupted one goes on with the first that is not whole."""
+
+KINDS = (".npy", ".safetensors", ".parquet")
+
+
+class Source(Protocol):
+    """A file of rows. ids int64[n]; dim: values in a row."""
+
+    ids: NDArray[np.int64]
+    dim: int
+
+    def rows(self, start: int, count: int) -> Iterator[Rows]:
+        """Rows from `start` on, float32[k, dim] each, `count` at a time (the last may have fewer)."""
+
+
+def open_source(path: Path, values: str | None = None, ids: str | None = None) -> Source:
+    """The rows of a file. values, ids: which tensor or column holds them; ids may be a .npy file too.
+
+    Raises RequestError naming the file and what is wrong with it.
+    """
+    kind = _kind(path)
+    if not path.is_file():
+        raise RequestError(f"{path} is missing")
+    opening: dict[str, Callable[..., Source]] = {".npy": _Npy, ".safetensors": _Tensors, ".parquet": _Parquet}
+    try:
+        source = opening[kind](path, values, ids)
+    except RequestError:
+        raise
+    except Exception as error:  # each library has errors of its own, and all mean that the file is not what it says
+        raise RequestError(f"{path} cannot be read as {kind}: {error}") from None
+    _check_distinct(path, source.ids)
+    return source
+
+
+def _kind(path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind in (".pt", ".pth", ".bin", ".pkl"):
+        raise RequestError(f"{path} is a pickle, and reading it runs code: save it with safetensors.torch.save_file")
+    if kind not in KINDS:
+        raise RequestError(f"{path} has suffix {kind!r}; it must be one of {', '.join(KINDS)}")
+    return kind
+
+
+def check_dim(path: Path, source: Source, table: str, dim: int) -> None:
+    """Raise RequestError unless the rows are as wide as the table's."""
+    if source.dim != dim:
+        raise RequestError(f"{path} has rows of {source.dim} values; table {table!r} has {dim}")
+
+
+def checked_rows(path: Path, source: Source, start: int, count: int) -> Iterator[tuple[int, Rows]]:
+    """(number of the first row, rows), each value finite. Raises RequestError naming the row of the file."""
+    at = start
+    for rows in source.rows(start, count):
+        finite = np.isfinite(rows)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            value = rows[row, column]
+            raise RequestError(f"{path} has {value} in row {at + row}, column {column}; every value must be finite")
+        yield at, rows
+        at += len(rows)
+
+
+def _whole_numbers(path: Path, what: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    """Ids as int64; RequestError where they are others."""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestError(f"{what} of {path} is {array.dtype}{list(array.shape)}; ids are whole numbers, one a row")
+    if array.dtype.kind == "u" and len(array) and array.max() > 2**63 - 1:
+        at = int(array.argmax())
+        raise RequestError(f"{what} of {path} has {array[at]} in row {at}; an id is -2**63 to 2**63 - 1")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def _check_distinct(path: Path, ids: NDArray[np.int64]) -> None:
+    if (ids[1:] > ids[:-1]).all():
+        return
+    order = np.argsort(ids, kind="stable")
+    twice = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    if len(twice):
+        first, second = order[twice[0]], order[twice[0] + 1]
+        raise RequestError(f"{path} has id {ids[first]} in row {first} and in row {second}; an id has one row")
+
+
+def _check_count(path: Path, ids: NDArray[np.int64], rows: int) -> None:
+    if len(ids) != rows:
+        raise RequestError(f"{path} has {rows} rows and {len(ids)} ids; each row has one")
+
+
+class _Npy:
+    """A matrix in one file, ids in another: --ids FILE, or NAME.ids.npy beside NAME.npy; else they count from 0."""
+
+    def __init__(self, path: Path, values: str | None, ids: str | None) -> None:
+        if values is not None:
+            raise RequestError(f"{path} holds one array; --values chooses a tensor or column of other files")
+        self._rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.dim = _matrix_dim(path, "its array", self._rows.shape, self._rows.dtype.kind == "f")
+        self.ids = _ids_beside(path, ids, len(self._rows))
+
+    def rows(self, start: int, count: int) -> Iterator[Rows]:
+        for at in range(start, len(self._rows), count):
+            yield np.ascontiguousarray(self._rows[at : at + count], np.float32)
+
+
+def _ids_beside(path: Path, ids: str | None, rows: int) -> NDArray[np.int64]:
+    beside = Path(ids) if ids is not None else ids_path(path)
+    if ids is None and not beside.is_file():
+        return np.arange(rows)
+    if not beside.is_file():
+        raise RequestError(f"{beside} is missing")
+    array = _whole_numbers(beside, "the array", np.load(beside, allow_pickle=False))
+    _check_count(path, array, rows)
+    return array
+
+
+def ids_path(path: Path) -> Path:
+    """Where the ids of a .npy file lie."""
+    return path.with_name(f"{path.stem}.ids.npy")
+
+
+def _matrix_dim(path: Path, what: str, shape: tuple[int, ...], floats: bool) -> int:
+    if len(shape) != 2 or not floats:
+        raise RequestError(f"{what} in {path} has shape {list(shape)}; rows are a matrix of floats")
+    return int(shape[1])
+
+
+class _Tensors:
+    """A matrix of a state_dict, the only one unless named. Ids: tensor --ids (or "ids"), else they count from 0."""
+
+    def __init__(self, path: Path, values: str | None, ids: str | None) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="pt")
+        names = list(self._file.keys())
+        shapes = {n: tuple(self._file.get_slice(n).get_shape()) for n in names}
+        matrices = [n for n in names if len(shapes[n]) == 2]
+        if values is None and len(matrices) != 1:
+            raise RequestError(f"{path} has the matrices {', '.join(matrices) or 'none'}: choose one with --values")
+        self._name = values or matrices[0]
+        for name in (self._name, *([ids] if ids and not ids.endswith(".npy") else [])):
+            if name not in shapes:
+                raise RequestError(f"{path} has no tensor {name!r}; it has {', '.join(names)}")
+        kind = str(self._file.get_slice(self._name).get_dtype())
+        self.dim = _matrix_dim(path, f"tensor {self._name!r}", shapes[self._name], "F" in kind)
+        self._count = shapes[self._name][0]
+        chosen = ids or ("ids" if "ids" in shapes else None)
+        if chosen is None or chosen.endswith(".npy"):
+            self.ids = _ids_beside(path, chosen, self._count) if chosen else np.arange(self._count)
+        else:
+            self.ids = _whole_numbers(path, f"tensor {chosen!r}", self._file.get_tensor(chosen).numpy())
+            _check_count(path, self.ids, self._count)
+
+    def rows(self, start: int, count: int) -> Iterator[Rows]:
+        part = self._file.get_slice(self._name)
+        for at in range(start, self._count, count):
+            yield np.ascontiguousarray(part[at : min(at + count, self._count)].float().numpy())
+
+
+class _Parquet:
+    """A column of lists of floats (--values, or "row"), and a column of ids (--ids, or "id")."""
+
+    def __init__(self, path: Path, values: str | None, ids: str | None) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._path, self._values = path, values or "row"
+        self._file = pq.ParquetFile(path, memory_map=True)
+        schema = self._file.schema_arrow
+        id_column = ids or "id"
+        for name in (id_column, self._values):
+            if name not in schema.names:
+                raise RequestError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
+        kind = schema.field(self._values).type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not lists or not pa.types.is_floating(kind.value_type):
+            raise RequestError(f"column {self._values!r} of {path} is {kind}; rows are lists of floats")
+        column = self._file.read([id_column]).column(0)
+        if column.null_count:
+            raise RequestError(f"column {id_column!r} of {path} has {column.null_count} nulls; every row has an id")
+        self.ids = _whole_numbers(path, f"column {id_column!r}", column.to_numpy())
+        self.dim = kind.list_size if pa.types.is_fixed_size_list(kind) else self._first_length()
+
+    def _first_length(self) -> int:
+        for batch in self._file.iter_batches(1, columns=[self._values]):
+            return len(batch.column(0)[0].as_py() or ())
+        return 0
+
+    def rows(self, start: int, count: int) -> Iterator[Rows]:
+        group = begin = 0
+        while group < self._file.num_row_groups:  # whole groups before `start` are not read
+            size = self._file.metadata.row_group(group).num_rows
+            if begin + size > start:
+                break
+            begin, group = begin + size, group + 1
+        groups = list(range(group, self._file.num_row_groups))
+        at = begin
+        for batch in self._file.iter_batches(count, row_groups=groups, columns=[self._values]):
+            cut = max(0, start - at)
+            at += len(batch)
+            if cut < len(batch):
+                yield self._matrix(batch.column(0).slice(cut), at - len(batch) + cut)
+
+    def _matrix(self, column: Any, at: int) -> Rows:
+        flat = column.flatten()
+        if column.null_count or flat.null_count or len(flat) != len(column) * self.dim:
+            lengths = [len(row) if row is not None and None not in row else -1 for row in column.to_pylist()]
+            bad = next(i for i, length in enumerate(lengths) if length != self.dim)
+            what = f"{lengths[bad]} values" if lengths[bad] >= 0 else "a null"
+            raise RequestError(
+                f"column {self._values!r} of {self._path} has {what} in row {at + bad}; the first row has {self.dim}"
+            )
+        return np.ascontiguousarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(-1, self.dim)
+
+
+class Progress(Protocol):
+    """Where an import writes down how many rows have come, to be gone on from (`embring table import`)."""
+
+    def write(self, rows: int) -> None:
+        """The first `rows` of the file are there."""
+
+
+def bring(client: Any, table: str, path: Path, source: Source, start: int, progress: Progress, counter: Any) -> None:
+    """Assign the rows of a source from `start` on, some chunks sent before the first is acknowledged.
+
+    counter: a ps.checkpoint.reach.Counter. Raises what Client.assign raises, and RequestError for a bad row.
+    """
+    sent: deque[tuple[Any, int, Rows]] = deque()
+
+    def settle() -> None:
+        handle, end, rows = sent.popleft()
+        handle.result()
+        progress.write(end)
+        counter.add(len(rows), rows.nbytes, len(rows))
+
+    counter.expect(len(source.ids))
+    counter.add(0, 0, start)
+    for at, rows in checked_rows(path, source, start, max(1, CHUNK_BYTES // (4 * source.dim))):
+        while len(sent) >= IN_FLIGHT:
+            settle()
+        end = at + len(rows)
+        sent.append((client.assign_nowait(table, source.ids[at:end], rows, timeout=TIMEOUT_S), end, rows))
+    while sent:
+        settle()
+
+
+# -- exports
+
+
+@dataclass
+class Mark:
+    """How far an interrupted export came: of which table of which cluster, up to which token, with how many rows."""
+
+    cluster: int
+    table: int
+    dim: int
+    token: int
+    rows: int
+
+
+class Export:
+    """Rows on their way into a file. With `resume` what an interrupted export left is gone on with."""
+
+    HEAD = 4096
+    """Bytes left for the header, which names the number of rows: known at the end only."""
+
+    def __init__(self, path: Path, cluster: int, table: int, dim: int, resume: bool) -> None:
+        self.path, self.kind = path, _kind(path)
+        self.mark = Mark(cluster, table, dim, 0, 0)
+        left = self._left()
+        self.resumed = resume and left is not None and (left.cluster, left.table, left.dim) == (cluster, table, dim)
+        if self.resumed and left is not None:
+            self.mark = left
+        mode = "r+b" if self.resumed else "w+b"
+        try:
+            self._rows = open(self._partial("rows"), mode)  # noqa: SIM115 - closed by `close`
+            self._ids = open(self._partial("ids"), mode)  # noqa: SIM115
+        except OSError as error:
+            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+        self._rows.truncate(self.HEAD + self.mark.rows * dim * 4)
+        self._ids.truncate(self.HEAD + self.mark.rows * 8)
+        for file in (self._rows, self._ids):
+            file.seek(0, os.SEEK_END)
+
+    def _partial(self, what: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{what}")
+
+    def _left(self) -> Mark | None:
+        try:
+            left = Mark(**json.loads(self._partial("mark").read_bytes()))
+            whole = self._partial("rows").stat().st_size >= self.HEAD + left.rows * left.dim * 4
+            return left if whole and self._partial("ids").stat().st_size >= self.HEAD + left.rows * 8 else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, ids: NDArray[np.int64], rows: Rows) -> None:
+        """Some rows."""
+        self._ids.write(np.ascontiguousarray(ids).data)
+        self._rows.write(np.ascontiguousarray(rows).data)
+        self.mark.rows += len(ids)
+
+    def reached(self, token: int) -> None:
+        """Every row up to this token was written: an interrupted export goes on from here."""
+        self.mark.token = token
+        self._rows.flush()
+        self._ids.flush()
+        temporary = self._partial("mark.new")
+        temporary.write_text(json.dumps(asdict(self.mark)))
+        os.replace(temporary, self._partial("mark"))
+
+    def close(self) -> None:
+        """Close the files; what was written stays for a resume."""
+        self._rows.close()
+        self._ids.close()
+
+    def finish(self) -> None:
+        """Give the file its name: it is whole."""
+        n, dim = self.mark.rows, self.mark.dim
+        {".npy": self._npy, ".safetensors": self._tensors, ".parquet": self._parquet}[self.kind](n, dim)
+        self.close()
+        for what in ("rows", "ids", "mark"):
+            self._partial(what).unlink(missing_ok=True)
+
+    def _npy(self, n: int, dim: int) -> None:
+        for file, code, shape in ((self._rows, "<f4", (n, dim)), (self._ids, "<i8", (n,))):
+            text = f"{{'descr': {code!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
+            head = b"\x93NUMPY\x01\x00" + (self.HEAD - 10).to_bytes(2, "little")
+            file.seek(0)
+            file.write(head + text.encode().ljust(self.HEAD - 11) + b"\n")
+            file.flush()
+        os.replace(self._partial("ids"), ids_path(self.path))
+        os.replace(self._partial("rows"), self.path)
+
+    def _tensors(self, n: int, dim: int) -> None:
+        end = n * dim * 4
+        table = {
+            "rows": {"dtype": "F32", "shape": [n, dim], "data_offsets": [0, end]},
+            "ids": {"dtype": "I64", "shape": [n], "data_offsets": [end, end + n * 8]},
+        }
+        self._ids.flush()
+        with open(self._partial("ids"), "rb") as ids:
+            ids.seek(self.HEAD)
+            while data := ids.read(CHUNK_BYTES):
+                self._rows.write(data)
+        self._rows.seek(0)
+        self._rows.write((self.HEAD - 8).to_bytes(8, "little") + json.dumps(table).encode().ljust(self.HEAD - 8))
+        self._rows.flush()
+        os.replace(self._partial("rows"), self.path)
+
+    def _parquet(self, n: int, dim: int) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._rows.flush()
+        self._ids.flush()
+        schema = pa.schema([("id", pa.int64()), ("row", pa.list_(pa.float32(), dim))])
+        with pq.ParquetWriter(self._partial("new"), schema, compression="none", use_dictionary=False) as writer:
+            step = max(1, 16 * CHUNK_BYTES // (4 * dim))
+            for at in range(0, n, step):
+                count = min(step, n - at)
+                ids = np.fromfile(self._partial("ids"), np.int64, count, offset=self.HEAD + at * 8)
+                rows = np.fromfile(self._partial("rows"), np.float32, count * dim, offset=self.HEAD + at * dim * 4)
+                lists = pa.FixedSizeListArray.from_arrays(pa.array(rows), dim)
+                writer.write_batch(pa.record_batch([pa.array(ids), lists], schema=schema))
+        os.replace(self._partial("new"), self.path)
+
+
+def take(client: Any, table: str, export: Export, counter: Any) -> None:
+    """Write all rows of a table into an export, from where it stands, and finish it.
+
+    counter: a ps.checkpoint.reach.Counter. Raises what Client.pull_range raises.
+    """
+    counter.expect(PARTS)
+    counter.add(export.mark.rows, 0, 0)
+    try:
+        for start, stop in pairwise((k << 64) // PARTS for k in range(PARTS + 1)):
+            if stop > export.mark.token:
+                for part in client.pull_range(table, start, stop if stop < 2**64 else None, TIMEOUT_S):
+                    export.write(part.ids, part.rows)
+                    counter.add(len(part.ids), part.rows.nbytes, 0)
+                export.reached(stop)
+            counter.add(0, 0, 1)
+        export.finish()
+    finally:
+        export.close()

@@ -1,0 +1,64 @@
+"""`python -m ps.checkpoint.job`: what the controller has done beside itself, in a process of its own.
+
+Rows by the gigabyte would keep the controller from its pings. The work comes as JSON on standard input (the token is
+in it, and must not stand in an argument), its outcome goes as JSON to standard output.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from hashring.view import Server
+from ps.checkpoint.files import survey
+from ps.checkpoint.reach import Access, controller_through
+from ps.checkpoint.restore import restore
+from ps.checkpoint.retention import chains, prune
+from ps.checkpoint.save import save
+from ps.checkpoint.storage import CheckpointError, Storage
+from ps.errors import EmbringError
+from ps.fabric.tls import trusting
+
+NICE = 5
+"""Servers come first."""
+
+
+def work(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what was ordered; what came of it. Raises EmbringError.
+
+    order: what ("save" or "restore"), directory, servers ([name, incarnation, addresses] each), token, tls_ca,
+    fingerprint, cluster, full_every, keep.
+    """
+    storage = Storage(order["directory"])
+    access = Access(order["token"], trusting(order["tls_ca"]))
+    servers = [Server(name, number, "", "", tuple(places)) for name, number, places in order["servers"]]
+    if order["what"] == "restore":
+        with controller_through(servers, access) as ask:
+            return vars(restore(storage, ask, access, name=newest_of(storage, order["cluster"])))
+    known = chains([m for m in survey(storage)[0] if m.cluster == order["cluster"]])
+    incremental = bool(known) and len(known[-1]) < order["full_every"]
+    saved = save(storage, servers, access, order["fingerprint"], incremental=incremental)
+    return {**vars(saved), "pruned": prune(storage, order["keep"], order["cluster"])}
+
+
+def newest_of(storage: Storage, cluster: int) -> str:
+    """The newest checkpoint of a cluster: of another one, no slot could be restored here. Raises CheckpointError."""
+    for manifest in reversed(survey(storage)[0]):
+        if manifest.cluster == cluster:
+            return manifest.name
+    raise CheckpointError(f"there is no checkpoint of this cluster in {storage.root}")
+
+
+def main() -> None:
+    """Read an order, do it, and say what came of it."""
+    os.nice(NICE)
+    try:
+        told = work(json.load(sys.stdin))
+    except EmbringError as error:
+        told = {"error": str(error)}
+    json.dump(told, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Rows of a checkpoint into a cluster of any number of servers: each slot goes to whoever will own it.
+
+A chain is absorbed link by link, the full one first: a slot takes an increment only when it stands exactly where that
+increment begins, and at last where the manifest says, so that no link can be left out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import Server
+from ps.checkpoint.codec import decode_block
+from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
+from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
+from ps.checkpoint.storage import CheckpointError, Storage
+from ps.rowblock import RowBlock, Section
+
+FILES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did. rows: sent, those too that a later increment overwrote. chain: checkpoints read."""
+
+    path: str
+    name: str
+    chain: int
+    rows: int
+    bytes: int
+    slots: int
+    tables: int
+
+
+def restore(
+    storage: Storage,
+    ask: Ask,
+    access: Access,
+    *,
+    name: str | None = None,
+    replace_tables: bool = False,
+    accept_loss: bool = False,
+    tables: Sequence[str] = (),
+    counter: Counter | None = None,
+) -> Restored:
+    """Bring a checkpoint's rows (the newest one's, or the named one's) into the cluster.
+
+    Into a cluster without tables (or replace_tables: it drops them) everything; into the cluster that the checkpoint
+    is of, where slots were lost, the lost slots. Until all is there, those slots answer SlotsLost. tables: only these,
+    into any cluster: one of the same name (with replace_tables) serves on until all is there.
+    Raises CheckpointError or RequestError.
+    """
+    links = chain(storage, name)
+    manifest = links[-1]
+    for link in links:
+        check_files(storage, link)
+    check_fingerprint(storage, manifest, ask)
+    wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
+    answer = ask(
+        "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)
+    )
+    work = _Work(storage, Translation.of(answer, manifest), access, counter or Counter())
+    work.counter.expect(sum(link.bytes for link in links))
+    for link in links:
+        work.absorb(link)
+    work.check(manifest)
+    ask("restored", restore=answer["restore"])
+    plan = work.plan
+    return Restored(
+        storage.path(manifest.name), manifest.name, len(links), work.rows, work.bytes,
+        int((plan.slots >= 0).sum()), int((plan.tables >= 0).sum()),
+    )  # fmt: skip
+
+
+def check_fingerprint(storage: Storage, manifest: Manifest, ask: Ask) -> None:
+    """Raise CheckpointError where ids have other places here than in the checkpoint."""
+    here = ask("status")["fingerprint"]
+    if manifest.fingerprint != here:
+        raise CheckpointError(
+            f"{storage.path(manifest.name)} was saved under fingerprint {manifest.fingerprint}; "
+            f"the cluster has {here}: it needs the same settings of [cluster]"
+        )
+
+
+@dataclass(frozen=True)
+class Translation:
+    """From a checkpoint's numbers to a cluster's.
+
+    slots int64[count]: slot of the checkpoint -> slot here, -1 where it is not wanted. tables int32: tables likewise.
+    homes int64[len(tables), 2]: first slot (of the checkpoint) of each table, and the one behind its last: rows that a
+    table left behind in other slots, when it moved, are not its own. owners int16[count]: index into servers.
+    """
+
+    cluster: int
+    slots: NDArray[np.int64]
+    tables: NDArray[np.int32]
+    homes: NDArray[np.int64]
+    owners: NDArray[np.int16]
+    servers: tuple[Server, ...]
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any], manifest: Manifest) -> "Translation":
+        """From the controller's answer to "restore"."""
+        first_of, count_of = {}, {}
+        for number, _, _, first, count in manifest.groups:
+            first_of[number], count_of[number] = first, count
+        end = max((first + count for _, _, _, first, count in manifest.groups), default=0)
+        here_owners = np.frombuffer(answer["owners"], "<i2")
+        slots = np.full(end, -1, np.int64)
+        for there, first, count in answer["slots"]:
+            numbers = np.arange(first, first + count)
+            slots[there : there + count] = np.where(here_owners[numbers] >= 0, numbers, -1)
+        owners = np.where(slots >= 0, here_owners[np.maximum(slots, 0)], -1) if len(here_owners) else slots
+        highest = max((entry[0] for entry in manifest.tables), default=0)
+        tables, homes = np.full(highest + 1, -1, np.int32), np.zeros((highest + 1, 2), np.int64)
+        for there, here in answer["tables"]:
+            tables[there] = here
+        for number, _, group, _ in manifest.tables:
+            homes[number] = first_of[group], first_of[group] + count_of[group]
+        servers = tuple(Server(n, i, h, z, tuple(a)) for n, i, h, z, a in answer["servers"])
+        return cls(int(answer["cluster"]), slots, tables, homes, owners.astype(np.int16), servers)
+
+    def split(self, block: RowBlock) -> Iterator[tuple[int, RowBlock]]:
+        """(server, block of the slots that it will own), in this cluster's numbers."""
+        inside = np.minimum(block.slots, max(0, len(self.slots) - 1))
+        known = (block.slots < len(self.slots)) & (self.owners[inside] >= 0)
+        owner = np.where(known, self.owners[inside], -1)
+        sections = tuple(self._section(s, block.slots) for s in block.sections)
+        # A section that lost its rows may be of a width that no table has any more.
+        block = replace(block, sections=tuple(s for s in sections if len(s.ids) or len(s.gone_ids)))
+        for server in np.unique(owner[owner >= 0]).tolist():
+            keep = owner == server
+            part = block if keep.all() else block.select(keep)
+            yield server, replace(part, slots=self.slots[part.slots], cluster=self.cluster)
+
+    def _section(self, section: Section, slots: NDArray[np.int64]) -> Section:
+        """The rows of wanted tables, under their numbers here."""
+        rows, numbers = self._wanted(section.tables, section.offsets, slots)
+        gone, gone_numbers = self._wanted(section.gone_tables, section.gone_offsets, slots)
+        if not gone.all():
+            ids, offsets = _some(section.gone_ids, section.gone_offsets, gone)
+            section = replace(
+                section, gone_ids=ids, gone_versions=section.gone_versions[gone], gone_tables=gone_numbers[gone],
+                gone_offsets=offsets,
+            )  # fmt: skip
+        else:
+            section = replace(section, gone_tables=gone_numbers)
+        if rows.all():
+            return replace(section, tables=numbers)
+        ids, offsets = _some(section.ids, section.offsets, rows)
+        return replace(
+            section, ids=ids, offsets=offsets, tables=numbers[rows], values=section.values[rows],
+            state=section.state[rows], meta=section.meta[rows],
+        )  # fmt: skip
+
+    def _wanted(
+        self, tables: NDArray[np.int32], offsets: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """Which rows are wanted, and the numbers of their tables here."""
+        known = np.minimum(tables, len(self.tables) - 1)
+        numbers = np.where(tables < len(self.tables), self.tables[known], np.int32(-1)).astype(np.int32)
+        at = np.repeat(slots, np.diff(offsets))
+        home = self.homes[known]
+        return (numbers >= 0) & (at >= home[:, 0]) & (at < home[:, 1]), numbers
+
+
+def _some(
+    values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The kept entries of all lists, and their offsets."""
+    sums = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
+    return values[keep], sums[offsets]
+
+
+class _Work:
+    """A restore under way. stood int64: where each slot of the checkpoint stands at its new owner, -1 before."""
+
+    def __init__(self, storage: Storage, plan: Translation, access: Access, counter: Counter) -> None:
+        self.plan = plan
+        self.rows = self.bytes = 0
+        self.counter = counter
+        self._storage, self._access = storage, access
+        self._stood = np.full(len(plan.slots), -1, np.int64)
+
+    def absorb(self, link: Manifest) -> None:
+        """Send one link's blocks; its files side by side, each in order."""
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            for rows, size in pool.map(lambda file: self._file(link, file), link.files):
+                self.rows += rows
+                self.bytes += size
+
+    def _file(self, link: Manifest, file: str) -> tuple[int, int]:
+        rows = size = 0
+        with ExitStack() as stack:
+            absorbers: dict[int, Absorber] = {}
+            for entry, message in read_blocks(self._storage, link, file):
+                block = decode_block(message)
+                for server, part in self.plan.split(block):
+                    if server not in absorbers:
+                        place = self.plan.servers[server]
+                        connection = stack.enter_context(connected(place, self._access))
+                        absorbers[server] = Absorber(connection, place.name)
+                    absorbers[server].send(part)
+                    rows += part.rows
+                ended = (block.final > 0) & (block.slots < len(self._stood))
+                self._stood[block.slots[ended]] = block.last[ended]
+                size += entry.size
+                self.counter.add(entry.rows, entry.size, entry.size)
+            for absorber in absorbers.values():
+                absorber.finish()
+        return rows, size
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise CheckpointError unless every wanted slot stands where the manifest says."""
+        wanted = np.flatnonzero(self.plan.slots >= 0)
+        told = np.full(len(self._stood), -1, np.int64)
+        known = manifest.slots < len(told)
+        told[manifest.slots[known]] = manifest.positions[known]
+        wrong = wanted[(self._stood[wanted] != told[wanted]) | (told[wanted] < 0)]
+        if len(wrong):
+            path = self._storage.path(manifest.name)
+            raise CheckpointError(f"{path} does not lead slot {wrong[0]} to its position: the slots stay lost")

@@ -1,0 +1,245 @@
+"""Bulk import and export: every kind of file there and back, interruptions, bad files in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ps import bulk
+from ps.bulk import Export, bring, check_dim, checked_rows, ids_path, open_source, take
+from ps.checkpoint.reach import Counter
+from ps.errors import RequestError
+
+DIM = 3
+IDS = np.random.default_rng(1).permutation(np.arange(-100, 150)).astype(np.int64)
+ROWS = np.random.default_rng(2).normal(size=(len(IDS), DIM)).astype(np.float32)
+
+
+class Handle:
+    def result(self) -> None:
+        """It was done at once."""
+
+
+class Part:
+    def __init__(self, ids: list[int], rows: list[np.ndarray]) -> None:
+        self.ids = np.array(ids, np.int64)
+        self.rows = np.array(rows, np.float32).reshape(-1, DIM)
+
+
+class Table:
+    """A client of one table, as a dictionary; ids lie on the ring in their order. dies: at which call."""
+
+    def __init__(self, dies: int = -1) -> None:
+        self.rows: dict[int, np.ndarray] = {}
+        self.calls, self.dies = 0, dies
+
+    def _live(self) -> None:
+        self.calls += 1
+        if self.calls == self.dies:
+            raise InterruptedError
+
+    def assign_nowait(self, name: str, ids: np.ndarray, rows: np.ndarray, timeout: float) -> Handle:
+        self._live()
+        self.rows |= dict(zip(ids.tolist(), rows.copy(), strict=True))
+        return Handle()
+
+    def pull_range(self, name: str, start: int, stop: int | None, timeout: float) -> Any:
+        self._live()
+        place = {i: (i + 100) * (2**64 // 300) for i in self.rows}
+        inside = [i for i in self.rows if start <= place[i] < (stop or 2**64)]
+        for at in range(0, len(inside), 7):
+            yield Part(inside[at : at + 7], [self.rows[i] for i in inside[at : at + 7]])
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def write(self, rows: int) -> None:
+        self.rows = rows
+
+
+def expected() -> dict[int, list[float]]:
+    return dict(zip(IDS.tolist(), ROWS.tolist(), strict=True))
+
+
+def imported(path: Path, **options: Any) -> dict[int, list[float]]:
+    table = Table()
+    bring(table, "t", path, open_source(path, **options), 0, Notes(), Counter())
+    return {i: row.tolist() for i, row in table.rows.items()}
+
+
+def write(path: Path, ids: Any = IDS, rows: Any = ROWS) -> Path:
+    """The rows as a file of a kind, under its own names."""
+    if path.suffix == ".npy":
+        np.save(path, rows)
+        np.save(ids_path(path), ids)
+    elif path.suffix == ".safetensors":
+        save_file({"rows": torch.from_numpy(np.asarray(rows)), "ids": torch.from_numpy(np.asarray(ids))}, path)
+    else:
+        lists = pa.array(list(rows), pa.list_(pa.float32()))
+        pq.write_table(pa.table({"id": pa.array(ids), "row": lists}), path, row_group_size=60)
+    return path
+
+
+@pytest.fixture(params=bulk.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_there_and_back(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", 16 * 4 * DIM)
+    table = Table()
+    path = write(tmp_path / f"in{kind}")
+    bring(table, "t", path, open_source(path), 0, Notes(), Counter())
+    assert {i: r.tolist() for i, r in table.rows.items()} == expected()
+    assert table.calls > 10
+    counter = Counter()
+    take(table, "t", Export(tmp_path / f"out{kind}", 1, 2, DIM, resume=False), counter)
+    assert (counter.rows, counter.done, counter.total) == (len(IDS), bulk.PARTS, bulk.PARTS)
+    assert imported(tmp_path / f"out{kind}") == expected()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_what_others_read_is_what_was_written(tmp_path: Path) -> None:
+    table = Table()
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    for kind in bulk.KINDS:
+        take(table, "t", Export(tmp_path / f"out{kind}", 1, 2, DIM, resume=False), Counter())
+    order = np.argsort(IDS)
+    tensors = load_file(tmp_path / "out.safetensors")
+    columns = pq.read_table(tmp_path / "out.parquet")
+    for ids, rows in (
+        (np.load(tmp_path / "out.ids.npy"), np.load(tmp_path / "out.npy")),
+        (tensors["ids"].numpy(), tensors["rows"].numpy()),
+        (columns["id"].to_numpy(), np.array(columns["row"].to_pylist(), np.float32)),
+    ):
+        assert (np.sort(ids) == IDS[order]).all()
+        assert (rows[np.argsort(ids)] == ROWS[order]).all()
+
+
+def test_an_empty_table(tmp_path: Path, kind: str) -> None:
+    take(Table(), "t", Export(tmp_path / f"out{kind}", 1, 2, DIM, resume=False), Counter())
+    assert imported(tmp_path / f"out{kind}") == {}
+
+
+@pytest.mark.parametrize("dies", [2, 9, 17])
+def test_an_interrupted_import_goes_on_where_it_stopped(
+    tmp_path: Path, kind: str, dies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "CHUNK_BYTES", 11 * 4 * DIM)
+    path, notes, table = write(tmp_path / f"in{kind}"), Notes(), Table(dies)
+    with pytest.raises(InterruptedError):
+        bring(table, "t", path, open_source(path), 0, notes, Counter())
+    assert notes.rows == max(0, dies - bulk.IN_FLIGHT) * 11
+    counter, before = Counter(), table.calls
+    bring(table, "t", path, open_source(path), notes.rows, notes, counter)
+    assert counter.rows == len(IDS) - max(0, dies - bulk.IN_FLIGHT) * 11
+    assert table.calls - before == -(-counter.rows // 11)
+    assert {i: r.tolist() for i, r in table.rows.items()} == expected()
+
+
+@pytest.mark.parametrize("dies", [1, 20, 60])
+def test_an_interrupted_export_goes_on_where_it_stopped(tmp_path: Path, kind: str, dies: int) -> None:
+    table, path = Table(dies), tmp_path / f"out{kind}"
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    export = Export(path, 1, 2, DIM, resume=False)
+    with pytest.raises(InterruptedError):
+        take(table, "t", export, Counter())
+    assert not path.exists()
+    export = Export(path, 1, 2, DIM, resume=True)
+    assert export.resumed == (dies > 1)
+    take(table, "t", export, Counter())
+    assert table.calls == (dies - 1) + 1 + bulk.PARTS - (dies - 1)
+    assert imported(path) == expected()
+
+
+def test_what_another_table_left_counts_for_nothing(tmp_path: Path) -> None:
+    table, path = Table(20), tmp_path / "out.npy"
+    table.rows = dict.fromkeys(range(-90, 0), ROWS[0])
+    with pytest.raises(InterruptedError):
+        take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
+    export = Export(path, 1, 3, DIM, resume=True)
+    assert not export.resumed
+    table.rows = {5: ROWS[1]}
+    take(table, "t", export, Counter())
+    assert imported(path) == {5: ROWS[1].tolist()}
+
+
+def test_a_state_dict_counts_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    bag = torch.nn.EmbeddingBag(20, DIM)
+    save_file({"item.weight": bag.weight.detach().half(), "bias": torch.zeros(4)}, path)
+    rows = imported(path)
+    assert sorted(rows) == list(range(20))
+    np.testing.assert_allclose(rows[7], bag.weight[7].detach().numpy(), atol=2e-3)
+    np.save(tmp_path / "names.npy", np.arange(20) * 5)
+    assert sorted(imported(path, ids=str(tmp_path / "names.npy"))) == list(range(0, 100, 5))
+
+
+def test_other_columns_and_kinds_of_lists(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    fixed = pa.FixedSizeListArray.from_arrays(pa.array(ROWS.astype(np.float64).reshape(-1)), DIM)
+    pq.write_table(pa.table({"key": pa.array(IDS.astype(np.int32)), "vector": fixed}), path)
+    assert imported(path, values="vector", ids="key") == expected()
+
+
+def parquet(**columns: Any) -> Any:
+    def make(path: Path) -> None:
+        pq.write_table(pa.table(columns), path)
+
+    return make
+
+
+def tensors(**given: Any) -> Any:
+    return lambda path: save_file(given, path)
+
+
+TWO = [[1.0, 2.0], [3.0, 4.0]]
+BAD: list[tuple[str, Any, dict[str, str], str]] = [
+    ("a.parquet", parquet(id=[1, 2], vector=TWO), {}, r"has no column 'row'; it has id, vector"),
+    ("a.parquet", parquet(id=[1, 2], row=[1, 2]), {}, r"column 'row' of .* is int64; rows are lists of floats"),
+    ("a.parquet", parquet(id=[1.5, 2], row=TWO), {}, r"column 'id' of .* is double.*whole numbers|float64"),
+    ("a.parquet", parquet(id=[1, None], row=TWO), {}, r"column 'id' of .* has 1 nulls"),
+    ("a.parquet", parquet(id=[7, 7], row=TWO), {}, r"has id 7 in row 0 and in row 1; an id has one row"),
+    ("a.parquet", parquet(id=np.array([1, 2**63], np.uint64), row=TWO), {}, r"has 9223372036854775808 in row 1"),
+    ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], [3.0]]), {}, r"has 1 values in row 1; the first row has 2"),
+    ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], None]), {}, r"has a null in row 1"),
+    ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], [3.0, np.nan]]), {}, r"has nan in row 1, column 1"),
+    ("a.parquet", lambda path: path.write_bytes(b"no"), {}, r"cannot be read as \.parquet"),
+    ("a.safetensors", tensors(a=torch.zeros(2, 2), b=torch.zeros(2, 2)), {}, r"the matrices a, b: choose one"),
+    ("a.safetensors", tensors(a=torch.zeros(2)), {}, r"the matrices none"),
+    ("a.safetensors", tensors(a=torch.zeros(2, 2)), {"values": "c"}, r"has no tensor 'c'; it has a"),
+    ("a.safetensors", tensors(a=torch.zeros(2, 2), ids=torch.arange(3)), {}, r"has 2 rows and 3 ids"),
+    ("a.safetensors", tensors(a=torch.zeros(2, 2, dtype=torch.int64)), {}, r"rows are a matrix of floats"),
+    ("a.safetensors", lambda path: path.write_bytes(b"no"), {}, r"cannot be read as \.safetensors"),
+    ("a.npy", lambda path: np.save(path, np.zeros(3, np.float32)), {}, r"has shape \[3\]; rows are a matrix"),
+    ("a.npy", lambda path: np.save(path, np.zeros((3, 2), np.float32)), {"ids": "none.npy"}, r"none.npy is missing"),
+    ("a.npy", lambda path: np.save(path, np.array([{}, {}])), {}, r"cannot be read as \.npy"),
+    ("a.npy", lambda path: None, {}, r"a\.npy is missing"),
+    ("a.pt", lambda path: None, {}, r"is a pickle, and reading it runs code"),
+    ("a.csv", lambda path: None, {}, r"has suffix '\.csv'; it must be one of \.npy, \.safetensors, \.parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "options", "sentence"), BAD, ids=range(len(BAD)))
+def test_a_bad_file_is_one_sentence(
+    tmp_path: Path, name: str, make: Any, options: dict[str, str], sentence: str
+) -> None:
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(RequestError, match=sentence) as told:  # noqa: PT012 - a bad row is met when it is read
+        source = open_source(path, **options)
+        list(checked_rows(path, source, 0, 10))
+    assert str(tmp_path / name) in str(told.value) or "none.npy" in str(told.value)
+
+
+def test_another_width_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npy")
+    with pytest.raises(RequestError, match=r"has rows of 3 values; table 'item' has 8"):
+        check_dim(path, open_source(path), "item", 8)
