@@ -14,7 +14,7 @@ PLANT ?=
 help:
 	@echo "make demo     set up, then train, serve and check MovieLens-100k on a local cluster (ARGS=\"--json out.json\")"
 	@echo "make test     set up, then run the whole test suite (ARGS are passed to pytest)"
-	@echo "make sim      whole clusters in one thread under faults (SEEDS=10000; PLANT=name or all: a planted bug must be found)"
+	@echo "make sim      whole clusters under faults, on all cores, as JSON (SEEDS=10000; PLANT=name or all: planted bugs must be found)"
 	@echo "make lint     ruff (lint and format) and mypy"
 	@echo "make bench    kernels, pulls, placements and pushes, with peers (apt-get install redis-server)"
 

@@ -151,8 +151,8 @@ def offers(
     """Who may give a slot to the newcomer: options int16[slots, copies], and `must` where that parts two owners.
 
     places int64[2, k]: number of each server's host, and of its zone. limits int64[2]: owners of one slot that may
-    share a host, and a zone. A gift may not add to what is over
-    the limits; where one lessens it, only such are offered.
+    share a host, and a zone. A gift may not add to what is over the limits; where one lessens it, only those that
+    lessen it most are offered.
     """
     counts = np.zeros((2, places.max() + 1), np.int64)
     after = np.empty(owners.shape[1], np.int64)
@@ -171,6 +171,7 @@ def offers(
             for kind in range(2):
                 over += counts[kind, places[kind, s]] >= limits[kind]
                 counts[kind, places[kind, s]] += 1
+        best = over
         for c in range(0 if present else held):
             after[c] = over
             for kind in range(2):
@@ -178,8 +179,9 @@ def offers(
                 after[c] -= counts[kind, theirs] > limits[kind]
                 after[c] += counts[kind, mine] - (mine == theirs) >= limits[kind]
             must[r] |= after[c] < over
+            best = min(best, after[c])
         for c in range(0 if present else held):
-            if after[c] < over or (after[c] == over and not must[r]):
+            if after[c] == best:
                 options[r, c] = owners[r, c]
         for c in range(held):
             for kind in range(2):

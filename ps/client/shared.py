@@ -165,6 +165,7 @@ class SharedReader:
 
     def __init__(self) -> None:
         self._known: dict[int, Described | None] = {}
+        self._private: set[int] = set()
         self._mapped: Mapped | None = None
         self._for: Routing | None = None
         self._again = 0.0
@@ -178,14 +179,18 @@ class SharedReader:
         here = [i for i, s in enumerate(routing.servers) if s.alive and _here(s)]
         if len(here) > SERVERS_MAX or not hasattr(os, "pidfd_open"):
             return []
-        gone = self._known.keys() - {s.incarnation for s in routing.servers}
-        for incarnation in gone:
+        there = {s.incarnation for s in routing.servers}
+        self._private &= there
+        for incarnation in self._known.keys() - there:
             del self._known[incarnation]
-        return [i for i in here if self._known.get(routing.servers[i].incarnation) is None]
+        names = [(i, routing.servers[i].incarnation) for i in here]
+        return [i for i, one in names if self._known.get(one) is None and one not in self._private]
 
     def learn(self, server: Server, plain: Mapping[str, Any]) -> None:
-        """Take what a server said."""
+        """Take what a server said. One that shares nothing never will: it is not asked again."""
         self._known[server.incarnation] = None
+        if not plain.get("pid"):
+            self._private.add(server.incarnation)
         if plain.get("pid"):
             with suppress(OSError):
                 self._known[server.incarnation] = Described(plain, server.incarnation, os.pidfd_open(plain["pid"]))

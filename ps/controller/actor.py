@@ -184,7 +184,11 @@ class Control:
 
     async def _start_again(self, member: Member) -> None:
         control = self.config.control
-        while control.restart and member.restarts < control.restarts_max and self._named(member.name):
+
+        def wanted() -> bool:  # whoever is about to join is, too: its move would wait for it without end
+            return self._named(member.name) or member.name in self._starting
+
+        while control.restart and member.restarts < control.restarts_max and wanted():
             member.restarts += 1
             try:
                 await self._launch(member.name)

@@ -77,6 +77,18 @@ def held_by(view: View) -> np.ndarray:
     return out
 
 
+def test_a_join_parts_owners_by_hosts_where_zones_would_let_it_do_less() -> None:
+    def placed(number: int, host: int) -> Server:
+        return Server(f"s{number}", number, f"h{host}", f"z{host % 2}")
+
+    view = plan(View.empty(1, 8), Join(tuple(placed(i, host) for i, host in enumerate((0, 2, 2)))))
+    view = plan(view, CreateTable("t", {}, replicas=3))
+    for number, host in ((3, 0), (4, 1)):
+        view = plan(view, Join((placed(number, host),)))
+    hosts = np.array([s.host for s in view.servers])[view.groups[0].owners]
+    assert (np.sort(hosts, axis=1) == ["h0", "h1", "h2"]).all()
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_chains_over_uneven_hosts(data: st.DataObject) -> None:

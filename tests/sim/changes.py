@@ -7,6 +7,7 @@ from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable, S
 from hashring.view import Move
 from ps.failover import Wish
 from ps.spec import SGD, Initializer, TableSpec
+from tests.sim.faults import WISHES
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -27,12 +28,10 @@ TABLES_MAX = 2
 class Changes:
     """Draws and makes the wishes of one run, of whichever controller there is; what comes of them is not waited for."""
 
-    KINDS = ("join", "leave", "abort")
-
     def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
         self.cluster, self.world = cluster, cluster.world
         rng = self.world.rng
-        aimed = cluster.faults.aims_at(*MOVING, *self.KINDS)
+        aimed = cluster.faults.aims_at(*MOVING, *WISHES)
         moves = rng.random() < 0.6 or aimed
         self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
         self.kinds += ["create", "alter", "drop", "copies"] if rng.random() < 0.4 else []

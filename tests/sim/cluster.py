@@ -76,6 +76,9 @@ class Report:
     faults: dict[str, int] = field(default_factory=dict)
     cells: list[tuple[str, str]] = field(default_factory=list)
     epochs: int = 0
+    broken_invariant: bool = False
+    """Whether `violation` is of an invariant, not an exception."""
+
     trace: str = ""
     """A hash of how many events there were, when the last was, and where chance stood: of two different runs never the
     same."""
@@ -367,7 +370,7 @@ class Cluster:
             if self.acked < ACKED_MIN:
                 self.checks.fail(f"only {self.acked} pushes were acknowledged")
         except Violation as violation:
-            report.violation = str(violation)
+            report.violation, report.broken_invariant = str(violation), True
         finally:
             ps.client.core.time = before
             ps.window.CLIENT_IDLE_S, ps.replication.machine.FORGET_S = idle

@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
     from tests.sim.server import Server
 
+WISHES = ("join", "leave", "abort")
+"""Made at steps; elsewhere they come at a rate of their own (tests.sim.changes)."""
+
 KINDS = (
     *("crash", "pause", "cut", "block", "one-way", "island", "slow", "jump"),
     *("suspicion", "controller crash", "controller pause", "second controller", "old view", "client crash"),
-    *("join", "leave", "abort"),
+    *WISHES,
 )
 
 
@@ -25,7 +28,7 @@ class Faults:
     def __init__(self, cluster: "Cluster", calm: bool = False) -> None:
         self.cluster, self.world = cluster, cluster.world
         rng = self.world.rng
-        chosen = [kind for kind in KINDS if rng.random() < 0.55] or ["crash"]
+        chosen = [kind for kind in KINDS if kind not in WISHES and rng.random() < 0.55] or ["crash"]
         self.weights = {kind: rng.choice((0.3, 1.0, 3.0)) for kind in chosen}
         self.rate = rng.choice((0.5, 1.0, 2.0, 4.0))
         self.aim = rng.choice((0.0, 0.001, 0.002, 0.004))
@@ -95,7 +98,7 @@ class Faults:
         servers = cluster.running()
         if kind.startswith("controller") or kind == "second controller":
             made = self._controller(kind, process)
-        elif kind in cluster.changes.KINDS:
+        elif kind in WISHES:
             made = cluster.changes.make(kind)
         elif kind == "client crash":
             caller = connection.caller if connection is not None else None
@@ -108,7 +111,7 @@ class Faults:
             victim = process if isinstance(process, ServerProcess) and process.alive else rng.choice(servers)
             made = self._server(kind, victim, [s for s in servers if s is not victim], connection)
         if made:
-            world.counts[kind] += kind not in cluster.changes.KINDS
+            world.counts[kind] += kind not in WISHES
             world.say(f"FAULT {kind}")
         return made
 

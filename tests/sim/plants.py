@@ -43,6 +43,7 @@ from ps.replication.machine import Replication
 from ps.replication.members import ADMITTED, ASKED, OWNER
 from ps.replication.primary import Primary
 from ps.rowblock import RowBlock
+from ps.share import BAGS
 from ps.slots import SlotTable, Tombstones
 from ps.store import Store, transfer
 from ps.window import ClientEntries, ClientTable
@@ -134,12 +135,15 @@ def slot_in_two_frames(patch: Patch) -> None:
         calls = []
         for call in real(self, *arguments):
             ids = call.arrays["ids"]
-            if len(call.arrays["tables"]) != 1 or len(ids) < 2 or "offsets" in call.arrays:
+            features = call.arrays["features"]
+            if len(features) != 1 or len(ids) < 2 or "offsets" in call.arrays or "rows" not in call.arrays:
                 calls.append(call)
                 continue
             rows = call.arrays["rows"].reshape(len(ids), -1)
             for k, part in enumerate((slice(0, 1), slice(1, None))):
-                some = {"ids": ids[part], "rows": rows[part].reshape(-1), "bags": np.array([len(ids[part])], np.int32)}
+                line = features.copy()
+                line[0, BAGS] = len(ids[part])
+                some = {"ids": ids[part], "rows": rows[part].reshape(-1), "features": line}
                 calls.append(replace(call, key=call.key + 100 * k, arrays={**call.arrays, **some}))
         return calls
 
