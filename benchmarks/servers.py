@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import ps
 from hashring.view import View
 from ps.cluster import controller
-from ps.errors import EmbringError
+from ps.errors import EmbringError, NotApplied
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
@@ -62,7 +62,7 @@ class Servers:
 
     def fresh_client(self) -> "ps.Client":
         """A client that knows the servers there are now: those of the start may all be gone."""
-        return ps.connect([a for s in self.living() for a in s["addresses"]], self._token, ASK_S)
+        return ps.connect([a for s in self.living() for a in s["addresses"]], self._token, ASK_S, in_place=False)
 
     def view(self) -> View:
         """The newest view that a server knows."""
@@ -91,7 +91,12 @@ class Servers:
             address = next(iter(pick(server["addresses"])))
             found = BlockingConnection.connect(address, Hello(self._token), ASK_S)
             self._open[server["incarnation"]] = found
-        return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+        try:
+            return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+        except NotApplied:
+            if not found.closed:
+                raise
+        return self._ask(server, op, arrays)  # it was silent for so long that the server had closed it
 
     def join(self) -> dict[str, int]:
         """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""
@@ -167,11 +172,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Bytes of memory that a process has to itself."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes of memory that a process has written: its own, and what it lets others of its host read."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssShmem:"))
 
 
 def own_cpu_seconds() -> float:

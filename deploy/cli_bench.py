@@ -197,6 +197,26 @@ def rebalance(
     _finish(suite.run(settings, _say), output)
 
 
+@app.command()
+def chaos(
+    changes: Annotated[str, typer.Option(help="Of join, leave, failover.")] = "join,leave,failover",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each of them is gone through.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.0, help="No round begins later than this; 0: no limit.")] = 0.0,
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of the table.")] = 100_000,
+    rate: Annotated[float, typer.Option(min=1.0, help="Requests a second meanwhile.")] = 100.0,
+    output: JsonOption = None,
+) -> None:
+    """Servers killed and paused at the steps of a join, a leave and a failover, under load; broken promises counted.
+
+    Example:  embring bench chaos --changes join --rounds 2
+    """
+    from benchmarks.suites import chaos as suite
+
+    chosen = _chosen("--changes", changes, ("join", "leave", "failover"))
+    settings = suite.Settings(changes=chosen, rounds=rounds, seconds=seconds, rows=rows, rate=rate)
+    _finish(suite.run(settings, _say), output)
+
+
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:
@@ -242,7 +262,7 @@ def _finish(
         shown = {key: value for key, value in result.items() if key not in ("raw_us", "settings")}
         print(json.dumps(shown, indent=1))
     if not result["equal"]:
-        raise RequestError("results of the sides differ; no figure of this run counts")
+        raise RequestError("results differ, or what was promised was broken: see the figures")
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import STYLE, JsonOption, running
+from deploy.cli_common import STYLE, JsonOption, reachable, running
 
 HELP = """Save, restore and list checkpoints.
 
@@ -25,13 +25,15 @@ NameOption = Annotated[str | None, typer.Option(help="Name of the checkpoint in 
 def save(folder: Folder, name: NameOption = None, as_json: JsonOption = False) -> None:
     """Save every row into a new checkpoint of DIR, named by the time unless --name says otherwise. Pushes go on.
 
+    Asks the servers alone: it works though controller and Ray head are dead.
+
     Example:  embring checkpoint save backups
     """
     from hashring.view import Server
     from ps.checkpoint.move import newest_view
     from ps.checkpoint.move import save as save_rows
 
-    runtime = running()
+    runtime = reachable()
     access = access_to(runtime)
     view = newest_view([Server("", 0, "", "", (address,)) for address in runtime.addresses], access)
     with progress("saved") as report:

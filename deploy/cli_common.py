@@ -19,6 +19,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def reachable() -> Any:
+    """The runtime of this user's cluster, whether or not its Ray head lives: for what needs its servers alone.
+
+    Raises ConfigError where there is none.
+    """
+    from ps.runtime import read_runtime
+
+    return read_runtime()
+
+
 def running() -> Any:
     """The runtime of this user's cluster. Raises ConfigError where none is running."""
     from ps.cluster import find

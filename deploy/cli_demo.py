@@ -24,6 +24,13 @@ def demo(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON; - is standard output.")
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, max=3, help="Servers that hold each row.")] = 1,
+    kill_server: Annotated[
+        bool,
+        typer.Option(
+            "--kill-server", help="Do it again with kill -9 of a server halfway: AUCs must agree within 0.003."
+        ),
+    ] = False,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write label and scores of each held-out row, as JSON lines.")
     ] = None,
@@ -36,6 +43,8 @@ def demo(
 
     Example:  embring demo --data synthetic --json figures.json
     """
+    if kill_server and replicas == 1:
+        raise typer.BadParameter("one copy dies with its server: --kill-server needs --replicas 2 or 3")
     from ps.cluster import kernel_cache
 
     # Before numba is imported: servers, workers, router and this process share one cache of compiled kernels.
@@ -46,7 +55,7 @@ def demo(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from deploy.demo import run
+    from deploy.demo import run, run_killed
 
     console = Console(stderr=True)
     bars = Progress(
@@ -61,7 +70,8 @@ def demo(
                 task = bars.add_task("  batches", total=batches)
             bars.update(task, completed=progress.totals.batches)
 
-        outcome = run(data, predictions, lambda line: console.print(f"[dim]•[/dim] {line}"), watch)
+        carry_out = run_killed if kill_server else run
+        outcome = carry_out(data, predictions, lambda line: console.print(f"[dim]•[/dim] {line}"), watch, replicas)
     text = json.dumps(asdict(outcome), indent=2)
     if json_file is not None and str(json_file) == "-":
         print(text)
@@ -83,6 +93,11 @@ def _check_writable(file: Path | None) -> None:
         raise ConfigError(f"{file} cannot be written: {file.absolute().parent} is no folder, or it is one itself")
 
 
+def _killed(outcome: "Outcome") -> str:
+    apart = f"{outcome.auc_difference:.4f}" if outcome.auc_difference is not None else "?"
+    return f"{outcome.killed}; AUC {apart} from the {outcome.undisturbed_auc} of an undisturbed run"
+
+
 def summary(outcome: "Outcome") -> Any:
     """The figures as text for a terminal."""
     from rich.table import Table
@@ -97,6 +112,7 @@ def summary(outcome: "Outcome") -> Any:
     for name, text in (
         ("data", f"{outcome.dataset}: {outcome.train_rows:,} rows trained, {outcome.heldout_rows:,} held out{skipped}"),
         ("quality", f"AUC {outcome.auc:.4f}, log-loss {outcome.logloss:.4f} on the held-out rows"),
+        *([("killed", _killed(outcome))] if outcome.killed else []),
         ("training", f"{outcome.train_rows_per_s:,.0f} rows/s with {outcome.workers} asynchronous workers"),
         ("tables", f"{outcome.rows:,} rows on {outcome.servers} servers ({per_server})"),
         ("scores", f"{compared} compared with plain torch: largest difference {outcome.parity_max_abs_diff:.1e}"),

@@ -19,6 +19,10 @@ def status(
 ) -> None:
     """Show servers, routers, rows, bytes, slots, epoch, requests a second, latency, lost slots and missing copies.
 
+    lag: of the slot whose other owners are farthest behind, changes that they lack, and for how long. A push is
+    acknowledged once every owner of its slots has it: it survives the loss of all of them but one. What came after the
+    last checkpoint is lost where all die at once.
+
     Example:  embring status --watch
     """
     from deploy.routers import statuses
@@ -75,6 +79,7 @@ def render(record: Mapping[str, Any]) -> Any:
         "requests/s",
         "p50 ms",
         "p99 ms",
+        "lag",
         "restarts",
     ):
         servers.add_column(title, justify="left" if title in ("server", "state", "host") else "right", no_wrap=True)
@@ -83,7 +88,7 @@ def render(record: Mapping[str, Any]) -> Any:
         servers.add_row(
             *(s["name"], s["state"], s["host"], str(s["pid"])),
             *(f"{s.get('rows', 0):,}", size(s.get("bytes", 0)), f"{s['slots']:,}"),
-            *(f"{s.get('requests_per_s', 0.0):,.0f}", *latency, str(s["restarts"])),
+            *(f"{s.get('requests_per_s', 0.0):,.0f}", *latency, _lag(s), str(s["restarts"])),
         )
     tables = Table(box=None, pad_edge=False)
     for title in ("table", "dim", "placement", "replicas", "optimizer", "rows"):
@@ -111,7 +116,15 @@ def render(record: Mapping[str, Any]) -> Any:
             f"{record['slots_learning']} are being copied"
         )
         parts += [Text(), Text(warning, style="yellow")]
+    for warning in record["warnings"]:
+        parts += [Text(), Text(f"warning: {warning}", style="yellow")]
     return Group(*parts)
+
+
+def _lag(server: Mapping[str, Any]) -> str:
+    """How far other owners are behind a server: changes of one slot, and for how long they have owed an answer."""
+    changes, seconds = server.get("lag_changes", 0), server.get("lag_s", 0.0)
+    return f"{changes} / {seconds:.1f} s" if changes else "-"
 
 
 def _routers(records: list[Mapping[str, Any]]) -> Any:

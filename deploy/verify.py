@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.cli_common import JsonOption, running
+from deploy.cli_common import JsonOption, reachable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def verify(
     """
     from deploy.cli_checkpoint import access_to
 
-    runtime = running()
+    runtime = reachable()
     cluster = Copies(list(runtime.addresses), access_to(runtime))
     with _progress() as started:
         findings = cluster.compare(tables or [], repair, started)

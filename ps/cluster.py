@@ -108,10 +108,11 @@ def start(
             head_pid=head.pid,
             head_started=head.started,
             scratch=str(scratch),
+            namespace=NAMESPACE if address is None else f"{NAMESPACE}-{secrets.token_hex(4)}",
             tls_ca=config.tls.trusted,
         )
         report("starting the controller")
-        runtime = _start_actors(runtime, config, report)
+        runtime = _start_actors(runtime, config, target, report)
         write_runtime(runtime, target)
         return runtime
     except BaseException:
@@ -166,47 +167,54 @@ def _python_path() -> str:
     return f"{ROOT}{os.pathsep}{rest}" if rest else str(ROOT)
 
 
-def _start_actors(runtime: Runtime, config: Config, report: Report) -> Runtime:
+def _start_actors(runtime: Runtime, config: Config, runtime_file: Path, report: Report) -> Runtime:
     """Start the controller, which starts the servers; the runtime with what they tell."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     with _driver(runtime):
-        from ps.controller.actor import NAME, ControllerActor
-        from ps.server import Setup
-
-        namespace = f"embring-{secrets.token_hex(4)}" if not runtime.head_pid else NAMESPACE
-        environment = {
-            **(ray_environment(config.ray, runtime.ray_token_path) if runtime.ray_token_path else {}),
-            "NUMBA_CACHE_DIR": str(kernel_cache()),
-            "PYTHONPATH": _python_path(),
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-        }
-        setup = Setup(
-            asdict(config),
-            runtime.state,
-            runtime.scratch,
-            read_token(runtime.token_path),
-            namespace,
-            str(ROOT),
-            environment,
-        )
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ControllerActor
-        controller: Any = actor.options(
-            name=NAME, namespace=namespace, lifetime="detached", max_concurrency=8, max_restarts=-1,
-            scheduling_strategy=here, runtime_env={"env_vars": environment},
-        ).remote(setup)  # fmt: skip
+        controller = start_controller(runtime, config, runtime_file)
         try:
             status = _started(controller, config.server.servers, report)
         except (ray.exceptions.RayError, TimeoutError) as error:
             ray.kill(controller)
             raise StartError(f"the servers did not start: {_cause(error)} (logs: {runtime.state}/logs)") from None
     addresses = tuple(a for s in status["servers"] for a in s["addresses"])
-    return replace(
-        runtime, addresses=addresses, cluster=status["cluster"], metrics=status["metrics"], namespace=namespace
+    return replace(runtime, addresses=addresses, cluster=status["cluster"], metrics=status["metrics"])
+
+
+def start_controller(
+    runtime: Runtime, config: Config, runtime_file: Path, name: str = "controller", restarts: int = -1
+) -> Any:
+    """Start a controller on this host; for a driver of the cluster's Ray. restarts: -1 is without end."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from ps.controller.actor import ControllerActor
+    from ps.server import Setup
+
+    environment = {
+        **(ray_environment(config.ray, runtime.ray_token_path) if runtime.ray_token_path else {}),
+        "NUMBA_CACHE_DIR": str(kernel_cache()),
+        "PYTHONPATH": _python_path(),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    setup = Setup(
+        asdict(config),
+        runtime.state,
+        runtime.scratch,
+        read_token(runtime.token_path),
+        runtime.namespace,
+        str(ROOT),
+        environment,
+        str(runtime_file),
     )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ControllerActor
+    return actor.options(
+        name=name, namespace=runtime.namespace, lifetime="detached", max_concurrency=8, max_restarts=restarts,
+        scheduling_strategy=here, runtime_env={"env_vars": environment},
+    ).remote(setup)  # fmt: skip
 
 
 NAMESPACE = "embring"

@@ -225,11 +225,11 @@ class ControlConfig:
         "milliseconds",
         0,
         3600000,
-        "How long after a server left its slots their missing copies are made anew. One that returns by then from a "
-        "pause needs only what it missed; a second failure meanwhile can lose rows.",
+        "How long, while a server is missing, the copies that it had are not made anew on others. One that returns by "
+        "then from a pause needs only what it missed; a second failure meanwhile can lose rows.",
     )
     copy_slots_max: int = _setting(
-        1024,
+        4096,
         "slots a server",
         1,
         1048576,

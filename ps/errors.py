@@ -63,6 +63,10 @@ class NotApplied(EmbringError):
     code = "not_applied"
 
 
+class NobodyListens(NotApplied):
+    """Connections are refused at every address of the server: its process is gone."""
+
+
 class Overloaded(NotApplied):
     """A bounded queue is full; nothing was applied."""
 

@@ -28,7 +28,8 @@ class ServiceStatistics:
     """Counts since the start. absent_ids: ids of pulls that had no row.
 
     compared, different: copies of slots that were compared with their other owners', and those that differed.
-    copied_rows, copied_bytes: what was copied to other servers, so that they own it.
+    copied_rows, copied_bytes: what was copied to other servers, so that they own it. lag_changes, lag_s: how far other
+    owners are behind this primary: changes of one slot, seconds that one has owed an answer.
     """
 
     epoch: int
@@ -38,6 +39,8 @@ class ServiceStatistics:
     different: int
     copied_rows: int
     copied_bytes: int
+    lag_changes: int
+    lag_s: float
     operations: dict[str, OpStatistics]
     listener: ListenStatistics
     store: StoreStatistics

@@ -7,8 +7,11 @@ What Ray does by itself, and what is done about it here:
 * `ray stop` ends every Ray on the machine by name: our processes carry a mark in their environment instead, and only
   marked ones are ended.
 * After SIGTERM it waits up to 30 s for detached actors to go: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0.
-* Every process ends 60 s after the head died: RAY_gcs_rpc_server_reconnect_timeout_s is raised.
+* Every process ends 60 s after the head died: RAY_gcs_rpc_server_reconnect_timeout_s is raised. With `--block` the node
+  ends at once with any of its processes, the head's GCS too: so it is left out, and the head is the GCS.
 * Of a node that was given no CPUs it starts one process at a time: RAY_worker_maximum_startup_concurrency.
+* Its workers run at nice 15, so that servers starve, miss pings and keep pulls waiting wherever other work runs beside
+  them: RAY_worker_niceness=0.
 * It gives its own processes 30 to 60 s to come up, too little on a busy host: the variables are raised, and where there
   is none (the node's own registration) the head is started once more.
 """
@@ -44,7 +47,7 @@ class StartError(EmbringError):
 
 @dataclass(frozen=True)
 class Head:
-    """A running Ray head. started: its start time in clock ticks since boot."""
+    """A running Ray head. pid: of its GCS. started: its start time in clock ticks since boot."""
 
     pid: int
     started: int
@@ -68,6 +71,7 @@ def ray_environment(config: RayConfig, token_path: str | Path) -> dict[str, str]
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_enable_worker_prestart": "0",
+        "RAY_worker_niceness": "0",
         "RAY_worker_maximum_startup_concurrency": str(max(2, os.cpu_count() or 2)),
         "RAY_worker_register_timeout_seconds": f"{START_TIMEOUT_S:.0f}",
         "RAY_agent_register_timeout_ms": f"{START_TIMEOUT_S * 1000:.0f}",
@@ -76,7 +80,7 @@ def ray_environment(config: RayConfig, token_path: str | Path) -> dict[str, str]
 
 
 def start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: Path, mark: str) -> Head:
-    """Start `ray start --head --block` in `folder` and wait until it answers. Raises StartError.
+    """Start `ray start --head` in `folder` and wait until it answers. Raises StartError.
 
     scratch: short folder for Ray's sockets. mark: told to every process (see MARK).
     """
@@ -95,7 +99,7 @@ def _start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: P
     log.parent.mkdir(parents=True, exist_ok=True)
     address_file = scratch / "ray" / "ray_current_cluster"
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"),
         *("--node-ip-address=127.0.0.1", f"--port={config.port}", "--num-cpus=0", "--include-dashboard=false"),
         *("--include-log-monitor=false", "--no-monitor", "--metrics-export-port=0", "--runtime-env-agent-port=0"),
         *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--min-worker-port=0"),
@@ -109,30 +113,33 @@ def _start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: P
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            end_marked(mark)
-            raise StartError(f"Ray ended while starting: {_last_line(log)} (all of it: {log})")
-        address = address_file.read_text().strip() if address_file.exists() else ""
-        if address and b"Ray runtime started" in log.read_bytes():
-            return Head(child.pid, start_time(child.pid) or 0, address)
-        time.sleep(0.05)
+    try:
+        status: int | None = child.wait(START_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        status = None
+    gcs = [pid for pid in marked(mark) if "gcs_server" in _command(pid)]
+    if status == 0 and gcs and address_file.exists():
+        return Head(gcs[0], start_time(gcs[0]) or 0, address_file.read_text().strip())
     end_marked(mark)
-    raise StartError(f"Ray did not start within {START_TIMEOUT_S:.0f} s; its log is {log}")
+    _reap(child.pid)
+    if status is None:
+        raise StartError(f"Ray did not start within {START_TIMEOUT_S:.0f} s; its log is {log}")
+    raise StartError(f"Ray ended while starting: {_last_line(log)} (all of it: {log})")
 
 
 def end_head(pid: int, started: int, mark: str, timeout: float = 20.0) -> int:
-    """End our Ray head and every process that carries its mark; returns how many had to be killed.
+    """End every process that carries the mark, our Ray head last; returns how many had to be killed.
 
-    SIGTERM to the head first (it ends its own), then SIGKILL to whatever is marked and still there.
+    SIGTERM first: Ray's node says goodbye to its head, if that lives. Then SIGKILL to whatever is still there.
     """
-    if pid and start_time(pid) == started:
-        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout
-    while marked(mark) and time.monotonic() < deadline:
-        _reap(pid)
-        time.sleep(0.05)
+    if pid and start_time(pid) == started:
+        for some in ([p for p in marked(mark) if p != pid], [pid]):
+            for each in some:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGTERM)
+            while any(start_time(each) is not None for each in some) and time.monotonic() < deadline:
+                time.sleep(0.05)
     return end_marked(mark)
 
 
@@ -143,11 +150,8 @@ def end_marked(mark: str, timeout: float = 10.0) -> int:
     while (pids := marked(mark)) and time.monotonic() < deadline:
         for pid in pids:
             found.add(pid)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            _reap(pid)
         time.sleep(0.05)
     return len(found)
 
@@ -182,6 +186,13 @@ def _reap(pid: int) -> None:
     if pid:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ps.errors import ConfigError
@@ -16,7 +16,7 @@ from ps.errors import ConfigError
 class Runtime:
     """A running cluster, as its user sees it.
 
-    addresses: of its servers when it started ("tcp:HOST:PORT", "unix:/path"); any of them knows the others.
+    addresses: of its servers ("tcp:HOST:PORT", "unix:/path"), kept up by the controller; any of them knows the others.
     token_path: file (mode 0600) with the token of the fabric. cluster: its random id. state: its state folder.
     ray_address and ray_token_path: how to join its Ray. head_pid and head_started: our Ray head process and its
     start time in clock ticks since boot, so that a reused pid is never taken for it; 0 where Ray was joined.
@@ -94,6 +94,19 @@ def read_runtime(path: Path | None = None) -> Runtime:
         return Runtime(**{**data, "addresses": tuple(data["addresses"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"the runtime file {target} is malformed: {error}") from None
+
+
+def readdress(path: str | Path, cluster: int, addresses: tuple[str, ...]) -> bool:
+    """Have a cluster's runtime file name these addresses; False where the file is not there, or not this cluster's."""
+    try:
+        known = read_runtime(Path(path))
+    except ConfigError:
+        return False
+    if known.cluster != cluster:
+        return False
+    if known.addresses != addresses:
+        write_runtime(replace(known, addresses=addresses), Path(path))
+    return True
 
 
 def read_token(path: str | Path) -> str:

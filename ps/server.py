@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ray.exceptions import RayError
 
 from ps.config import Config, ServerConfig, config_from_plain
 from ps.errors import ConfigError, NotApplied
+from ps.fabric.address import parse_address
 from ps.loop import LoopThread
 from ps.wire import raise_error
 
@@ -26,6 +28,8 @@ ADMIN_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 280.0
 MEMORY_SHARE = 0.7
 """Of a host's memory, what its servers may fill together unless memory_max_mib says otherwise."""
+
+RECONNECT, RECONNECT_DEFAULT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 
 PACKAGES = ("ps", "hashring")
 
@@ -38,7 +42,7 @@ class Setup:
 
     config: plain settings. state: the cluster's state folder on the head host. scratch: short folder for sockets.
     token: of the fabric. namespace: of Ray. root: where the starter's modules came from. environment: variables of
-    the actors' processes.
+    the actors' processes. runtime_file: on the head host, what the controller keeps up.
     """
 
     config: dict[str, Any]
@@ -48,6 +52,7 @@ class Setup:
     namespace: str
     root: str
     environment: dict[str, str]
+    runtime_file: str = ""
 
 
 def check_modules(root: str) -> None:
@@ -77,6 +82,14 @@ def log_to(path: Path) -> None:
         logger.propagate = False
 
 
+def reconnect_s() -> float:
+    """Seconds that this node of Ray, and with it this process, outlives Ray's head: workers have its environment."""
+    try:
+        return float(os.environ.get(RECONNECT, ""))
+    except ValueError:
+        return RECONNECT_DEFAULT_S
+
+
 def memory_max(config: ServerConfig) -> int:
     """Bytes that one server may fill with rows."""
     if config.memory_max_mib:
@@ -87,7 +100,9 @@ def memory_max(config: ServerConfig) -> int:
 class Server:
     """The Ray actor. Its methods run on Ray's event loop and hand the work to the data thread."""
 
-    def __init__(self, setup: Setup, name: str, index: int) -> None:
+    def __init__(self, setup: Setup, name: str, index: int, before: Sequence[str] = ()) -> None:
+        """before: where the last process of this name listened; its port is taken again if it is free here, so that
+        clients that rested meanwhile find this one."""
         check_modules(setup.root)
         log_to(Path(setup.state) / "logs" / f"{name}.log")
         self.name = name
@@ -98,10 +113,10 @@ class Server:
         self._index = index
         self._controller: Any = None
         self._data = LoopThread("data")
-        self.addresses: list[str] = self._data.call(self._open(), OPEN_TIMEOUT_S)
+        self.addresses: list[str] = self._data.call(self._open(before), OPEN_TIMEOUT_S)
         log.info("%s incarnation %d listens on %s", name, self.incarnation, ", ".join(self.addresses))
 
-    async def _open(self) -> list[str]:
+    async def _open(self, before: Sequence[str]) -> list[str]:
         """On the data thread: load the kernels, make the store and listen."""
         from ps.fabric.tls import serving
         from ps.kernels import warmup
@@ -118,16 +133,29 @@ class Server:
         )
         store = Store(self.incarnation, limits)
         self._service = Service(store, self.config, self._setup.token, self._control, self.name)
-        return await serve(self._service, self._wanted(), serving(self.config.tls))
+        tls = serving(self.config.tls)
+        if not server.port and (port := self._port_of(before)):
+            try:
+                return await serve(self._service, self._wanted(port), tls)
+            except ConfigError as error:
+                log.info("the port of the last process of this name has another owner: %s", error)
+        return await serve(self._service, self._wanted(server.port and server.port + self._index), tls)
 
-    def _wanted(self) -> list[str]:
+    def _port_of(self, before: Sequence[str]) -> int:
+        """The port of addresses of a process that ran on this host, or 0."""
+        known = (parse_address(address) for address in before)
+        return next((a.port for a in known if a.host == self._listens), 0)
+
+    @property
+    def _listens(self) -> str:
+        return self.host if self.config.server.host == "node" else self.config.server.host
+
+    def _wanted(self, port: int) -> list[str]:
         """Addresses to listen on: a Unix socket for this host, and TCP."""
         folder = Path(self._setup.scratch)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        host = self.host if self.config.server.host == "node" else self.config.server.host
-        port = self.config.server.port + self._index if self.config.server.port else 0
         short = hashlib.blake2s(str(self.incarnation).encode(), digest_size=4).hexdigest()
-        return [f"tcp:{host}:{port}", f"unix:{folder}/{self.name}-{short}"]
+        return [f"tcp:{self._listens}:{port}", f"unix:{folder}/{self.name}-{short}"]
 
     async def _control(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         """On the data thread: ask the controller, for an administrator."""
@@ -145,7 +173,13 @@ class Server:
 
     async def ready(self) -> dict[str, Any]:
         """Who this is; answers once it listens."""
-        return {"incarnation": self.incarnation, "host": self.host, "addresses": self.addresses, "pid": os.getpid()}
+        return {
+            "incarnation": self.incarnation,
+            "host": self.host,
+            "addresses": self.addresses,
+            "pid": os.getpid(),
+            "reconnect_s": reconnect_s(),
+        }
 
     async def forever(self) -> None:
         """Never returns: whoever waits for it hears from Ray when this process is gone."""

@@ -240,7 +240,7 @@ class Service:
         operations = {op: meter.statistics() for op, meter in self._meters.items()}
         return ServiceStatistics(
             self.view.epoch, self.draining, self._absent_ids, *self.replication.verified, *self.replication.copied,
-            operations, self.listener.statistics(), self.store.statistics(),
+            *self.replication.lag, operations, self.listener.statistics(), self.store.statistics(),
         )  # fmt: skip
 
     # -- dispatch
@@ -460,6 +460,7 @@ async def serve(service: Service, addresses: Sequence[str], tls: ssl.SSLContext 
 
     Raises ConfigError for an address that is none, is taken, or can be reached from elsewhere while there is no token.
     """
-    service.begin()
     gc.freeze()  # the modules loaded so far stay: no collection walks through them in the middle of a request
-    return list(await service.listener.start(addresses, tls))
+    taken = await service.listener.start(addresses, tls)
+    service.begin()
+    return list(taken)

@@ -18,20 +18,15 @@ def benchmark_config(servers: int, config: Path | None = None) -> Config:
     return load_config(config).with_settings("server", servers=servers)
 
 
-def over_the_wire(servers: int) -> Config:
-    """Settings under which no client reads rows in place: it is to be as if it ran on another host."""
-    return benchmark_config(servers).with_settings("server", shared_reads=False)
-
-
 @contextmanager
-def cluster(config: Config, report: Report) -> Iterator[tuple[Runtime, "ps.Client"]]:
-    """(its runtime, a blocking client connected to it)."""
+def cluster(config: Config, report: Report, in_place: bool = True) -> Iterator[tuple[Runtime, "ps.Client"]]:
+    """(its runtime, a blocking client connected to it). in_place: whether the client may read without messages."""
     with tempfile.TemporaryDirectory(prefix="embring-bench-") as folder:
         runtime_file = Path(folder) / "cluster.json"
         runtime = start(config, state=Path(folder) / "state", runtime_file=runtime_file, report=report)
         try:
             token = read_token(runtime.token_path)
-            with ps.connect(list(runtime.addresses), token=token, timeout=60.0) as client:
+            with ps.connect(list(runtime.addresses), token, 60.0, in_place=in_place) as client:
                 yield runtime, client
         finally:
             stop(runtime, runtime_file=runtime_file)

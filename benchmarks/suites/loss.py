@@ -41,7 +41,9 @@ async def lose_a_server(
     """
     reads = {name: _Reads() for name in requests}
     token = read_token(runtime.token_path)
-    clients = [await ps.AsyncClient.connect(list(runtime.addresses), token, CONNECT_S) for _ in requests]
+    clients = [
+        await ps.AsyncClient.connect(list(runtime.addresses), token, CONNECT_S, in_place=False) for _ in requests
+    ]
     stop = asyncio.Event()
     tasks = [
         asyncio.create_task(_read(client, some, reads[name], stop, k * EVERY_S / len(requests)))

@@ -24,7 +24,7 @@ from benchmarks.model import Model
 from benchmarks.placements import ABOUT, LABELS, NAMES, Lay, lay_out, mixed_tables
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, own_cpu_seconds, watching
-from benchmarks.suites.cluster import Report, cluster, over_the_wire
+from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from benchmarks.suites.loss import lose_a_server
 from benchmarks.tradeoff import CHECKED, summary
 from benchmarks.workloads import PUBLISHED_ROWS, SHAPES, Batch, Shape, Workload
@@ -111,7 +111,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     findings = Findings()
     workload = settings.workload()
     with (
-        cluster(over_the_wire(settings.servers), report) as (runtime, client),
+        cluster(benchmark_config(settings.servers), report, in_place=False) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):

@@ -18,7 +18,7 @@ from benchmarks.load import closed, percentiles_ms
 from benchmarks.model import block_bytes, slots_of
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, moving, watching
-from benchmarks.suites.cluster import Report, cluster, over_the_wire
+from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from hashring.view import View
 from ps.errors import EmbringError
 from ps.runtime import Runtime, read_token
@@ -46,7 +46,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, measure, end it; one JSON-able result."""
     findings = Findings()
     with (
-        cluster(over_the_wire(settings.servers), report) as (runtime, client),
+        cluster(benchmark_config(settings.servers), report, in_place=False) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -81,7 +81,7 @@ class Bench:
         """Calibrate, then before, join, between, leave and after, under one load."""
         token = read_token(self._runtime.token_path)
         addresses = list(self._runtime.addresses)
-        client = await ps.AsyncClient.connect(addresses, token, PUSH_S)
+        client = await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False)
         self.report("measuring what the cluster can answer")
         await closed(lambda i: self.load.request(client, i, time.perf_counter(), Trace()), IN_FLIGHT, 1.0)
         runs = [

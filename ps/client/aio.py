@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.connect import Tls, prepare, where
+from ps.client.connect import Seeds, Tls, prepare, where
 from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
 from ps.client.ranges import PullRange
 from ps.client.request import Call
@@ -81,7 +81,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: Seeds,
         token: str = "",
         timeout: float = 10.0,
         tls: ssl.SSLContext | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import Tls, prepare, where
+from ps.client.connect import Seeds, Tls, prepare, where
 from ps.client.core import TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
@@ -62,7 +62,7 @@ class Client:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: Seeds,
         token: str = "",
         timeout: float = 10.0,
         tls: ssl.SSLContext | None = None,

@@ -2,12 +2,12 @@
 
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ps.errors import ConfigError
 from ps.fabric.address import parse_address
 from ps.fabric.tls import CA, trusting
-from ps.kernels import batch, merge, split
+from ps.kernels import batch, merge, shared, split
 from ps.runtime import read_runtime, read_token
 
 ADDRESS = "EMBRING_ADDRESS"
@@ -17,11 +17,15 @@ Tls = ssl.SSLContext | str | os.PathLike[str] | None
 """What to trust over TCP: a context, or the path of an authority's PEM file."""
 
 
+Seeds = Sequence[str] | Callable[[], Sequence[str]]
+"""Addresses to look for the cluster at, or what says where they are by now."""
+
+
 def where(
     addresses: str | Sequence[str] | None, token: str | None, tls: Tls
-) -> tuple[tuple[str, ...], str, ssl.SSLContext | None]:
+) -> tuple[Seeds, str, ssl.SSLContext | None]:
     """(addresses, token, context): what is given, else EMBRING_ADDRESS, EMBRING_TOKEN and EMBRING_TLS_CA, else this
-    machine's cluster.
+    machine's cluster, whose runtime file is read again whenever all that this client knows are gone.
 
     Raises ConfigError where no cluster is known, an address is malformed or a file cannot be used.
     """
@@ -30,6 +34,7 @@ def where(
         given = [part.strip() for part in given.split(",") if part.strip()]
     secret = os.environ.get(TOKEN) if token is None else token
     trusted = os.environ.get(CA) if tls is None else tls
+    of_file = given is None
     if given is None:
         runtime = read_runtime()
         given = runtime.addresses
@@ -40,7 +45,16 @@ def where(
         raise ConfigError(f"no address was given; write HOST:PORT or unix:/path (or set {ADDRESS})")
     for address in given:
         parse_address(address)
-    return tuple(given), secret or "", trusting(trusted)
+    known = tuple(given)
+    return (lambda: _of_file(known)) if of_file else known, secret or "", trusting(trusted)
+
+
+def _of_file(known: tuple[str, ...]) -> tuple[str, ...]:
+    """What the runtime file names now; what it named before where it is gone."""
+    try:
+        return read_runtime().addresses or known
+    except ConfigError:
+        return known
 
 
 def prepare() -> None:
@@ -48,3 +62,4 @@ def prepare() -> None:
     batch.warmup()
     split.warmup()
     merge.warmup()
+    shared.warmup()

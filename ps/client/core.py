@@ -40,8 +40,16 @@ ATTEMPT_MIN = 0.1
 PAUSE_FIRST, PAUSE_MAX = 0.005, 0.25
 """Seconds between attempts, doubling; each is drawn from its upper half, so that clients do not retry in step."""
 
+ATTEMPT_FIRST = 1.0
+"""Seconds that the first attempt of a request gets at most, doubling: a server that hangs must not hold a long request
+up for longer than others need to take over from it."""
+
 SUSPECT_S = 1.0
 """Seconds for which a server that failed is asked only for what no other owner has."""
+
+CATCH_UP_S = 0.1
+"""Seconds between two views that a client fetches because a reply told of a newer one, and that it waits for one: what
+was asked is answered already, but by an old view the next failure would find fewer owners to turn to."""
 
 PROBE_S = 0.5
 """Seconds that servers have to say which view they know."""
@@ -126,8 +134,8 @@ def deadline(timeout: float | None, default: float) -> float:
 class Core:
     """What a client knows: the view, its window of sequences, which servers failed lately."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self.addresses = tuple(addresses)
+    def __init__(self, addresses: Sequence[str] | Callable[[], Sequence[str]]) -> None:
+        self._addresses = addresses if callable(addresses) else lambda: addresses
         self.window = Window()
         self.reader = SharedReader()
         self.counters = Counters()
@@ -136,6 +144,7 @@ class Core:
         self._load = np.zeros(0)
         self._suspects: dict[int, float] = {}
         self._refreshing = False
+        self._caught_up = 0.0
         self._random = random.Random()
 
     @property
@@ -161,7 +170,17 @@ class Core:
         """Drive a request until every id is answered; raises what its caller is to know."""
         attempt = 0
         doubtful: PerhapsApplied | None = None
+        newest = teller = -1
+
+        def absorb(key: int, reply: Message) -> None:
+            nonlocal newest, teller
+            epoch = reply.fields.get("epoch", 0)
+            if epoch > newest:
+                newest, teller = epoch, key
+            request.absorb(key, reply)
+
         while True:
+            newest = teller = -1
             routing = self.routing
             failures: dict[int, EmbringError] = {}
             try:
@@ -171,8 +190,10 @@ class Core:
                 continue
             if calls:
                 self.counters.calls += len(calls)
-                failures = yield Ask(routing.servers, calls, request.absorb, self.attempt_until(until))
+                failures = yield Ask(routing.servers, calls, absorb, self.attempt_until(until, attempt))
             if not failures:
+                if newest > self.routing.epoch:
+                    yield from self._catch_up(routing, next(c.server for c in calls if c.key == teller))
                 return
             request.answered(list(failures))
             doubtful = doubtful or next((e for e in failures.values() if isinstance(e, PerhapsApplied)), None)
@@ -189,11 +210,12 @@ class Core:
         self._suspects = {s: t for s, t in self._suspects.items() if t > now}
         return frozenset(self._suspects)
 
-    def attempt_until(self, until: float) -> float:
-        """When the attempt that begins now ends."""
+    def attempt_until(self, until: float, attempt: int | None = None) -> float:
+        """When the attempt that begins now ends. attempt: of a request, 0 for its first."""
         now = time.monotonic()
         left = until - now
-        return now + max(left / 3, min(left, ATTEMPT_MIN))
+        share = left / 3 if attempt is None else min(left / 3, ATTEMPT_FIRST * 2 ** min(attempt, 10))
+        return now + max(share, min(left, ATTEMPT_MIN))
 
     def after(self, failures: dict[int, EmbringError], routing: Routing, attempt: int, until: float) -> Steps:
         """Return where a retry may help, after waiting or learning a newer view; else raise."""
@@ -210,7 +232,7 @@ class Core:
         if not all(isinstance(e, Overloaded) for e in failures.values()):
             yield from self.refresh(routing.epoch, until, told)
         if self.routing.epoch == routing.epoch:
-            pause = min(PAUSE_MAX, PAUSE_FIRST * 2**attempt) * self._random.uniform(0.5, 1.0)
+            pause = min(PAUSE_MAX, PAUSE_FIRST * 2 ** min(attempt, 10)) * self._random.uniform(0.5, 1.0)
             yield Wait(max(0.0, min(pause, until - time.monotonic())))
 
     def hopeless(self, error: EmbringError, routing: Routing, until: float) -> Steps:
@@ -225,6 +247,13 @@ class Core:
         raise error
 
     # -- views
+
+    def _catch_up(self, routing: Routing, server: int) -> Steps:
+        """Fetch the newer view that a reply told of, from whoever told, unless one was fetched just now."""
+        now = time.monotonic()
+        if now >= self._caught_up + CATCH_UP_S and not self._refreshing:
+            self._caught_up = now
+            yield from self.fetch_view(routing.servers, server, now + CATCH_UP_S)
 
     def refresh(self, epoch: int, until: float, told: dict[int, int]) -> Steps:
         """Try to learn a view newer than `epoch`. told: servers that are known to have one."""
@@ -242,7 +271,7 @@ class Core:
                 if (yield from self._fetched(self.routing.servers, s, epoch, until)):
                     return
             if not answered:  # every process of this view may be gone: who listens at their addresses now?
-                seeds = [Server(address, 0, "", addresses=(address,)) for address in self.addresses]
+                seeds = self._seeds()
                 for s in range(len(seeds)):
                     if (yield from self._fetched(seeds, s, epoch, until)):
                         return
@@ -258,13 +287,16 @@ class Core:
         """Servers that know a view newer than `epoch`, the newest first; whether any server answered."""
         servers = self.routing.servers
         epochs: dict[int, int] = {}
-        calls = [Call(s, s, "ping", {}, {}) for s, server in enumerate(servers) if server.alive]
+        suspects = self._left_out()
 
         def absorb(s: int, reply: Message) -> None:
             epochs[s] = int(reply.fields.get("epoch", 0))
 
-        if calls:
-            yield Ask(servers, calls, absorb, min(self.attempt_until(until), time.monotonic() + PROBE_S))
+        alive = [s for s, server in enumerate(servers) if server.alive]
+        for some in ([s for s in alive if s not in suspects], [s for s in alive if s in suspects]):
+            calls = [Call(s, s, "ping", {}, {}) for s in some]
+            if calls and not epochs:  # whoever hangs is not waited for while others answer
+                yield Ask(servers, calls, absorb, min(self.attempt_until(until), time.monotonic() + PROBE_S))
         return sorted((s for s in epochs if epochs[s] > epoch), key=lambda s: -epochs[s]), bool(epochs)
 
     def fetch_view(
@@ -283,7 +315,7 @@ class Core:
 
     def begin(self, until: float) -> Steps:
         """Learn the view from the first of the given addresses that answers."""
-        seeds = [Server(address, 0, "", addresses=(address,)) for address in self.addresses]
+        seeds = self._seeds()
         attempt = 0
         while True:
             error: EmbringError | None = None
@@ -293,11 +325,16 @@ class Core:
                     return
                 if isinstance(error, RequestError):
                     raise error
-            pause = min(PAUSE_MAX, PAUSE_FIRST * 2**attempt)
+            pause = min(PAUSE_MAX, PAUSE_FIRST * 2 ** min(attempt, 10))
             attempt += 1
             if time.monotonic() + pause >= until:
                 raise error or NotApplied("no address of a server was given")
             yield Wait(pause)
+
+    def _seeds(self) -> list[Server]:
+        """Whoever listens where the cluster was told to be, or at the addresses of the view."""
+        known = () if self._routing is None else (a for s in self.routing.servers for a in s.addresses)
+        return [Server(address, 0, "", addresses=(address,)) for address in dict.fromkeys((*self._addresses(), *known))]
 
     def features(self, names: tuple[str, ...], until: float) -> Generator[Command, Any, Features]:
         """The tables of a request; a name that is not known yet may stand in a newer view."""

@@ -10,7 +10,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +165,7 @@ class SharedReader:
 
     def __init__(self) -> None:
         self._known: dict[int, Described | None] = {}
+        self._private: set[int] = set()
         self._mapped: Mapped | None = None
         self._for: Routing | None = None
         self._again = 0.0
@@ -178,14 +179,18 @@ class SharedReader:
         here = [i for i, s in enumerate(routing.servers) if s.alive and _here(s)]
         if len(here) > SERVERS_MAX or not hasattr(os, "pidfd_open"):
             return []
-        gone = self._known.keys() - {s.incarnation for s in routing.servers}
-        for incarnation in gone:
+        there = {s.incarnation for s in routing.servers}
+        self._private &= there
+        for incarnation in self._known.keys() - there:
             del self._known[incarnation]
-        return [i for i in here if self._known.get(routing.servers[i].incarnation) is None]
+        names = [(i, routing.servers[i].incarnation) for i in here]
+        return [i for i, one in names if self._known.get(one) is None and one not in self._private]
 
     def learn(self, server: Server, plain: Mapping[str, Any]) -> None:
-        """Take what a server said."""
+        """Take what a server said. One that shares nothing never will: it is not asked again."""
         self._known[server.incarnation] = None
+        if not plain.get("pid"):
+            self._private.add(server.incarnation)
         if plain.get("pid"):
             with suppress(OSError):
                 self._known[server.incarnation] = Described(plain, server.incarnation, os.pidfd_open(plain["pid"]))
@@ -213,8 +218,8 @@ class SharedReader:
         plain = modes is features.zeros
         if mapped is None or (not plain and batch.weights.size and (modes == MAX).any()):
             return -1
-        if mapped.poll.poll(0):
-            self._forget(lambda known: bool(select.select([known.process], [], [], 0)[0]))
+        if dead := mapped.poll.poll(0):
+            self._forget({process for process, _ in dead})
             return -1
         try:
             shape = mapped.shape(batch.names)
@@ -224,7 +229,7 @@ class SharedReader:
         lay_out(shape.lines, batch.starts, batch.offsets, places, modes, -1 if absent is None else absent, plan)
         for _ in range(ATTEMPTS):
             if not begin(mapped.headers, mapped.generations, time.monotonic_ns(), mapped.seen):
-                self._forget(lambda _: True)
+                self._forget({known.process for known in mapped.known})
                 return -1
             without = _read(mapped, shape, plan, batch, out)
             if without >= 0:
@@ -234,10 +239,10 @@ class SharedReader:
                 return without
         return -1
 
-    def _forget(self, which: Callable[[Described], bool]) -> None:
+    def _forget(self, processes: Collection[int]) -> None:
         """Ask these servers anew before the next pull."""
         for incarnation, known in list(self._known.items()):
-            if known is not None and which(known):
+            if known is not None and known.process in processes:
                 self._known[incarnation] = None
         self._for = self._mapped = None
 

@@ -40,6 +40,7 @@ from ps.fabric.protocol import Hello
 from ps.fabric.tls import trusting
 from ps.failover import FailoverLimits, Wish
 from ps.loop import LoopThread
+from ps.runtime import readdress
 from ps.server import Setup, log_to
 from ps.viewlog import ViewLog
 from ps.wire import error_fields
@@ -50,11 +51,14 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, DISPUTE_S = 1.0, 10.0
+LEARN_S, DISPUTE_S = 0.5, 10.0
 """Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
 
 LEAVE_WAIT_S, DRAIN_S = 60.0, 1.0
 """Between two looks for servers that have left, where nothing tells; how long one that has is left to answer."""
+
+AGAIN_S = 0.5
+"""Between two attempts to start a server: Ray may not have heard yet that the last process of the name is dead."""
 
 log = logging.getLogger("embring.controller")
 
@@ -78,6 +82,7 @@ class Control:
         self._begun = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restoring: Restore | None = None
+        self._published: tuple[str, ...] = ()
         self._starting: tuple[str, ...] = ()
         self._aborted = False
         self._failed = ""
@@ -92,8 +97,10 @@ class Control:
             self._begun.set()
         names = [s.name for s in view.servers if "~" not in s.name]
         names = names or [f"server-{i}" for i in range(self.config.server.servers)]
+        listened = {s.name: s.addresses for s in view.servers}
+        self.members.by_name |= {name: Member(name, addresses=listened.get(name, ())) for name in names}
         await self.members.end_others(names)
-        launches = (self._launch(name, tell=bool(view.servers)) for name in names)
+        launches = (self._find(name) if view.servers else self._launch(name, tell=False) for name in names)
         outcomes = await asyncio.gather(*launches, return_exceptions=True)
         failed = [o for o in outcomes if isinstance(o, BaseException)]
         if failed:
@@ -126,11 +133,22 @@ class Control:
         return await dial(server.addresses, hello, CONNECT_S, self._tls)
 
     async def _ask_figures(self) -> None:
-        """Ask every server for its figures, without end."""
+        """Ask every server for its figures, and keep the runtime file up, without end."""
         interval = self.config.control.statistics_interval_ms / 1000
         while True:
+            await asyncio.to_thread(self._publish)
             await asyncio.gather(*(self._ask_one(m, interval) for m in self.members.alive()))
             await asyncio.sleep(interval)
+
+    def _publish(self) -> None:
+        """Have the runtime file name the servers that live, for clients that begin or look for them anew."""
+        addresses = tuple(a for m in self.members.alive() for a in m.addresses)
+        if addresses and addresses != self._published:
+            try:
+                if readdress(self._setup.runtime_file, self.shell.view.cluster, addresses):
+                    self._published = addresses
+            except OSError as error:
+                log.warning("the runtime file %s cannot be written: %s", self._setup.runtime_file, error)
 
     async def _ask_one(self, member: Member, timeout: float) -> None:
         loop = asyncio.get_running_loop()
@@ -154,6 +172,17 @@ class Control:
     async def _died(self, member: Member) -> None:
         """A server is dead by Ray's word: others take over, and it is started again as another incarnation."""
         self.shell.died(member.incarnation)
+        await self._start_again(member)
+
+    async def _find(self, name: str) -> None:
+        """The process of a server of the view, for a controller that was started again; another where it is dying."""
+        try:
+            await self._launch(name)
+        except (RayError, TimeoutError, EmbringError) as error:
+            log.warning("server %s was not found: %s", name, error)
+            await self._start_again(self.members.by_name[name])
+
+    async def _start_again(self, member: Member) -> None:
         control = self.config.control
 
         def wanted() -> bool:  # whoever is about to join is, too: its move would wait for it without end
@@ -166,6 +195,7 @@ class Control:
                 return
             except (RayError, TimeoutError, EmbringError) as error:
                 log.warning("server %s did not start again: %s", member.name, error)
+                await asyncio.sleep(AGAIN_S)
         member.state = "given up"
 
     async def _change(self, wish: Wish) -> int:

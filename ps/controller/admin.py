@@ -88,7 +88,8 @@ def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
 def _set_replicas(view: View, names: Sequence[str], changes: Mapping[str, Any]) -> SetReplicas | None:
     """Other replicas, of all tables that share slots with these too: those must be named."""
     if set(changes) != {"replicas"}:
-        raise RequestError(f"replicas of {', '.join(names)} change alone, not with {', '.join(set(changes))}")
+        others = ", ".join(sorted(set(changes) - {"replicas"}))
+        raise RequestError(f"replicas of {', '.join(names)} change alone, not with {others}")
     specs = {name: TableSpec.from_plain({**_existing(view, name), **changes}) for name in names}
     if all(spec == spec_of(view, name) for name, spec in specs.items()):
         return None

@@ -16,7 +16,8 @@ def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: f
     """Figures of one server from two of its statistics, `seconds` apart (None: rates are of the whole time as 0).
 
     rows, bytes, rows_by_table, requests, errors, absent_ids, copied_rows, copied_bytes: totals since its start.
-    requests_per_s, p50_ms, p99_ms: of the time between the two; the percentiles are missing where nothing was asked.
+    lag_changes, lag_s: how far other owners are behind it. requests_per_s, p50_ms, p99_ms: of the time between the two;
+    the percentiles are missing where nothing was asked.
     """
     store = now["store"]
     out = {
@@ -27,6 +28,8 @@ def figures(now: Mapping[str, Any], before: Mapping[str, Any] | None, seconds: f
         "connections": now["listener"]["connections"],
         "overloaded": now["listener"]["overloaded"],
         "absent_ids": now["absent_ids"],
+        "lag_changes": now["lag_changes"],
+        "lag_s": now["lag_s"],
         "copied_rows": now["copied_rows"],
         "copied_bytes": now["copied_bytes"],
         "requests": _requests(now),

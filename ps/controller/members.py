@@ -33,7 +33,8 @@ async def result(reference: Any, timeout: float | None = None) -> Any:
 class Member:
     """One server of the cluster. state: "starting", "alive", "dead" or "given up".
 
-    figures: what it said of itself last. statistics: the raw ones, and when they were had, by the loop's clock.
+    reconnect_s: how long it outlives Ray's head. figures: what it said of itself last. statistics: the raw ones, and
+    when they were had, by the loop's clock.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Member:
     host: str = ""
     addresses: tuple[str, ...] = ()
     pid: int = 0
+    reconnect_s: float = float("inf")
     state: str = "starting"
     restarts: int = 0
     figures: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +82,9 @@ class Members:
         member.handle = await asyncio.to_thread(self._actor, name)
         told = await result(member.handle.ready.remote(), START_TIMEOUT_S)
         member.incarnation, member.host, member.pid = told["incarnation"], told["host"], told["pid"]
-        member.addresses = tuple(told["addresses"])
+        member.addresses, member.reconnect_s = tuple(told["addresses"]), told["reconnect_s"]
         member.state = "alive"
+        log.info("server %s runs: incarnation %d, pid %d on %s", name, member.incarnation, member.pid, member.host)
         member.watch = asyncio.create_task(self._watch(member))
         return member
 
@@ -97,7 +100,7 @@ class Members:
             "runtime_env": {"env_vars": self._setup.environment},
         }
         index = int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdecimal() else 0
-        return ServerActor.options(**options).remote(self._setup, name, index)
+        return ServerActor.options(**options).remote(self._setup, name, index, self.by_name[name].addresses)
 
     async def _watch(self, member: Member) -> None:
         """Wait for Ray's word of the member's death: a call that never returns fails when the process is gone."""

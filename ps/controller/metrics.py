@@ -21,6 +21,8 @@ _GAUGES = (
     ("bytes", "Bytes of rows, state and metadata held"),
     ("slots", "Slots whose primary the server is"),
     ("unanswered", "Pings unanswered, one after another"),
+    ("lag_changes", "Changes of one slot that another owner lacks, at the most"),
+    ("lag_s", "Seconds that another owner has owed an answer, at the most"),
 )
 _COUNTERS = (
     ("requests", "Requests answered"),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from hashring.view import Server, View
-from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.errors import EmbringError, NobodyListens, NotApplied, PerhapsApplied, WrongView
 from ps.failover import Action, Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused, Retire, Wish
 from ps.replication import Standing
 from ps.viewlog import EpochTakenError
@@ -234,6 +234,9 @@ class Shell:
         try:
             await work(line)
         except EmbringError as error:
+            if isinstance(error, NobodyListens | WrongView) and what == "ping":  # gone, or another process in its place
+                self.mind.refused(line.server.incarnation)
+                self._perform()
             if what != "ping" and (what, str(error)) != line.trouble:
                 line.trouble = (what, str(error))
                 log.warning("server %s: %s failed: %s", line.server.name, what, error)

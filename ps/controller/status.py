@@ -1,6 +1,6 @@
 """The status of a cluster as plain data, from what the controller knows. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,10 @@ import numpy as np
 from hashring.view import View
 from ps.controller.members import Member
 from ps.failover import Failover
+from ps.server import RECONNECT
+
+RECONNECT_MIN_S = 600.0
+"""Servers that end sooner after the death of Ray's head are warned of."""
 
 
 def under_replicated(view: View) -> int:
@@ -25,8 +29,20 @@ def under_replicated(view: View) -> int:
     return count
 
 
-def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
-    """Epoch, tables, servers, and what is lost, lacks copies or is being copied.
+def warnings(members: Iterable[Member]) -> list[str]:
+    """What an operator should change, though all goes well so far; a sentence each."""
+    short = [m for m in members if m.state == "alive" and m.reconnect_s < RECONNECT_MIN_S]
+    if not short:
+        return []
+    names = ", ".join(sorted(m.name for m in short))
+    return [
+        f"Ray ends {names} {min(m.reconnect_s for m in short):g} s after its head dies, and their rows with them: "
+        f"start Ray on every node with {RECONNECT}=315360000"
+    ]
+
+
+def cluster_status(mind: Failover, members: Sequence[Member]) -> dict[str, Any]:
+    """Epoch, tables, servers, warnings, and what is lost, lacks copies or is being copied.
 
     slots of a server: those whose primary it is; copies: those that it owns at all. slots_left: copies to be made, and
     slots to be given another primary. move: which servers join or leave. unanswered: pings, one after another.
@@ -62,6 +78,7 @@ def cluster_status(mind: Failover, members: Iterable[Member]) -> dict[str, Any]:
         "slots_lost": int(view.lost().sum()),
         "slots_under_replicated": under_replicated(view),
         "slots_learning": mind.learning,
+        "warnings": warnings(members),
         "slots_left": mind.left,
         "move": {"kind": view.move.kind, "names": list(view.move.names)} if view.move else None,
         "tables": [{"name": t.name, "number": t.number, **dict(t.spec)} for t in view.tables],

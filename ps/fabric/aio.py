@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.errors import EmbringError, NobodyListens, NotApplied, PerhapsApplied
 from ps.fabric.address import parse_address, pick
 from ps.fabric.protocol import ClientSession, Hello, Traffic, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
@@ -233,15 +233,19 @@ class AsyncConnection(asyncio.BufferedProtocol):
 async def dial(addresses: Sequence[str], hello: Hello, timeout: float, tls: ssl.SSLContext | None) -> AsyncConnection:
     """A connection to a server by the first of its addresses that answers, each within `timeout` seconds.
 
-    Raises what the last one met; NotApplied where none can be reached from here.
+    Raises what the last one met; NotApplied where none can be reached from here, NobodyListens only where all refuse.
     """
-    failed: EmbringError = NotApplied(f"incarnation {hello.incarnation} has no address that can be reached from here")
+    met: list[EmbringError] = []
     for address in pick(addresses):
         try:
             return await AsyncConnection.connect(address, hello, timeout, tls)
         except EmbringError as error:
-            failed = error
-    raise failed
+            met.append(error)
+    if not met:
+        raise NotApplied(f"incarnation {hello.incarnation} has no address that can be reached from here")
+    if isinstance(met[-1], NobodyListens) and not all(isinstance(error, NobodyListens) for error in met):
+        raise NotApplied(str(met[-1]))
+    raise met[-1]
 
 
 def _after_fork() -> None:

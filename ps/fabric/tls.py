@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Callable
 
 from ps.config import TlsConfig
-from ps.errors import AuthError, ConfigError, EmbringError, NotApplied
+from ps.errors import AuthError, ConfigError, EmbringError, NobodyListens, NotApplied
 from ps.fabric.address import Address
 
 CA = "EMBRING_TLS_CA"
@@ -61,7 +61,8 @@ def refusal(address: str, error: Exception) -> EmbringError:
         return AuthError(f"the certificate of {address} is not trusted: {error.verify_message}")
     if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
         return ConfigError(f"{address} does not speak TLS: connect without tls= and without {CA}")
-    return NotApplied(f"cannot connect to {address}: {error}")
+    refused = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+    return (NobodyListens if refused else NotApplied)(f"cannot connect to {address}: {error}")
 
 
 def unwelcome(address: str, where: Address, timeout: float, error: EmbringError) -> EmbringError:

@@ -7,13 +7,18 @@ from numpy.typing import NDArray
 
 from ps.replication import NOTHING, Standing
 
+REFUSED_MAX = 2
+"""Pings for which nobody listened at any address of a process, after which it leaves its slots."""
+
 
 @dataclass(slots=True)
 class Health:
-    """One process. missed: pings unanswered, one after another. heard: whether it ever answered this controller."""
+    """One process. missed: pings unanswered, one after another. refused: those since the last answer for which nobody
+    was there any more. heard: whether it ever answered this controller."""
 
     incarnation: int
     missed: int = 0
+    refused: int = 0
     awaiting: bool = False
     heard: bool = False
     epoch: int = 0
@@ -40,6 +45,10 @@ class Disputes:
         """A round has passed."""
         self.left = {pair: n - 1 for pair, n in self.left.items() if n > 1}
 
+    def settle(self, one: int) -> None:
+        """It has no dispute any more."""
+        self.left = {pair: n for pair, n in self.left.items() if one not in pair}
+
     def between(self, one: int, other: int) -> bool:
         """Whether either complained of the other lately."""
         return (one, other) in self.left or (other, one) in self.left
@@ -51,11 +60,13 @@ class Disputes:
 
 def silent(servers: dict[int, Health], limit: int) -> set[int]:
     """Processes that have left `limit` pings unanswered; none where more than half of all are quiet at once: then the
-    fault is likely the controller's own, and only Ray's word counts."""
-    quiet = [h for h in servers.values() if h.missed > limit // 2]
+    fault is likely the controller's own, and only Ray's word counts. Where nobody listens any more, REFUSED_MAX pings
+    are enough, and others do not matter."""
+    gone = {h.incarnation for h in servers.values() if h.refused >= REFUSED_MAX}
+    quiet = [h for h in servers.values() if h.missed > limit // 2 and h.incarnation not in gone]
     if 2 * len(quiet) > len(servers):
-        return set()
-    return {h.incarnation for h in quiet if h.missed >= limit}
+        return gone
+    return gone | {h.incarnation for h in quiet if h.missed >= limit}
 
 
 def incarnations(view_servers: tuple[object, ...]) -> NDArray[np.uint64]:

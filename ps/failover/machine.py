@@ -2,6 +2,7 @@
 
     tick()                          a round of pings begins (every 200 ms)
     answered(incarnation, ...)      a ping's answer, with what the server has to say
+    refused(incarnation)            nobody listens where a process was to be asked
     died(incarnation)               Ray's word (or the operator's) that a process is dead
     started(servers)                new processes listen
     change(token, wish)             an administrator's wish
@@ -30,9 +31,9 @@ from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
 class FailoverLimits:
     """Limits of the controller, in rounds of pings (200 ms) where they are of time.
 
-    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long after a failure slots are
-    moved again: a paused process that returns by then needs only its fork. learn_rounds: between two looks at what
-    should move. dispute_rounds: how long two servers that could not reach each other are kept apart.
+    pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long, while a server is missing,
+    slots are not moved again: a paused process that returns by then needs only its fork. learn_rounds: between two
+    looks at what should move. dispute_rounds: how long two servers that could not reach each other are kept apart.
     learn_max: slots on their way from one primary at a time. turn_max: slots that get other owners in one view.
     """
 
@@ -157,11 +158,20 @@ class Failover:
         health = self.servers.get(incarnation)
         if health is None or self.retired:
             return
-        health.missed, health.awaiting, health.heard = 0, False, True
+        if health.missed > 1:  # it was paused, for everybody: nobody is cut off from it
+            self.disputes.settle(incarnation)
+        health.missed, health.refused, health.awaiting, health.heard = 0, 0, False, True
         health.epoch, health.standing = max(health.epoch, epoch), standing
         if epoch > self.view.epoch:  # another controller has logged a view, and may be gone: the log must be read again
             self.taken()
         self._decide()
+
+    def refused(self, incarnation: int) -> None:
+        """Nobody listens where a process did."""
+        health = self.servers.get(incarnation)
+        if health is not None and not self.retired:
+            health.refused += 1
+            self._decide()
 
     def died(self, incarnation: int) -> None:
         """A process is dead, by the word of who started it."""
@@ -375,7 +385,7 @@ class Failover:
         ahead = self._course()
         if ahead is None:
             return
-        waiting = self._round - self._changed_round < self.limits.wait_rounds
+        waiting = self._awaited()
         ready = min(self.limits.turn_max, ahead.gaining if waiting else len(ahead.ready))
         if ready:
             after = plan(self.view, Reassign(ahead.ready[:ready], ahead.owners[:ready]))
@@ -419,6 +429,13 @@ class Failover:
                 busy[primary] += len(wanted)
                 if len(wanted):
                     self.out.append(Learn(primary, wanted, other, self.view.epoch))
+
+    def _awaited(self) -> bool:
+        """Whether a server is missing that may come back soon: paused, with what it has, or started again, for its
+        share of the copies."""
+        there = {i for i, health in self.servers.items() if health.fresh}
+        away = any(s.incarnation not in there for s in self.view.servers if "~" not in s.name)
+        return away and self._round - self._changed_round < self.limits.wait_rounds
 
     def _usable(self, incarnation: int) -> bool:
         """Whether it has answered, and not fallen silent since."""

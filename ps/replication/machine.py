@@ -13,7 +13,7 @@ The shell calls a method for each event, in the order in which they happen, on t
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,7 @@ class Replication:
         opened = np.flatnonzero((view.owners()[:, 0] == me) & ~same)
         primary.open(opened, before, view)
         self._end_waits()
+        self._take_back(view)
         self._backup.forget(view)
         primary.release()
 
@@ -194,6 +195,19 @@ class Replication:
             else:
                 self._primary.refuse(wait.token, PerhapsApplied("a slot got another primary meanwhile"))
         self._primary.waits = kept
+
+    def _take_back(self, view: View) -> None:
+        """A push that was handed to a server which is no primary of its slots any more, and may hang, must be asked
+        for again."""
+        index = {s.incarnation: i for i, s in enumerate(view.servers)}
+        primaries = view.owners()[:, 0]
+        for link in self._primary.links.values():
+            for number, flight in link.flights.items():
+                if flight.op == "push" and flight.token is not None:
+                    slots = flight.slots[flight.slots < view.slots_total]
+                    if len(slots) < len(flight.slots) or (primaries[slots] != index.get(link.incarnation)).any():
+                        link.flights[number] = replace(flight, token=None)
+                        self._primary.refuse(flight.token, PerhapsApplied("a slot got another primary meanwhile"))
 
     # -- pushes and exports
 
@@ -245,6 +259,13 @@ class Replication:
         """Copies that were compared since the start, and how many of them differed."""
         return self._primary.verifier.compared, self._primary.verifier.different
 
+    @property
+    def lag(self) -> tuple[int, float]:
+        """How far other owners are behind at the most: changes of one slot, seconds that one has owed an answer."""
+        members, positions = self.members, self.store.held.slots.positions
+        owed = max((link.silent for link in self._primary.links.values()), default=0.0)
+        return members.behind(positions[: len(members.peers)]), owed
+
     # -- peers
 
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
@@ -276,7 +297,8 @@ class Replication:
         elif flight.op == "fork":
             self._primary.forked(known, flight, arrays, self.store.view)
         elif flight.op == "push":
-            self._primary.answer(flight.token, fields)
+            if flight.token is not None:
+                self._primary.answer(flight.token, fields)
         elif flight.op == "digest":
             self._primary.verifier.told(known, flight, arrays.get("verdicts"))
         if view is not None:

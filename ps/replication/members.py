@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.kernels.replicate import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, OWNER, STREAM, WAITED
+from ps.rowblock import TERM_SHIFT
 
 __all__ = [
     "ADMITTED",
@@ -19,6 +20,8 @@ __all__ = [
     "WAITED",
     "Members",
 ]
+
+COUNTER_MAX = (1 << TERM_SHIFT) - 1
 
 LEARNERS = 2
 """Learners of one slot at a time."""
@@ -69,6 +72,15 @@ class Members:
         new.any = bool((new.peers >= 0).any())
         new.learning = bool((new.peers[:, n:] >= 0).any())
         return new
+
+    def behind(self, positions: NDArray[np.int64]) -> int:
+        """Changes that the other owner which is farthest behind in its slot lacks; positions: of the slots."""
+        n = self.owner_columns
+        slots, columns = np.nonzero(self.peers[:, :n] >= 0)
+        counters = positions[slots] & COUNTER_MAX
+        # Whoever stands in an older term lacks all of this one.
+        lacking = np.minimum(positions[slots] - self.acked[slots, columns], counters)
+        return int(lacking.max(initial=0))
 
     def column_of(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
         """The column of a peer in each slot, -1 where it is no member."""

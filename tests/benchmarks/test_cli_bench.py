@@ -19,7 +19,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("command", ["pull", "kernels", "placement", "push", "rebalance"])
+@pytest.mark.parametrize("command", ["pull", "kernels", "placement", "push", "rebalance", "chaos"])
 def test_help_shows_an_example(command: str) -> None:
     shown = invoke(command, "--help")
     assert shown.exit_code == 0

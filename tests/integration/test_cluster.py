@@ -27,6 +27,19 @@ KERNELS = os.environ.get("NUMBA_CACHE_DIR") or str(Path.home() / ".cache" / "emb
 DEADLINE_S = 90.0
 
 
+ASKER = """
+import json, sys
+from ps.cluster import controller, find
+from ps.errors import EmbringError
+with controller(find()) as ask:
+    for _ in sys.stdin:
+        try:
+            print(json.dumps(ask("status")), flush=True)
+        except EmbringError as error:
+            print(json.dumps({"servers": [], "error": str(error)}), flush=True)
+"""
+
+
 class Machine:
     """A user with a home folder of his own, and the commands he runs."""
 
@@ -36,6 +49,7 @@ class Machine:
         self.environment = {
             **inherited, "HOME": str(home), "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": KERNELS, "COLUMNS": "200",
         }  # fmt: skip
+        self._asker: subprocess.Popen[str] | None = None
 
     def embring(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         """Run the command, stdin closed, and hold it to its exit status."""
@@ -55,21 +69,32 @@ class Machine:
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
-        """The status record."""
-        return json.loads(self.embring("status", "--json").stdout)
+        """The status record, of a program that goes on asking: each `embring status` would join Ray anew."""
+        if self._asker is None or self._asker.poll() is not None:
+            self._asker = subprocess.Popen(
+                [sys.executable, "-c", ASKER], cwd=self.home, env=self.environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        assert self._asker.stdin is not None
+        assert self._asker.stdout is not None
+        print(file=self._asker.stdin, flush=True)
+        told = next((line for line in self._asker.stdout if line.startswith("{")), '{"servers": []}')
+        return json.loads(told)
+
+    def close(self) -> None:
+        """End the program that asks."""
+        if self._asker is not None:
+            self._asker.communicate()
+            self._asker = None
 
     @property
     def runtime(self) -> Runtime:
         """What the runtime file says."""
         return read_runtime(self.home / ".cache" / "embring" / "cluster.json")
 
-    def connect(self, now: bool = False) -> Any:
-        """A client over TCP, with nothing but addresses and a token.
-
-        now: with the present addresses; servers that were started again since `up` have others than the runtime file.
-        """
-        known = [a for s in self.status()["servers"] for a in s["addresses"]] if now else self.runtime.addresses
-        addresses = [a for a in known if a.startswith("tcp:")]
+    def connect(self) -> Any:
+        """A client over TCP, with nothing but addresses and a token."""
+        addresses = [a for a in self.runtime.addresses if a.startswith("tcp:")]
         token, ca = Path(self.runtime.token_path).read_text(), self.runtime.tls_ca
         return ps.connect(",".join(addresses), token=token, timeout=120.0, tls=ca or None)
 
@@ -87,6 +112,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     told = here.embring("up", "--servers", "3", "--config", "cluster.toml").stderr.splitlines()
     assert told[:3] == ["starting Ray", "loading kernels", "starting the controller"] or "compiling" in told[2]
     yield here
+    here.close()
     here.embring("down", "--yes")
 
 
@@ -96,6 +122,7 @@ def until(check: Callable[[], Any], what: str) -> Any:
     while time.monotonic() < deadline:
         if result := check():
             return result
+        time.sleep(0.05)
     raise AssertionError(f"{what} did not happen within {DEADLINE_S:.0f} s")
 
 
@@ -236,11 +263,7 @@ def test_the_controller_comes_back_and_finds_the_servers(machine):
     os.kill(int(controller.stdout), signal.SIGKILL)
 
     def back() -> dict[str, Any] | None:
-        done = subprocess.run(
-            [sys.executable, "-m", "deploy.cli", "status", "--json"], cwd=machine.home, env=machine.environment,
-            timeout=100, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
-        record = json.loads(done.stdout) if done.returncode == 0 else {"servers": []}
+        record = machine.status()
         return record if [s["state"] for s in record["servers"]] == ["alive"] * 3 else None
 
     after = until(back, "the controller's return")
@@ -266,7 +289,7 @@ class Load:
 
     def _run(self, work: Callable[[Any], None]) -> None:
         try:
-            with self._machine.connect(now=True) as client:
+            with self._machine.connect() as client:
                 while not self._over.is_set():
                     work(client)
         except Exception as error:
@@ -293,7 +316,7 @@ class Load:
 def test_a_killed_primary_costs_no_push_and_no_read(machine):
     """kill -9 under load, with two copies: all goes on, nothing acknowledged is lost, and the copies are made anew."""
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         for table in client.tables():
             client.drop_table(table)
         client.create_table(
@@ -326,13 +349,13 @@ def test_a_killed_primary_costs_no_push_and_no_read(machine):
     print(f"{len(load.acknowledged)} pushes, {load.pulls} pulls, longest wait for a push {gap:.2f} s")
     assert gap < 15
     assert machine.status()["slots_lost"] == 0
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         np.testing.assert_array_equal(client.pull("counted", ids), -len(load.acknowledged))
 
 
 def test_a_server_is_declared_dead(machine):
     ids = np.arange(2000, dtype=np.int64)
-    with machine.connect(now=True) as client:
+    with machine.connect() as client:
         before = client.pull("counted", ids)
         client.create_table("single", dim=2)
         victim = machine.status()["servers"][0]
@@ -342,13 +365,16 @@ def test_a_server_is_declared_dead(machine):
         client.drop_table("single")
         assert "server-0 is declared dead" in machine.embring("failover", "server-0", "--yes").stdout
 
-        def another() -> bool:
+        def another() -> dict[str, Any] | None:
             now = machine.status()["servers"][0]
-            return now["state"] == "alive" and now["incarnation"] != victim["incarnation"]
+            return now if now["state"] == "alive" and now["incarnation"] != victim["incarnation"] else None
 
-        until(another, "another process of the name")
+        now = until(another, "another process of the name")
         assert machine.status()["slots_lost"] == 0
         np.testing.assert_array_equal(client.pull("counted", ids), before)
+    # Who rested meanwhile finds it at the old port, and who begins, by the runtime file.
+    assert now["addresses"][0] == victim["addresses"][0]
+    until(lambda: set(now["addresses"]) <= set(machine.runtime.addresses), "its addresses in the runtime file")
 
 
 def test_servers_join_and_leave_under_load(machine):
@@ -414,25 +440,32 @@ def _refused_moves(machine: Machine) -> None:
 
 
 def test_nothing_is_left_after_down(tmp_path):
-    """Also with a head that was killed: `down` ends what it left, and the next `up` knows that rows are lost."""
+    """Also with a head that was killed: servers answer without it, their rows can be saved, `down` ends what it left,
+    and the next `up` knows that rows are lost until they are restored."""
     user = Machine(tmp_path)
     user.embring("up", "--servers", "1")
     runtime = user.runtime
     mark = Path(runtime.scratch).name
     with user.connect() as client:
         client.create_table("item", dim=4)
+        client.push("item", [1, 2], np.ones((2, 4), np.float32))
+        rows = client.pull("item", [1, 2])
     assert len(marked(mark)) >= 4
     assert "say --yes" in user.embring("down", status=1).stderr
     os.kill(runtime.head_pid, signal.SIGKILL)
     until(lambda: "has died" in _stderr(user, "status"), "the head's end")
     assert "has died" in user.embring("up", status=1).stderr
+    user.embring("checkpoint", "save", str(tmp_path / "saved"))
     assert "ended what a dead cluster had left" in user.embring("down").stdout
     assert marked(mark) == []
     assert not Path(runtime.scratch).exists()
     user.embring("up", "--servers", "1")
-    record = user.status()
+    record = json.loads(user.embring("status", "--json").stdout)
     assert (record["cluster"], record["slots_lost"]) == (runtime.cluster, 2**14)
     assert [t["name"] for t in record["tables"]] == ["item"]
+    user.embring("checkpoint", "restore", str(tmp_path / "saved"))
+    with user.connect() as client:
+        np.testing.assert_array_equal(client.pull("item", [1, 2]), rows)
     mark = Path(user.runtime.scratch).name
     user.embring("down", "--yes")
     assert marked(mark) == []

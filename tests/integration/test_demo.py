@@ -120,6 +120,7 @@ def test_help_is_enough(tmp_path: Path) -> None:
         "synthetic",
         "--json",
         "--predictions",
+        "--kill-server",
         "Example:  embring demo",
     ):
         assert word in done.stdout
@@ -160,6 +161,30 @@ def test_good_figures_pass() -> None:
 def test_each_figure_that_is_wrong_is_named(figures: dict, scores: dict, named: str) -> None:
     failures = judged(scores, **figures)
     assert any(named in failure for failure in failures), failures
+
+
+@pytest.mark.parametrize(
+    ("auc", "killed", "named"),
+    [(0.787, "server-1", []), (0.7801, "server-1", ["auc_difference is 0.0039"]), (0.784, "", ["before a server was"])],
+)
+def test_a_killed_server_must_not_change_the_auc(
+    auc: float, killed: str, named: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, kill: bool = False) -> Outcome:
+        return Outcome(auc=auc, killed=killed) if kill else Outcome(auc=0.784, failures=[])
+
+    monkeypatch.setattr(demo, "run", run)
+    outcome = demo.run_killed("synthetic", None, lambda line: None, lambda progress, batches: None, 2)
+    assert (outcome.auc, outcome.undisturbed_auc) == (auc, 0.784)
+    assert len(outcome.failures) == len(named)
+    assert all(words in failure for words, failure in zip(named, outcome.failures, strict=True))
+    assert outcome.ok is not bool(named)
+
+
+def test_one_copy_cannot_outlive_a_killed_server(tmp_path: Path) -> None:
+    done = run(tmp_path, "--kill-server", timeout=60)
+    assert done.returncode == 2
+    assert "--kill-server needs --replicas 2" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("ok", [True, False])

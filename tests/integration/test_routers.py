@@ -18,7 +18,7 @@ PORTS = "[router]\nhttp_port = 0\ngrpc_port = 0\n"
 
 
 def routers(user: Machine) -> list[dict[str, Any]]:
-    return user.status()["routers"]
+    return json.loads(user.embring("status", "--json").stdout)["routers"]
 
 
 def serving(user: Machine, restarts: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from ps.client.batch import absent_code, bags_batch, modes_of, ragged_batch, row
 from ps.client.connect import where
 from ps.errors import ConfigError, RequestError
 from ps.kernels.merge import MAX, MEAN, SUM
-from ps.runtime import Runtime, write_runtime
+from ps.runtime import Runtime, runtime_path, write_runtime
 
 
 def test_tables_are_joined_feature_behind_feature():
@@ -98,8 +98,14 @@ def test_where_the_cluster_is(monkeypatch, tmp_path):
         where(None, None, None)
     (tmp_path / "token").write_text("from the file\n")
     write_runtime(Runtime(("tcp:h:3",), str(tmp_path / "token")))
-    assert where(None, None, None) == (("tcp:h:3",), "from the file", None)
-    assert where(None, "mine", None) == (("tcp:h:3",), "mine", None)
+    found, token, tls = where(None, None, None)
+    assert (found(), token, tls) == (("tcp:h:3",), "from the file", None)
+    write_runtime(Runtime(("tcp:h:4",), str(tmp_path / "token")))
+    assert found() == ("tcp:h:4",)
+    runtime_path().unlink()
+    assert found() == ("tcp:h:3",)
+    write_runtime(Runtime(("tcp:h:3",), str(tmp_path / "token")))
+    assert where(None, "mine", None)[1] == "mine"
     monkeypatch.setenv("EMBRING_ADDRESS", "h:1, unix:/p")
     assert where(None, None, None) == (("h:1", "unix:/p"), "", None)
     monkeypatch.setenv("EMBRING_TOKEN", "from the environment")

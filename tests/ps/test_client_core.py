@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashring.planner import CreateTable, Fail, Join, Leave, TruncateTable, plan
+from hashring.planner import AlterTable, CreateTable, Fail, Join, Leave, Recover, Renew, TruncateTable, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
 from ps.client.core import Ask, Full, Wait
@@ -296,6 +296,73 @@ def test_a_stale_client_learns_the_view_from_the_server_that_refused():
     push(world, verbs, "a", np.arange(100))
     assert verbs.routing.epoch == world.view.epoch
     np.testing.assert_array_equal(pull(world, verbs, "a", np.arange(100)), -np.ones((100, DIM)))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_client_that_rested_while_every_server_was_replaced_finds_those_there_are(told):
+    """At addresses that it is told anew, or at those of its view, where others of the same names listen by now."""
+    world = World(2)
+    verbs = Verbs(lambda: ["h7:1"] if told else [])
+    verbs.adopt(world.view)
+    for name in ("s0", "s1"):
+        world.change(Fail(name))
+    world.change(Join((World.server(7),)))
+    world.change(Recover())
+    world.fault = lambda server, op: "ok" if server == ("h7:1" if told else "h1:1") or server == "s7" else "refused"
+    assert pull(world, verbs, "a", [1, 2]).shape == (2, DIM)
+    assert verbs.routing.epoch == world.view.epoch
+
+
+def test_an_attempt_of_a_long_request_ends_early_enough_for_others_to_take_over():
+    """A server hangs: the first attempt gets a second, later ones twice as long each, and never above a third."""
+    verbs = World().verbs()
+    now = time.monotonic()
+    spans = [verbs.attempt_until(now + 120.0, attempt) - now for attempt in (0, 1, 2, 9)]
+    np.testing.assert_allclose(spans, [1, 2, 4, 40], atol=0.1)
+    assert verbs.attempt_until(now + 0.25, 0) - now == pytest.approx(0.1, abs=0.02)
+
+
+def test_who_hangs_is_not_asked_for_a_newer_view_while_others_answer():
+    world = World(3, replicas=2)
+    verbs = world.verbs()
+    asked = []
+
+    def fault(server, op):
+        asked.append((server, op))
+        return "ok" if op != "pull" else "request lost" if server == "s0" else WrongView("not mine", 0)
+
+    world.fault = fault
+    with pytest.raises(EmbringError):
+        pull(world, verbs, "a", list(range(50)), timeout=0.5)
+    assert ("s0", "pull") in asked
+    assert ("s1", "ping") in asked
+    assert ("s0", "ping") not in asked
+
+
+def test_many_attempts_are_no_arithmetic_error():
+    world = World()
+    verbs = world.verbs()
+    world.drive(verbs.after({0: Overloaded("not now")}, verbs.routing, 5000, time.monotonic() + 1))
+    assert world.waits == 1
+
+
+def test_a_reply_that_tells_of_a_newer_view_is_reason_to_have_it():
+    """Nothing fails by the old view, but it may lack the owner to turn to when something does."""
+    world = World(3, replicas=2)
+    verbs = world.verbs()
+    world.change(AlterTable("a", {**TableSpec("a", DIM, SGD(lr=1.0), seed=1, absent="zeros").to_plain()}))
+    asked = []
+    world.fault = lambda server, op: asked.append(op) or "ok"
+    pull(world, verbs, "a", [1, 2, 3])
+    assert verbs.routing.epoch == world.view.epoch
+    assert asked.count("view") == 1
+    pull(world, verbs, "a", [1, 2, 3])
+    assert asked.count("view") == 1
+    world.change(Renew(np.arange(64)))
+    world.fault = lambda server, op: "refused" if op == "view" else "ok"
+    verbs._caught_up = 0.0
+    push(world, verbs, "a", [1, 2, 3])  # that it cannot be had is no matter
+    assert verbs.routing.epoch == world.view.epoch - 1
 
 
 def test_a_table_made_anew_is_found_under_its_new_number():

@@ -17,6 +17,7 @@ from ps.errors import (
     AuthError,
     ConfigError,
     EmbringError,
+    NobodyListens,
     NotApplied,
     Overloaded,
     PerhapsApplied,
@@ -160,9 +161,27 @@ def test_a_server_that_goes_leaves_requests_undecided_and_refuses_later_ones(she
             connection.receive(number, WAIT_S)
         with pytest.raises(NotApplied):
             ask(connection, "echo")
-        with pytest.raises(NotApplied, match="cannot connect"):
+        with pytest.raises(NobodyListens, match="cannot connect"):
             shell(server.unix)
         connection.close()
+
+
+def test_nobody_listens_only_where_every_address_refuses():
+    with echo_server() as server, socket.socket() as full:
+        gone = (server.unix, server.tcp)
+        server.stop_listening()
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)  # takes connections, and never a word
+        deaf = f"tcp:127.0.0.1:{full.getsockname()[1]}"
+
+        def meets(*addresses: str) -> type[BaseException]:
+            with pytest.raises(EmbringError) as caught:
+                asyncio.run(aio.dial(addresses, HELLO, 0.2, None))
+            return caught.type
+
+        assert meets(*gone) is NobodyListens
+        assert meets(deaf, server.tcp) is NotApplied
+        assert meets(server.tcp, deaf) is not NobodyListens
 
 
 @shells

@@ -1,10 +1,14 @@
 """Warming up compiles what clients and servers call: the first request of a process must not wait for a compiler."""
 
+import ast
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cluster_fixture import local_cluster
 
+import ps.client
+from ps.client.connect import prepare
 from ps.kernels import batch, merge, plan, pool, split, warmup
 
 KERNELS = [
@@ -19,6 +23,21 @@ KERNELS = [
     merge.gather,
     merge.first_not_finite,
 ]
+
+
+def test_a_client_has_every_module_of_kernels_ready_that_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull's deadline is a fraction of what a compiler takes."""
+    ready: set[str] = set()
+    for name in ("batch", "merge", "shared", "split"):
+        monkeypatch.setattr(f"ps.kernels.{name}.warmup", lambda name=name: ready.add(name))
+    prepare()
+    called = {
+        node.module.rpartition(".")[2]
+        for file in Path(ps.client.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ps.kernels.")
+    }
+    assert called == ready
 
 
 def signatures() -> list[set[object]]:

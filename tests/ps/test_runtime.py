@@ -3,12 +3,13 @@
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ps.errors import ConfigError
-from ps.runtime import Runtime, read_runtime, read_token, runtime_path, write_private, write_runtime
+from ps.runtime import Runtime, read_runtime, read_token, readdress, runtime_path, write_private, write_runtime
 
 RUNTIME = Runtime(addresses=("unix:/tmp/x", "tcp:127.0.0.1:4000"), token_path="/t", cluster=2**62, head_pid=7)
 
@@ -72,6 +73,17 @@ def test_a_malformed_file_is_refused(tmp_path, text, sentence):
 def test_a_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match="start one with `embring up`"):
         read_runtime(tmp_path / "cluster.json")
+
+
+def test_addresses_are_kept_up_in_the_file_of_their_own_cluster_alone(tmp_path):
+    path = tmp_path / "cluster.json"
+    assert not readdress(path, RUNTIME.cluster, ("tcp:h:1",))
+    assert not path.exists()
+    write_runtime(RUNTIME, path)
+    assert not readdress(path, 5, ("tcp:h:1",))
+    assert read_runtime(path) == RUNTIME
+    assert readdress(path, RUNTIME.cluster, ("tcp:h:1",))
+    assert read_runtime(path) == replace(RUNTIME, addresses=("tcp:h:1",))
 
 
 def test_tokens(tmp_path: Path):

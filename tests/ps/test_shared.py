@@ -5,7 +5,9 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import ps
-from hashring.planner import CreateTable, DropTable, Join, plan
+from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
 from hashring.tokens import mix64, tokens
 from hashring.view import Server, View
 from ps.client.batch import bags_batch, modes_of, rows_batch
@@ -257,6 +259,18 @@ def test_servers_of_other_hosts_are_not_looked_for() -> None:
     """Only a Unix socket that exists here makes a server one of this host."""
     view = plan(View.empty(1, 8), Join((Server("s", 1, "h", addresses=("tcp:10.0.0.1:1", "unix:/nowhere/s")),)))
     assert SharedReader().asked(Routing(view)) == []
+
+
+def test_a_server_that_shares_nothing_is_asked_once(tmp_path: Path) -> None:
+    socket = tmp_path / "s"
+    socket.touch()
+    view = plan(View.empty(1, 8), Join((Server("s", 1, "h", addresses=(f"unix:{socket}",)),)))
+    reader, routing = SharedReader(), Routing(view)
+    assert reader.asked(routing) == [0]
+    reader.learn(view.servers[0], {})
+    assert reader.asked(routing) == []
+    returned = Routing(plan(plan(view, Fail("s")), Return(replace(view.servers[0], incarnation=2))))
+    assert [returned.servers[i].incarnation for i in reader.asked(returned)] == [2]
 
 
 def test_a_private_store_shares_nothing() -> None:

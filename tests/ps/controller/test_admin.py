@@ -66,6 +66,14 @@ def test_truncating_and_dropping(view):
         ("failover", {"name": "s9"}, "no living server is named 's9'; the living servers are: s0, s1"),
         ("alter_table", {"name": "nothing", "changes": {}}, "unknown table 'nothing'; the tables are: item"),
         ("alter_table", {"name": "item"}, "needs a field changes"),
+        ("alter_table", {"name": "item", "changes": {"placement": "whole"}}, "placement of table 'item' cannot change"),
+        (
+            "alter_table",
+            {"names": ["item", "item"], "changes": {"absent": "zeros"}},
+            "together they change their replicas only",
+        ),
+        ("alter_table", {"name": "item", "changes": {"replicas": 2, "absent": "zeros"}}, "change alone, not with"),
+        ("alter_table", {"name": "item", "changes": {"replicas": 0}}, "replicas"),
         ("alter_table", {"name": "item", "changes": {"dim": 9}}, "dim of table 'item' cannot change"),
         ("alter_table", {"name": "item", "changes": {"optimizer": SGD()}}, "is adagrad; it cannot become sgd"),
         ("truncate", {"name": "nothing"}, "unknown table 'nothing'"),
@@ -105,3 +113,18 @@ def test_a_server_that_alone_has_rows_is_declared_dead_only_by_force(view):
     assert last_owned(after, "s0") == after.group(after.table("x").group).slots
     with pytest.raises(RequestError, match="no living server is named 's1'"):
         change_of(after, "failover", {"name": "s1", "force": True})
+
+
+def test_replicas_change_for_all_tables_that_share_slots_or_none(view):
+    both = plan(view, change_of(view, "create_table", {"spec": TableSpec("user", dim=4).to_plain()}))
+    alone = change_of(both, "alter_table", {"name": "item", "changes": {"replicas": 2}})
+    with pytest.raises(PlanError, match="item and user change replicas together, so name them all"):
+        plan(both, alone)
+    change = change_of(both, "alter_table", {"names": ["item", "user"], "changes": {"replicas": 2}})
+    after = plan(both, change)
+    assert [g.replicas for g in after.groups] == [2]
+    assert (after.terms() == both.terms()).all()  # the goal is another one: owners follow in steps
+    assert spec_of(after, "item").replicas == spec_of(after, "user").replicas == 2
+    assert change_of(after, "alter_table", {"names": ["item", "user"], "changes": {"replicas": 2}}) is None
+    with pytest.raises(PlanError, match="replicas of table 'item' is 3; the cluster has 2 living servers"):
+        plan(view, change_of(view, "alter_table", {"name": "item", "changes": {"replicas": 3}}))

@@ -11,7 +11,7 @@ from ps.meter import BUCKETS_S
 def statistics(requests: int, buckets: list[int]) -> dict:
     quiet = {"requests": 100, "errors": 1, "seconds": 0.0, "buckets": [0] * (len(BUCKETS_S) + 1)}
     return {
-        "absent_ids": 3, "copied_rows": 0, "copied_bytes": 0,
+        "absent_ids": 3, "copied_rows": 0, "copied_bytes": 0, "lag_changes": 4, "lag_s": 0.25,
         "operations": {
             "ping": quiet, "push": quiet, "range": quiet, "pull": {**quiet, "requests": requests, "buckets": buckets},
         },
@@ -28,6 +28,7 @@ def test_rates_are_of_the_time_between():
     assert out["requests_per_s"] == 25.0
     assert out["requests"] == 350  # pings are not counted
     assert out["errors"] == 4
+    assert (out["lag_changes"], out["lag_s"]) == (4, 0.25)
     assert BUCKETS_S[2] * 1000 < out["p50_ms"] < out["p99_ms"] <= BUCKETS_S[3] * 1000
     first = figures(statistics(150, spent), None, seconds=2.0)
     assert first["requests_per_s"] == 0.0

@@ -11,7 +11,7 @@ from hashring.planner import CreateTable, Enlist, Fail, plan
 from hashring.view import Server, View
 from ps.controller import shell as shells
 from ps.controller.shell import INSTALLS_MAX, Shell
-from ps.errors import NotApplied, PerhapsApplied, RequestError
+from ps.errors import EmbringError, NobodyListens, NotApplied, PerhapsApplied, RequestError, WrongView
 from ps.failover import FailoverLimits
 from ps.replication import ADMISSION, NOTHING, Standing
 from ps.viewlog import EpochTakenError
@@ -92,9 +92,12 @@ class Network:
         self.disk = disk or Disk()
         self.retired = 0
         self.wires: list[tuple[int, Wire]] = []
+        self.gone: dict[int, EmbringError] = {}
         self.shell = Shell(view, self.disk, self.dial, LIMITS, 0.01, self.retire)
 
     async def dial(self, server: Server) -> Wire:
+        if server.incarnation in self.gone:
+            raise self.gone[server.incarnation]
         if server.incarnation not in self.processes:
             raise NotApplied("nobody there")
         self.wires.append((server.incarnation, Wire(self.processes[server.incarnation])))
@@ -176,6 +179,20 @@ def test_a_stopped_server_leaves_its_slots_and_is_asked_once() -> None:
         await net.rounds(2)
         assert stopped.epoch >= 3
         assert net.shell.mind.servers[11].missed == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("meets", [NobodyListens("refused"), WrongView("another incarnation")])
+def test_who_refuses_connections_leaves_its_slots_after_two_pings(meets: EmbringError) -> None:
+    async def test() -> None:
+        network = Network(cluster(3, 2))
+        await network.rounds(2)
+        for incarnation, wire in network.wires:
+            wire.closed |= incarnation == 11
+        network.gone[11] = meets
+        await network.rounds(2)
+        assert not (network.shell.view.owners() == 1).any()
 
     run(test)
 

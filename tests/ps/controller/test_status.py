@@ -1,5 +1,7 @@
 """Lost slots, missing copies and silent servers, as the status tells them."""
 
+import pytest
+
 from hashring.planner import CreateTable, Enlist, Fail, Return, plan
 from hashring.view import Server, View
 from ps.controller.members import Member
@@ -7,6 +9,7 @@ from ps.controller.metrics import _Figures
 from ps.controller.status import cluster_status, under_replicated
 from ps.failover import Failover, FailoverLimits
 from ps.replication import NOTHING
+from ps.server import RECONNECT, reconnect_s
 
 SLOTS = 2**3
 
@@ -42,6 +45,23 @@ def test_a_server_is_silent_after_so_many_pings() -> None:
     assert sum(s["slots"] for s in record["servers"]) == SLOTS
     members[1].state = "dead"
     assert cluster_status(mind, members)["servers"][1]["state"] == "dead"
+
+
+def test_servers_that_ray_would_end_soon_after_its_head_are_warned_of() -> None:
+    members = [Member("s0", state="alive", reconnect_s=1e6), Member("s1", state="alive", reconnect_s=60.0)]
+    record = cluster_status(Failover(cluster(1)), [*members, Member("s2", state="dead", reconnect_s=60.0)])
+    (warning,) = record["warnings"]
+    assert "Ray ends s1 60 s after its head dies" in warning
+    members[1].reconnect_s = 600.0
+    assert cluster_status(Failover(cluster(1)), members)["warnings"] == []
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 60.0), ("3600", 3600.0), ("soon", 60.0)])
+def test_how_long_a_process_outlives_the_head(given: str | None, seconds: float, monkeypatch) -> None:
+    monkeypatch.delenv(RECONNECT, raising=False)
+    if given is not None:
+        monkeypatch.setenv(RECONNECT, given)
+    assert reconnect_s() == seconds
 
 
 def test_metrics_tell_the_same() -> None:

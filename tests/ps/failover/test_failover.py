@@ -196,6 +196,26 @@ def test_an_owner_leaves_the_slots_that_its_primary_complains_of() -> None:
     assert (after.owners()[rest] == view.owners()[rest]).all()
 
 
+def test_where_nobody_listens_any_more_two_pings_are_enough_even_for_most_servers() -> None:
+    shell = Shell(cluster(4))
+    shell.run(2)
+    shell.down = {11, 12, 13}
+    for gone in (11, 12):
+        shell.mind.refused(gone)
+    shell.run(1)
+    assert len(owned(shell.mind.view, 1))  # once may be chance
+    for gone in (11, 12):
+        shell.mind.refused(gone)
+        shell.perform()
+    view = shell.mind.view
+    both = np.flatnonzero(np.isin(view.owners(), (1, 2)).any(axis=1))
+    assert (view.owners()[both] >= 0).sum(axis=1).max(initial=1) == 1  # the last owner stays
+    assert not len(np.intersect1d(primary_of(view, 1), owned(view, 0)))
+    shell.down = {13}
+    shell.run(1)
+    assert shell.mind.servers[11].refused == 0
+
+
 def test_a_complaint_of_another_term_or_of_a_silent_primary_is_not_heeded() -> None:
     view = cluster(4)
     shell = Shell(view)
@@ -252,6 +272,19 @@ def test_disputes_are_forgotten_after_their_rounds() -> None:
     assert not disputes.between(1, 2)
 
 
+def test_disputes_with_a_server_that_was_paused_end_when_it_answers_again() -> None:
+    view = cluster(3)
+    shell = Shell(view)
+    shell.run(2)
+    shell.down = {11}
+    shell.standing[10] = says(view, COMPLAINT, 11, primary_of(view, 0))
+    shell.run(3)
+    assert shell.mind.disputes.between(10, 11)
+    shell.down = set()
+    shell.run(2)
+    assert not shell.mind.disputes.between(10, 11)
+
+
 def test_missing_copies_are_learnt_after_a_wait_and_learners_become_owners() -> None:
     shell = Shell(cluster(3))
     shell.run(2)
@@ -275,6 +308,24 @@ def test_missing_copies_are_learnt_after_a_wait_and_learners_become_owners() -> 
     learner = next(i for i, s in enumerate(after.servers) if s.incarnation == first.learner)
     assert (after.owners()[first.slots, 1] == learner).all()
     assert (after.owners()[first.slots, 0] == view.owners()[first.slots, 0]).all()
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_copies_are_made_as_soon_as_nobody_is_missing(dead: bool) -> None:
+    shell = Shell(cluster(3))
+    shell.mind.limits = replace(LIMITS, wait_rounds=100)
+    shell.run(2)
+    shell.down = {11}
+    if dead:
+        shell.mind.died(11)
+    shell.run(10)
+    assert len(owned(shell.mind.view, 1)) == 0
+    assert not shell.of(Learn)  # it may come back
+    shell.down = set()
+    if dead:
+        shell.mind.started(Server("s1", 21, "h1"))
+    shell.run(3)
+    assert (21 if dead else 11) in {lesson.learner for lesson in shell.of(Learn)}
 
 
 def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> None:

@@ -278,12 +278,16 @@ def test_a_silent_newcomer_is_given_nothing_meanwhile_and_the_join_waits() -> No
 def test_first_places_are_evened_out_after_a_pause_and_not_before_the_wait() -> None:
     world = World(cluster(3))
     world.run(3)
+    world.mind.limits = replace(LIMITS, wait_rounds=20)
+    world.down = {11}
+    world.run(2)
     world.begin(Withdraw({"s1": np.arange(SLOTS)}))
     short = (world.view.owners() >= 0).sum(axis=1) == 1
     assert short.any()
-    world.run(LIMITS.wait_rounds - 1)
+    world.run(10)
     assert (((world.view.owners() >= 0).sum(axis=1) == 1) == short).all()
     assert not world.lessons
+    world.down = set()
     world.run()
     world.settled(names(0, 1, 2), 2)
 

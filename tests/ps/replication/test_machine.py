@@ -137,6 +137,24 @@ def test_a_push_is_answered_when_every_owner_holds_it() -> None:
     assert len(blocks) == 1  # for all slots of the push
 
 
+def test_how_far_other_owners_are_behind() -> None:
+    trio = Trio()
+    machine = trio.machines[1]
+    trio.tick(1)
+    assert machine.lag == (0, 0.0)
+    trio.down = {2}
+    for sequence in (1, 2, 3):
+        trio.push(1, sequence, IDS)
+    trio.tick(1, times=4)
+    changes, seconds = machine.lag
+    assert (changes, round(seconds, 2)) == (3, 0.2)
+    trio.down = set()
+    trio.deliver()
+    trio.tick(1)
+    assert machine.lag == (0, 0.0)
+    assert trio.machines[2].lag[0] == 0  # it is no primary
+
+
 def test_a_retry_waits_like_the_first_try() -> None:
     trio = Trio()
     first = trio.push(1, 1, IDS)
@@ -163,6 +181,24 @@ def test_an_owner_hands_a_push_to_the_primary_once() -> None:
     assert isinstance(trio.answers[stranger], WrongView)
     forwarded = trio.push(2, 3, IDS, only=np.arange(4))
     assert isinstance(trio.answers[forwarded], WrongView)
+
+
+def test_a_push_that_was_handed_to_a_primary_that_hangs_is_given_back_when_another_takes_over() -> None:
+    trio = Trio()
+    trio.down = {1}
+    token = trio.push(2, 1, IDS)
+    trio.deliver()
+    assert token not in trio.answers
+    trio.install(replace(trio.view, epoch=trio.view.epoch + 1), 2, 3)
+    assert token not in trio.answers  # the primary is the same
+    trio.install(plan(trio.view, Withdraw({trio.view.servers[0].name: np.arange(4)})), 2, 3)
+    assert isinstance(trio.answers.pop(token), PerhapsApplied)
+    (forward,) = (a for i, a in trio.sent if i == 2 and isinstance(a, Forward))
+    trio.machines[2].replied(1, forward.link, forward.number, {"applied": 4}, {})
+    trio.collect()
+    assert token not in trio.answers  # what the old one says in the end counts no more
+    again = trio.push(2, 1, IDS, token="again")
+    assert trio.answers[again]["applied"] == 4
 
 
 def test_a_push_of_several_primaries_is_decided_part_by_part() -> None:

@@ -1,0 +1,90 @@
+"""What `add-server` and `remove-server` print, and how they follow a change."""
+
+import pytest
+
+from deploy.cli_servers import follow, line_of, stage, table_of
+from ps.errors import NotApplied
+
+PLAN = {
+    "kind": "join",
+    "names": ["server-3"],
+    "slots": 8192,
+    "turns": 4164,
+    "rows": 100_000,
+    "bytes": 9_200_000,
+    "seconds": 3.2,
+    "bytes_per_s": 0,
+    "servers": [
+        {"name": "server-0", "host": "h", "slots": [16384, 8192], "primaries": [5, 4], "bytes": [2048, 1024]},
+        {"name": "server-3", "host": "h", "slots": [0, 8192], "primaries": [0, 4], "bytes": [0, 1024]},
+    ],
+    "hosts": [{"host": "h", "slots": [16384, 16384], "primaries": [5, 8], "bytes": [2048, 2048]}],
+}
+
+
+def record(move: dict | None = None, left: int = 0, **more: object) -> dict:
+    servers = [{"name": "server-3", "state": "alive", "addresses": []}]
+    return {"move": move, "slots_left": left, "starting": [], "servers": servers, "epoch": 7, "move_failed": "", **more}
+
+
+JOIN = {"kind": "join", "names": ["server-3"]}
+
+
+def test_a_plan_is_told_in_a_line_and_in_a_table() -> None:
+    line = line_of(PLAN)
+    assert line.startswith(
+        "server-3 joins: 8,192 copies of slots with about 100,000 rows (8.8 MiB) are copied, some 3.2 s"
+    )
+    table = table_of(PLAN)
+    assert line in table
+    assert "16,384 -> 8,192" in table
+    assert "2.0 KiB -> 1.0 KiB" in table
+    assert "no limit" in table
+    assert "50 MiB/s a server" in table_of({**PLAN, "bytes_per_s": 50 * 2**20})
+
+
+def test_the_stage_names_who_is_not_well() -> None:
+    assert stage(record(JOIN)) == "server-3 joining"
+    assert stage(record(starting=["server-4"])) == "starting server-4"
+    sick = record({"kind": "leave", "names": ["server-3"]})
+    sick["servers"][0]["state"] = "silent"
+    assert stage(sick) == "server-3 leaving (server-3 is silent)"
+    assert stage(record(JOIN | {"names": ["x"]})) == "x joining (x is gone)"
+    assert stage(record(left=3)) == "copying slots"
+
+
+def test_a_change_is_followed_until_its_processes_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
+    ending = record()
+    ending["servers"][0]["state"] = "ending"
+    answers: list = [
+        record(starting=["server-3"]),
+        record(JOIN, 9),
+        NotApplied("away"),
+        record(JOIN, 2),
+        ending,
+        record(),
+    ]
+
+    def ask(verb: str) -> dict:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert follow(ask)["epoch"] == 7
+    assert not answers
+    answers = [record(left=4), record(left=1), record()]
+    follow(ask, to_the_end=True)
+    assert not answers
+
+
+def test_a_controller_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
+    monkeypatch.setattr("deploy.cli_servers.SILENT_S", 0.0)
+
+    def ask(verb: str) -> dict:
+        raise NotApplied("the controller does not answer")
+
+    with pytest.raises(NotApplied, match="does not answer; the change goes on once it is back"):
+        follow(ask)

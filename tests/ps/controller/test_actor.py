@@ -1,0 +1,50 @@
+"""The controller's work without its actor: what it does about servers that Ray does not give it at once."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from hashring.planner import Enlist, plan
+from hashring.view import Server, View
+from ps.config import Config
+from ps.controller import actor
+from ps.controller.actor import Control
+from ps.controller.members import Member
+from ps.server import Setup
+from ps.viewlog import ViewLog
+
+
+@pytest.mark.parametrize("met", [ActorDiedError(), ActorUnavailableError("busy", None), TimeoutError()])
+def test_a_controller_that_was_started_again_goes_on_looking_for_its_servers(
+    met: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its servers may be dying, or too busy to answer, at that very moment."""
+    monkeypatch.setattr(actor, "AGAIN_S", 0.0)
+    servers = tuple(Server(f"server-{i}", 10 + i, "h") for i in range(3))
+    ViewLog(tmp_path / "views").append(plan(View.empty(1, 3), Enlist(servers)))
+    setup = Setup({}, str(tmp_path), str(tmp_path), "", "embring", "", {})
+    asked: list[str] = []
+
+    async def test() -> None:
+        control = Control(setup, Config())
+
+        async def launch(name: str) -> Member:
+            asked.append(name)
+            if asked.count(name) < (3 if name == "server-1" else 1):
+                raise met
+            member = control.members.by_name[name]
+            member.state, member.incarnation = "alive", 10 + int(name[-1])
+            return member
+
+        monkeypatch.setattr(control.members, "launch", launch)
+        async with asyncio.timeout(60):
+            await control.begin()
+        assert [s["state"] for s in control.status()["servers"]] == ["alive"] * 3
+        for task in control._tasks:
+            task.cancel()
+        control.shell.close()
+
+    asyncio.run(test())
+    assert sorted(asked) == ["server-0", "server-1", "server-1", "server-1", "server-2"]
