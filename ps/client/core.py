@@ -267,13 +267,14 @@ class Core:
         if self.routing.epoch > epoch:
             return
         self._refreshing = True
+        servers = self.routing.servers  # those that all numbers here mean: another request may learn a view meanwhile
         try:
             for s in sorted(told, key=lambda s: -told[s]):  # a process that died since tells of views, and gives none
-                if (yield from self._fetched(self.routing.servers, s, epoch, until)):
+                if (yield from self._fetched(servers, s, epoch, until)):
                     return
-            newer, answered = yield from self._newer(epoch, until)
+            newer, answered = yield from self._newer(servers, epoch, until)
             for s in newer:
-                if (yield from self._fetched(self.routing.servers, s, epoch, until)):
+                if self.routing.epoch > epoch or (yield from self._fetched(servers, s, epoch, until)):
                     return
             if not answered:  # every process of this view may be gone: who listens at their addresses now?
                 seeds = self._seeds()
@@ -288,9 +289,10 @@ class Core:
         yield from self.fetch_view(servers, s, until)
         return self.routing.epoch > epoch
 
-    def _newer(self, epoch: int, until: float) -> Generator[Command, Any, tuple[list[int], bool]]:
+    def _newer(
+        self, servers: Sequence[Server], epoch: int, until: float
+    ) -> Generator[Command, Any, tuple[list[int], bool]]:
         """Servers that know a view newer than `epoch`, the newest first; whether any server answered."""
-        servers = self.routing.servers
         epochs: dict[int, int] = {}
         suspects = self._left_out()
 

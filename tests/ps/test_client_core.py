@@ -315,6 +315,21 @@ def test_a_client_that_rested_while_every_server_was_replaced_finds_those_there_
     assert verbs.routing.epoch == world.view.epoch
 
 
+def test_a_view_with_fewer_servers_that_another_request_learns_meanwhile_is_no_error():
+    """The numbers of servers in a look for a newer view are those of the view that it began with."""
+    world = World()
+    verbs = world.verbs()
+    stale = verbs.routing
+    world.change(Leave(("s2",)))
+    steps = verbs.refresh(stale.epoch, time.monotonic() + 5, {})
+    asked = steps.send(None)
+    for call in asked.calls:
+        asked.absorb(call.key, Message("ok", 1, {"epoch": world.view.epoch}))
+    verbs.adopt(world.view)
+    with pytest.raises(StopIteration):
+        steps.send({})
+
+
 def test_an_attempt_of_a_long_request_ends_early_enough_for_others_to_take_over():
     """A server hangs: the first attempt gets a second, later ones twice as long each, and never above a third."""
     verbs = World().verbs()
