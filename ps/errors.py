@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 
 class EmbringError(Exception):
-    """Base of every error that embring raises on purpose."""
+    """Base of every error that embring raises on purpose. answered: whether a server said so, which then lives."""
 
     code = "error"
+    answered = False
 
 
 class RequestError(EmbringError):

@@ -377,10 +377,12 @@ def raise_error(fields: Mapping[str, Any]) -> None:
     """Raise the error that a reply carries, in its own class."""
     cls = ERRORS.get(str(fields.get("error")), EmbringError)
     message = str(fields.get("message", "the server gave no reason"))
+    error = cls(message)
     if issubclass(cls, WrongView):
         epoch = fields.get("error_epoch")
-        raise cls(message, epoch if type(epoch) is int else 0)
-    if issubclass(cls, SlotsLost):
+        error = cls(message, epoch if type(epoch) is int else 0)
+    elif issubclass(cls, SlotsLost):
         slots = fields.get("slots")
-        raise cls(message, [s for s in slots if type(s) is int] if isinstance(slots, list) else ())
-    raise cls(message)
+        error = cls(message, [s for s in slots if type(s) is int] if isinstance(slots, list) else ())
+    error.answered = True
+    raise error

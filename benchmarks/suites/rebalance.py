@@ -106,8 +106,9 @@ class Bench:
             await client.close()
         for phase in ("join", "leave"):
             now, before = figures[phase], figures["before"]
-            now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
-            now["pushes_to_before"] = round(now["pushes_per_s"] / before["pushes_per_s"], 3)
+            if now["pull"] and before["pull"] and before["pushes_per_s"]:
+                now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
+                now["pushes_to_before"] = round(now["pushes_per_s"] / before["pushes_per_s"], 3)
         figures["failed"] = sum(figures[p]["failed"] for p in ("before", "join", "between", "leave", "after"))
         figures["errors"] = self.load.trace.errors[:20]
         return figures

@@ -224,10 +224,15 @@ class Core:
                 yield from self.hopeless(error, routing, until)
                 return
         now = time.monotonic()
+        # Whoever answers that a push is undecided, since a slot got another primary or that one broke, lives, and
+        # knows of a change.
+        moved = {
+            s for s, e in failures.items() if isinstance(e, WrongView) or (e.answered and type(e) is PerhapsApplied)
+        }
         if self.routing.epoch == routing.epoch:
-            self._suspects |= {s: now + SUSPECT_S for s, e in failures.items() if not isinstance(e, WrongView)}
+            self._suspects |= dict.fromkeys(failures.keys() - moved, now + SUSPECT_S)
         told = {s: e.epoch for s, e in failures.items() if isinstance(e, WrongView) and e.epoch > routing.epoch}
-        if attempt == 0 and not any(isinstance(e, WrongView | Overloaded) for e in failures.values()):
+        if attempt == 0 and not moved and not any(isinstance(e, Overloaded) for e in failures.values()):
             return  # another owner first: to ask around for a newer view could take all the time that is left
         if not all(isinstance(e, Overloaded) for e in failures.values()):
             yield from self.refresh(routing.epoch, until, told)

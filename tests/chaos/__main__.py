@@ -13,6 +13,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -78,6 +79,7 @@ def _trial(given: argparse.Namespace, place: Place, servers: int, kinds: list[st
     try:
         until(lambda: len(load.found.acks) > 50, SETTLE_S, "the first pushes")
         with controller(place.runtime) as ask:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Ray's handling leaves a cluster
             scene = Scene(place, load, ask, servers, given.replicas, random.Random(given.seed))
             end = time.monotonic() + 60 * (given.minutes or 600.0)
             _rounds(scene, 0 if given.head_loss else given.rounds, [k for k in kinds if k != "head"], done, end)

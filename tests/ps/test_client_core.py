@@ -367,6 +367,18 @@ def test_a_reply_that_tells_of_a_newer_view_is_reason_to_have_it():
     assert verbs.routing.epoch == world.view.epoch - 1
 
 
+def test_who_answers_that_a_push_is_undecided_is_no_suspect():
+    """One server hangs; another tells that a slot got another primary. It is the one to turn to."""
+    world = World(2, replicas=2)
+    verbs = world.verbs()
+    undecided = PerhapsApplied("a slot got another primary meanwhile")
+    undecided.answered = True
+    world.fault = lambda server, op: "ok" if op != "push" else "request lost" if server == "s0" else undecided
+    with pytest.raises(PerhapsApplied):
+        push(world, verbs, "a", list(range(50)), timeout=0.1)
+    assert verbs._left_out() == {0}
+
+
 def test_a_table_made_anew_is_found_under_its_new_number():
     world = World()
     verbs = world.verbs()

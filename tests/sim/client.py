@@ -90,9 +90,9 @@ class ImpatientVerbs(Verbs):
     world: Any = None
     attempt_s = 30.0
 
-    def attempt_until(self, until: float) -> float:
+    def attempt_until(self, until: float, attempt: int | None = None) -> float:
         """When the attempt that begins now ends."""
-        longest = super().attempt_until(until)
+        longest = super().attempt_until(until, attempt)
         if self.world.chance(0.7):
             return longest
         return float(min(longest, self.world.now + self.world.between(0.1, 1.0) * self.attempt_s))
