@@ -94,7 +94,7 @@ def test_help_fills_its_lines():
         (("up", "--servers", "three"), 2, "Invalid value for '--servers'"),
         (("nonsense",), 2, "No such command 'nonsense'"),
         (("up", "--restore", "latest"), 2, "--restore needs the directory of [checkpoint]"),
-        (("checkpoint", "save", "nowhere://x"), 1, "no cluster is running"),
+        (("checkpoint", "save", "nowhere://x"), 1, "no cluster is known here"),
         (("checkpoint", "verify", "missing"), 1, "missing is missing"),
         (("table", "import", "item", "rows.csv"), 1, "no cluster is running"),
         (("checkpoint", "list", "missing"), 1, "missing"),
