@@ -92,7 +92,8 @@ class Server(Process):
         token = (connection, request.request)
         if request.fields.get("epoch", 0) > self.store.epoch:
             self._ahead[token] = request.fields["epoch"]
-        op = "copy" if "full" in request.arrays and request.arrays["full"].any() else request.op
+        copied = request.op != "absorb" and "full" in request.arrays and request.arrays["full"].any()
+        op = "copy" if copied else request.op
         self.cluster.step(f"{op} arrives", self, connection)
         if not self.alive:
             return

@@ -53,6 +53,17 @@ def test_a_restore_ends_in_the_view_of_its_end() -> None:
     assert [s.name for s in after.servers] == ["s0", "s2", "s1"]  # nobody lies in the grave any more
 
 
+def test_lost_slots_come_back_from_a_checkpoint_that_knows_tables_dropped_since() -> None:
+    view = plan(cluster(), CreateTable("gone", {}, replicas=2))
+    saved = manifest(view)
+    view = plan(plan(view, DropTable("gone")), Fail("s1"))
+    restore = prepare(view, saved, replace_tables=False, accept_loss=False)
+    assert restore.first is None
+    assert restore.wanted == np.flatnonzero(view.lost()).tolist()
+    assert restore.tables == {view.table("t").number: view.table("t").number}
+    assert not conclude(view, restore).lost().any()
+
+
 def test_it_ends_not_where_rows_were_sent_to_a_server_that_died_or_of_tables_that_are_gone() -> None:
     view = plan(cluster(), Fail("s1"))
     restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
