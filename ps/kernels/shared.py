@@ -24,6 +24,7 @@ from ps.kernels.index import (
     P_BAGS,
     P_BAGS_END,
     P_BITS,
+    P_CODE,
     P_FIRST,
     P_IDS,
     P_IDS_END,
@@ -118,7 +119,7 @@ def _find(
     rows: NDArray[np.int64],
 ) -> bool:
     """Rows of one feature's ids in the servers' joint matrix, -1 absent; False where one cannot be read."""
-    seed, bits, first = plan[f, P_SEED], plan[f, P_BITS], plan[f, P_FIRST]
+    code, seed, bits, first = plan[f, P_CODE], plan[f, P_SEED], plan[f, P_BITS], plan[f, P_FIRST]
     end = plan[f, P_IDS_END]
     for low in range(plan[f, P_IDS], end, BATCH):
         high = min(low + BATCH, end)
@@ -145,14 +146,14 @@ def _find(
             size = CAPACITY[class_] if class_ < CLASSES else np.int64(0)
             if base + size > sizes[ENTRIES]:
                 size, base = np.int64(0), np.int64(0)
-            place = place_of(token, codes[server, f], size)
+            place = place_of(token, codes[server, code], size)
             base += server * sizes[ENTRIES]
             scratch[0, k], scratch[1, k], scratch[3, k] = place, base, size
             prefetch(entries, 2 * (base + place))
         for i in range(low, high):
             k = i - low
             server = scratch[2, k]
-            at = probe(entries, scratch[1, k], scratch[3, k], scratch[0, k], ids[i], codes[server, f])
+            at = probe(entries, scratch[1, k], scratch[3, k], scratch[0, k], ids[i], codes[server, code])
             row = np.int64(-1)
             if at >= 0:
                 row = entries[at, 1] & 0x7FFFFFFF
@@ -184,6 +185,34 @@ def lay_out(
 
 
 @kernel
+def halve(
+    plan: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    dims: NDArray[np.int64],
+    n: int,
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+) -> int:
+    """Cut a plan's lines where about half of its n ids are behind, between two bags: lines in `first` and `second`.
+
+    first, second: int64[F, PLAN_COLUMNS]. Returns f: the cut is in feature f, so that first[: f + 1] and second[f:]
+    are the halves.
+    """
+    first[:], second[:] = plan, plan
+    f = 0
+    while f < plan.shape[0] - 1 and plan[f, P_IDS_END] < n // 2:
+        f += 1
+    bag = plan[f, P_BAGS]
+    while bag < plan[f, P_BAGS_END] and (offsets[bag] if len(offsets) else bag) < n // 2:
+        bag += 1
+    at = offsets[bag] if len(offsets) else bag
+    first[f, P_BAGS_END], first[f, P_IDS_END] = bag, at
+    second[f, P_BAGS], second[f, P_IDS] = bag, at
+    second[f, P_OUT] += (bag - plan[f, P_BAGS]) * dims[f]
+    return f
+
+
+@kernel
 def read(
     plan: NDArray[np.int64],
     arena: int,
@@ -206,8 +235,9 @@ def read(
 ) -> int:
     """Pool (or copy: no offsets) the rows of one arena's features, flat at each feature's place in out.
 
-    where int8[slots]: the server that is read for each slot, or -1. codes int64[S, F]. roles uint8[S * slots], and so
-    on. initial, defaults: a line a feature. seen int64[S]: what `begin` noted.
+    plan: its lines may be some of the request's; their codes say which features of `codes`, `initial` and `defaults`
+    they are. where int8[slots]: the server that is read for each slot, or -1. codes int64[S, F]. roles
+    uint8[S * slots], and so on. initial, defaults: a line a feature. seen int64[S]: what `begin` noted.
     Returns how many ids were absent, or -1: nothing that was read counts.
     """
     rows = np.empty(len(ids), np.int64)
@@ -244,6 +274,7 @@ def warmup() -> None:
     fence()
     begin(word, one, 0, seen)
     lay_out(tables, bounds, bounds, one, np.zeros(1, np.uint8), -1, plan)
+    halve(plan, bounds, one, 1, tables.copy(), tables.copy())
     read(
         plan, 0, one, bounds, np.empty(0, np.float32), np.zeros(1, np.int8), one.reshape(1, 1), np.ones(1, np.uint8),
         one, np.zeros((1, 16), np.int64), np.zeros((8, 2), np.int64), floats, sizes, np.zeros((1, 2)), floats, word,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -122,7 +122,15 @@ def expected(host: Host, name: str, ids: list[int], absent: int | None) -> NDArr
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(params=[4096, 0], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small reads by one thread, and every read by two."""
+    monkeypatch.setattr("ps.client.shared.ALONE_MAX", request.param)
+    monkeypatch.setattr("ps.client.shared.CORES", 2)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("threads")
 @given(
     bags=st.dictionaries(st.sampled_from("abc"), ids_of_bags, min_size=1),
     mode=st.sampled_from(["sum", "mean", "max"]),
@@ -153,7 +161,8 @@ def test_bags_as_the_servers_would_pool_them(
     assert at == len(flat)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("threads")
 @given(ids=st.lists(st.integers(-5, 400), max_size=200), name=st.sampled_from("abc"))
 def test_single_rows(host: Host, ids: list[int], name: str) -> None:
     """A pull of rows: bit for bit what the servers answer."""
@@ -162,6 +171,7 @@ def test_single_rows(host: Host, ids: list[int], name: str) -> None:
     assert np.array_equal(flat, expected(host, name, ids, None).reshape(-1))
 
 
+@pytest.mark.usefixtures("threads")
 def test_weights(host: Host) -> None:
     """Weights go with sums; with a maximum beside them the fabric is asked."""
     weights = np.array([0.5, 2.0, 1.0], np.float32)
