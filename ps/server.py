@@ -112,6 +112,7 @@ class Server:
         self._setup = setup
         self._index = index
         self._controller: Any = None
+        self._watched = asyncio.Event()
         self._data = LoopThread("data")
         self.addresses: list[str] = self._data.call(self._open(before), OPEN_TIMEOUT_S)
         log.info("%s incarnation %d listens on %s", name, self.incarnation, ", ".join(self.addresses))
@@ -182,8 +183,14 @@ class Server:
         }
 
     async def forever(self) -> None:
-        """Never returns: whoever waits for it hears from Ray when this process is gone."""
-        await asyncio.Event().wait()
+        """Never returns before somebody else calls it: whoever waits for it hears from Ray when this process is gone.
+
+        One waits at a time. Calls of controllers that died, or of one that had to ask again while this process was
+        paused, would pile up until no other call (`ready`) got a turn.
+        """
+        self._watched.set()
+        self._watched = mine = asyncio.Event()
+        await mine.wait()
 
 
 ServerActor = ray.remote(num_cpus=0)(Server)

@@ -22,6 +22,7 @@ from ps.server import ServerActor, Setup
 log = logging.getLogger("embring.members")
 
 START_TIMEOUT_S = 300.0
+AGAIN_S = 1.0
 
 
 async def result(reference: Any, timeout: float | None = None) -> Any:
@@ -107,6 +108,7 @@ class Members:
         while True:
             try:
                 await result(member.handle.forever.remote())
+                await asyncio.sleep(AGAIN_S)  # another controller asked after us: one of the two ends soon
             except ActorUnavailableError:  # Ray cannot reach it just now, and does not call it dead
                 await asyncio.sleep(self._config.control.ping_interval_ms / 1000)
             except RayError as error:
