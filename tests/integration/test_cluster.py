@@ -264,7 +264,11 @@ def _answers(client: Any, number: int) -> bool:
 
 
 def test_the_controller_comes_back_and_finds_the_servers(machine):
-    before = machine.status()
+    def all_there() -> dict[str, Any] | None:
+        record = machine.status()
+        return record if [s["state"] for s in record["servers"]] == ["alive"] * 3 else None
+
+    before = until(all_there, "the start of every server")
     controller = machine.python(
         "import os; from pathlib import Path\n"
         f"from ps.rayhead import marked\n"
@@ -273,11 +277,7 @@ def test_the_controller_comes_back_and_finds_the_servers(machine):
     )
     os.kill(int(controller.stdout), signal.SIGKILL)
 
-    def back() -> dict[str, Any] | None:
-        record = machine.status()
-        return record if [s["state"] for s in record["servers"]] == ["alive"] * 3 else None
-
-    after = until(back, "the controller's return")
+    after = until(all_there, "the controller's return")
     assert [s["incarnation"] for s in after["servers"]] == [s["incarnation"] for s in before["servers"]]
     assert (after["cluster"], after["slots_lost"]) == (before["cluster"], 0)
     with machine.connect() as client:
