@@ -92,7 +92,7 @@ class Storage:
         """Seconds since a folder or file was last changed; 0 where that is not known."""
         try:
             return max(0.0, time.time() - self._fs.modified(self.path(*parts)).timestamp())
-        except (OSError, NotImplementedError, KeyError):
+        except (OSError, NotImplementedError, KeyError):  # some stores of fsspec keep no times
             return 0.0
 
     def make(self, folder: str) -> None:

@@ -112,7 +112,6 @@ class Shell:
         self._dial = dial
         self._round_s = round_s
         self._retire = retire
-        self._message = (-1, view_message(view))
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()
 
@@ -266,10 +265,7 @@ class Shell:
         under_way = sum(what.startswith("install") for what in line.asked)
         if line.epoch >= view.epoch or under_way > INSTALLS_MAX:
             return
-        if self._message[0] != view.epoch:
-            self._message = (view.epoch, view_message(view))
-        fields, arrays = self._message[1]
-        await line.ask("install", fields, arrays)
+        await line.ask("install", *view_message(view))
         self._tell()
 
     async def _learn(self, line: Line, lesson: Learn) -> None:
