@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bench_placement import placement_result
 from typer.testing import CliRunner
 
 from benchmarks.suites import placement, pull
 from deploy.cli_bench import app
 from ps.errors import RequestError
+from tests.benchmarks.test_bench_placement import placement_result
 
 RESULT = {"S3": {"ray": 0.02}, "equal": True, "missing": [], "raw_us": {"S3": {}}, "settings": {}}
 

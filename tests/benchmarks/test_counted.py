@@ -12,7 +12,7 @@ from ps.client import AsyncClient
 from ps.errors import NotApplied
 
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
-from cluster_fixture import local_cluster
+from tests.ps.cluster_fixture import local_cluster
 
 ROWS, DIM = 3000, 2
 

@@ -15,7 +15,7 @@ from benchmarks.peers.redis_peer import RedisBags
 from benchmarks.workloads import Batch, Shape, Workload
 
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
-from cluster_fixture import local_cluster
+from tests.ps.cluster_fixture import local_cluster
 
 WORKLOAD = Workload(Shape("few", (3, 1, 7), 8), rows=1000)
 

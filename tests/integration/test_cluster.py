@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from certificates import certificate
 
 import ps
 from ps.rayhead import marked
 from ps.runtime import Runtime, read_runtime
+from tests.certificates import certificate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cluster import ROOT, Machine, until
 
 from ps.rayhead import marked
+from tests.integration.test_cluster import ROOT, Machine, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

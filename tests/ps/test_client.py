@@ -8,7 +8,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cluster_fixture import TOKEN, LocalCluster, local_cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from hashring.tokens import tokens
 from ps.client import AsyncClient, Client
 from ps.client.flight import Connections
 from ps.spec import SGD, Initializer, TableSpec
+from tests.ps.cluster_fixture import TOKEN, LocalCluster, local_cluster
 
 SGD1 = ps.SGD(lr=1.0)
 ZEROS = ps.Initializer(0.0, 0.0)

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import uvloop
-from fabric_server import HELLO, WAIT_S, WELCOME, echo_server
 
 from ps.errors import (
     ERRORS,
@@ -30,6 +29,7 @@ from ps.fabric.listen import Listener, ListenLimits
 from ps.fabric.protocol import Traffic
 from ps.loop import LoopThread
 from ps.wire import FrameError, FrameLimits, Message, encode
+from tests.ps.fabric_server import HELLO, WAIT_S, WELCOME, echo_server
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_store import MASK, mix64
 
 from ps.kernels import index as ix
 from ps.kernels import scan
+from tests.ps.naive_store import MASK, mix64
 
 SEEDS = (11, 2**63 + 5)
 Pair = tuple[int, int]

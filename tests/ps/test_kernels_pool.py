@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from store_helpers import pull_share, push_share, store_of, view_of
 
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store
+from tests.ps.store_helpers import pull_share, push_share, store_of, view_of
 
 ROWS = 300
 _STORES: dict[int, tuple[Store, np.ndarray]] = {}

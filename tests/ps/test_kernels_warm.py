@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cluster_fixture import local_cluster
 
 import ps.client
 from ps.client.connect import prepare
 from ps.kernels import batch, merge, plan, pool, split, warmup
+from tests.ps.cluster_fixture import local_cluster
 
 KERNELS = [
     batch.join_offsets,

@@ -4,12 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from store_helpers import all_rows, every_slot, push_share, store_of, view_of
 
 from ps.errors import RequestError
 from ps.memory import Reservation, physical_memory
 from ps.spec import SGD, Adagrad, TableSpec
 from ps.store import Store, StoreLimits
+from tests.ps.store_helpers import all_rows, every_slot, push_share, store_of, view_of
 
 LIMITS = StoreLimits(memory_max=2**30, slots_max=2**16)
 N = 60_000

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_split import Request, share_of
 
 from ps.kernels.merge import MAX, MEAN, SUM, finish, first_not_finite, gather, merge
 from ps.kernels.split import CHOOSE, PIECES, ROWS
 from ps.share import BAGS
+from tests.ps.test_split import Request, share_of
 
 
 def row(f: int, i: int, dim: int) -> np.ndarray:

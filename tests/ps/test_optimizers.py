@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_store import begin_state, step
-from store_helpers import pull_share, push_share, store_of, view_of
 
 from ps.kernels import optimize
 from ps.optimizers import RULES, settings_of
 from ps.spec import FTRL, OPTIMIZERS, SGD, Adagrad, Adam, Initializer, Optimizer, RowWiseAdagrad, TableSpec
+from tests.ps.naive_store import begin_state, step
+from tests.ps.store_helpers import pull_share, push_share, store_of, view_of
 
 N, DIM, STEPS = 20, 5, 12
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]

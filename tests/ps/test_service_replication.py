@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from cluster_fixture import TOKEN, local_cluster
 
 import ps
 from deploy.verify import Copies, lines
@@ -13,6 +12,7 @@ from hashring.planner import CreateTable, Fail, Reassign, Withdraw
 from ps.checkpoint.reach import Access
 from ps.replication import ADMISSION, COMPLAINT
 from ps.spec import SGD, Initializer, TableSpec
+from tests.ps.cluster_fixture import TOKEN, local_cluster
 
 WAIT_S = 30.0
 

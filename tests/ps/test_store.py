@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_store import NaiveStore
-from store_helpers import INT64, LIMITS, ME, all_rows, every_slot, pull_share, push_share, store_of, view_of
 
 from hashring.planner import AlterTable, DropTable, Join, Leave, TruncateTable, plan
 from hashring.view import Server
@@ -16,6 +14,8 @@ from ps.errors import MemoryFull, Overloaded, RequestError, WrongView
 from ps.share import MAX, SUM, PullShare, PushShare, features_of
 from ps.spec import FTRL, SGD, Adagrad, Adam, Initializer, RowWiseAdagrad, TableSpec
 from ps.store import StoreLimits
+from tests.ps.naive_store import NaiveStore
+from tests.ps.store_helpers import INT64, LIMITS, ME, all_rows, every_slot, pull_share, push_share, store_of, view_of
 
 SPECS = (
     TableSpec("a", 3, SGD(lr=0.5), seed=1, default=(1.0, 2.0, 3.0)),
@@ -98,7 +98,7 @@ def test_store_equals_its_slow_twin(requests: list[PushShare | PullShare]) -> No
 
 
 def test_initial_rows_are_bit_equal_to_the_formula() -> None:
-    from naive_store import initial_row
+    from tests.ps.naive_store import initial_row
 
     store = store_of(view_of(SPECS))
     ids = [0, 1, -1, INT64.min, INT64.max, 12345]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_helpers import LIMITS, ME, all_rows, every_slot, pull_share, push_share, store_of, view_of
 
 from hashring.planner import Join, Leave, Recover, plan
 from hashring.view import Server, View
@@ -16,6 +15,7 @@ from ps.errors import MemoryFull, RequestError, WrongView
 from ps.rowblock import RowBlock, Watermark
 from ps.spec import SGD, Adagrad, Adam, Initializer, TableSpec
 from ps.store import Store, StoreLimits
+from tests.ps.store_helpers import LIMITS, ME, all_rows, every_slot, pull_share, push_share, store_of, view_of
 
 SPECS = (
     TableSpec("a", 3, SGD(lr=1.0), Initializer(0, 0)),

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvloop
-from certificates import certificate
-from cluster_fixture import TOKEN, local_cluster
-from fabric_server import WAIT_S, WELCOME, echo_server
-from test_fabric import ask, shells
 
 import ps
 from ps.config import TlsConfig, annotated, config_from_plain, load_config
 from ps.errors import AuthError, ConfigError, NotApplied
 from ps.fabric.tls import CA, serving, trusting
 from ps.runtime import Runtime, runtime_path, write_runtime
+from tests.certificates import certificate
+from tests.ps.cluster_fixture import TOKEN, local_cluster
+from tests.ps.fabric_server import WAIT_S, WELCOME, echo_server
+from tests.ps.test_fabric import ask, shells
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doors_fake import FakeRouter, score
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import FakeClient, columns, expected, publish
 
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied, RequestError
 from router.columns import BytesColumn, Column
@@ -23,6 +21,8 @@ from router.grpc_door import serve_grpc
 from router.http_client import HttpClient
 from router.http_door import serve_http
 from router.pipeline import Router
+from tests.router.doors_fake import FakeRouter, score
+from tests.router.test_pipeline import FakeClient, columns, expected, publish
 
 LIMIT_S = 60.0
 clients = pytest.mark.parametrize("kind", ["http", "grpc"])

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
-from doors_fake import Beside, FakeRouter
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -14,6 +13,7 @@ from router import oip
 from router.doors import SERVER_NAME
 from router.grpc_door import serve_grpc
 from router.oip_codec import Limits
+from tests.router.doors_fake import Beside, FakeRouter
 
 triton = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException

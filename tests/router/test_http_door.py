@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from doors_fake import Beside, FakeRouter
 
 from ps import NotApplied, Overloaded, PerhapsApplied, RequestError
 from router.http_door import serve_http
 from router.oip_codec import Limits
+from tests.router.doors_fake import Beside, FakeRouter
 
 requests = pytest.importorskip("requests")
 TIMEOUT = 30.0

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from test_pipeline import DIM, FakeClient, columns, expected, publish
 
 import ps
 from ps.errors import NotApplied
@@ -21,6 +20,7 @@ from router import server
 from router.config import RouterSettings
 from router.http_client import request_json
 from router.server import RouterServer, RouterSetup
+from tests.router.test_pipeline import DIM, FakeClient, columns, expected, publish
 
 LIMIT_S = 60.0
 STATUS = {"servers": [{"addresses": ["tcp:h:2"]}, {"addresses": ["tcp:h:3"]}]}

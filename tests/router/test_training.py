@@ -14,8 +14,6 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
 
-from cluster_fixture import TOKEN, LocalCluster, local_cluster
-
 import ps
 from dense_head import Predictor, TrainStep, build
 from ps.errors import NotApplied, RequestError
@@ -24,6 +22,7 @@ from router.training_config import TrainConfig
 from router.training_data import PreparedRows
 from router.training_ledger import REST_MAX_S, Ledger, lock
 from router.training_worker import LEDGER_FILE
+from tests.ps.cluster_fixture import TOKEN, LocalCluster, local_cluster
 
 pytestmark = pytest.mark.timeout(300)  # each worker process imports torch anew: seconds, or a minute under load
 

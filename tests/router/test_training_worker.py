@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_fake import SLOTS, FakeClient, FakeCluster, Killed
 
 from dense_head import build
 from router import training_worker
@@ -18,6 +17,7 @@ from router.training_data import PreparedRows
 from router.training_dense import SharedDense
 from router.training_ledger import Ledger
 from router.training_worker import LEDGER_FILE, WorkerOrder, _Worker, work
+from tests.router.training_fake import SLOTS, FakeClient, FakeCluster, Killed
 
 ROWS, BATCH = 24, 3
 
