@@ -20,8 +20,7 @@ Bag = Sequence[ArrayLike]
 
 NO_OFFSETS = np.empty(0, np.int64)
 NO_WEIGHTS = np.empty(0, np.float32)
-_INT64 = np.dtype(np.int64)
-_SEQUENCES = (tuple, list)
+_SEQUENCES = {tuple, list}
 
 
 @dataclass(slots=True)
@@ -81,34 +80,50 @@ def bags_batch(bags: Mapping[str, Bag]) -> Batch:
     """{table: (ids, offsets[, weights])}; RequestError naming the table and what is wrong with it."""
     if not isinstance(bags, Mapping):
         raise RequestError(f"bags is a {type(bags).__name__}; it must be a dictionary from table to (ids, offsets)")
-    ids, offsets = [], []
-    weighted = []
-    for name, given in bags.items():
-        if type(given) not in _SEQUENCES or not 2 <= len(given) <= 3:
-            raise RequestError(f"table {name!r} was given no (ids, offsets) or (ids, offsets, weights)")
-        one, bounds = given[0], given[1]
-        if type(one) is not np.ndarray or one.dtype is not _INT64 or one.ndim != 1:
-            one = as_ids(one, f"ids of table {name!r}")
-        if type(bounds) is not np.ndarray or bounds.dtype is not _INT64 or bounds.ndim != 1 or not len(bounds):
-            bounds = as_ids(bounds, f"offsets of table {name!r}")
-            check_offsets(bounds, len(one), f"offsets of table {name!r}")
-        ids.append(one)
-        offsets.append(bounds)
-        if len(given) == 3 and given[2] is not None:
-            weighted.append(name)
     names = tuple(bags)
     if not names:
         nothing = np.zeros(1, np.int64)
         return Batch(names, np.empty(0, np.int64), nothing, nothing, NO_WEIGHTS, frozenset())
+    plain = _plain_arrays(bags)
+    ids, offsets, flat, every = plain or _checked_arrays(bags)
     counts = np.array([[*map(len, offsets)], [*map(len, ids)]])
     starts = np.zeros(len(names) + 1, np.int64)
-    every = np.concatenate(offsets)
-    joined = np.empty(len(every) - len(names) + 1, np.int64)
+    joined = np.empty(max(1, len(every) - len(names) + 1), np.int64)  # a table without an offset is refused first
     feature, _ = join_offsets(counts, every, starts, joined)
     if feature >= 0:
-        check_offsets(offsets[feature], len(ids[feature]), f"offsets of table {names[feature]!r}")
+        check_offsets(np.asarray(offsets[feature]), len(ids[feature]), f"offsets of table {names[feature]!r}")
+    if plain:
+        return Batch(names, flat, starts, joined, NO_WEIGHTS, frozenset())
+    weighted = [name for name, given in bags.items() if len(given) == 3 and given[2] is not None]
     weights = _weights(bags, weighted, counts[1].tolist()) if weighted else NO_WEIGHTS
-    return Batch(names, np.concatenate(ids), starts, joined, weights, frozenset(weighted))
+    return Batch(names, flat, starts, joined, weights, frozenset(weighted))
+
+
+_Arrays = tuple[Sequence[Any], Sequence[Any], NDArray[np.int64], NDArray[np.int64]]
+"""(ids of each feature, offsets of each feature, all ids, all offsets)"""
+
+
+def _plain_arrays(bags: Mapping[str, Bag]) -> _Arrays | None:
+    """What most requests hold, pairs of int64[n]: numpy checks all in one call. None: they must be looked at singly."""
+    if not {*map(type, bags.values())} <= _SEQUENCES:
+        return None
+    try:
+        ids, offsets = zip(*bags.values(), strict=True)
+        flat = np.concatenate(ids, dtype=np.int64, casting="no")
+        every = np.concatenate(offsets, dtype=np.int64, casting="no")
+    except (TypeError, ValueError):
+        return None
+    return (ids, offsets, flat, every) if flat.ndim == every.ndim == 1 else None
+
+
+def _checked_arrays(bags: Mapping[str, Bag]) -> _Arrays:
+    ids, offsets = [], []
+    for name, given in bags.items():
+        if type(given) not in _SEQUENCES or not 2 <= len(given) <= 3:
+            raise RequestError(f"table {name!r} was given no (ids, offsets) or (ids, offsets, weights)")
+        ids.append(as_ids(given[0], f"ids of table {name!r}"))
+        offsets.append(as_ids(given[1], f"offsets of table {name!r}"))
+    return ids, offsets, np.concatenate(ids), np.concatenate(offsets)
 
 
 def _weights(bags: Mapping[str, Bag], weighted: Sequence[str], counts: Sequence[int]) -> NDArray[np.float32]:

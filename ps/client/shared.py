@@ -11,6 +11,7 @@ import os
 import select
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,25 @@ from numpy.typing import NDArray
 from hashring.view import Server
 from ps.client.batch import Batch
 from ps.client.routing import Features, Routing
-from ps.client.second import SecondThread
 from ps.errors import EmbringError
 from ps.fabric.address import pick
 from ps.kernels import index as ix
 from ps.kernels.merge import MAX, finish
-from ps.kernels.shared import HEADER_FIELDS, INCARNATION, SLOTS, begin, halve, lay_out, read
+from ps.kernels.shared import (
+    ABSENT,
+    DONE,
+    HEADER_FIELDS,
+    INCARNATION,
+    SLOTS,
+    SPOILT,
+    WORK_FIELDS,
+    begin,
+    cut_parts,
+    fence,
+    lay_out,
+    read,
+    read_parts,
+)
 from ps.memory import HUGE_PAGE
 
 ATTEMPTS = 2
@@ -34,6 +48,9 @@ ATTEMPTS = 2
 
 ALONE_MAX = 4096
 """Ids that one thread reads alone: 200 us. To wake another takes 20 to 40."""
+
+PART = 1024
+"""Ids that a thread takes on at a time, where two share a read: 40 us."""
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -49,6 +66,8 @@ _MAP_FIXED = 0x10
 
 File = Sequence[int]
 """[descriptor in the server's process, device, inode, bytes]"""
+
+_Arguments = tuple[Any, ...]
 
 
 @dataclass(slots=True)
@@ -175,7 +194,8 @@ class SharedReader:
         self._mapped: Mapped | None = None
         self._for: Routing | None = None
         self._again = 0.0
-        self._second = SecondThread()
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
 
     def ready(self, routing: Routing) -> bool:
         """Whether all is known that there is to know; else `asked` and `adopt` are due."""
@@ -234,11 +254,13 @@ class SharedReader:
             return -1
         plan = np.empty(shape.lines.shape, np.int64)
         lay_out(shape.lines, batch.starts, batch.offsets, places, modes, -1 if absent is None else absent, plan)
+        every = _arguments(mapped, shape, plan, batch, out)
+        large = len(batch.ids) >= ALONE_MAX and CORES > 1
         for _ in range(ATTEMPTS):
             if not begin(mapped.headers, mapped.generations, time.monotonic_ns(), mapped.seen):
                 self._forget({known.process for known in mapped.known})
                 return -1
-            without = self._read(mapped, shape, plan, batch, features, out)
+            without = self._by_two(batch, every) if large else _alone(every)
             if without >= 0:
                 if not plain:
                     touched = np.ones(batch.bags, np.uint8)
@@ -246,26 +268,30 @@ class SharedReader:
                 return without
         return -1
 
-    def _read(
-        self,
-        mapped: Mapped,
-        shape: _Shape,
-        plan: NDArray[np.int64],
-        batch: Batch,
-        features: Features,
-        out: NDArray[np.float32],
-    ) -> int:
-        """One attempt, a large one by two threads: under the same sequences, so that it is one read all the same."""
-        n = len(batch.ids)
-        if n < ALONE_MAX or CORES < 2:
-            return _read(mapped, shape, plan, batch, out)
-        first, second = np.empty_like(plan), np.empty_like(plan)
-        cut = halve(plan, batch.offsets, features.dims, n, first, second)
-        absent = self._second.both(
-            lambda: _read(mapped, shape, first[: cut + 1], batch, out),
-            lambda: _read(mapped, shape, second[cut:], batch, out),
-        )
-        return -1 if min(absent) < 0 else sum(absent)
+    def _by_two(self, batch: Batch, every: Sequence[_Arguments]) -> int:
+        """`_alone` with the help of a second thread: both take parts until none is left.
+
+        A part is waited for only where the other thread is at it; nothing is awaited to wake up.
+        """
+        if self._pool is None or self._process != os.getpid():  # a forked child has no second thread
+            self._pool, self._process = ThreadPoolExecutor(1, "embring-read"), os.getpid()
+        cuts = np.empty(len(batch.ids) // PART + 2, np.int64)
+        parts = cut_parts(batch.offsets, 0, batch.bags, PART, cuts)
+        works = [np.zeros(WORK_FIELDS, np.int64) for _ in every]
+
+        def take_parts() -> None:
+            for work, arguments in zip(works, every, strict=True):
+                read_parts(work, cuts[: parts + 1], *arguments)
+
+        helper = self._pool.submit(take_parts)
+        take_parts()
+        helper.cancel()
+        for work in works:
+            while work[DONE] < parts:
+                os.sched_yield()
+        fence()
+        spoilt, absent = (sum(int(work[field]) for work in works) for field in (SPOILT, ABSENT))
+        return -1 if spoilt else absent
 
     def _forget(self, processes: Collection[int]) -> None:
         """Ask these servers anew before the next pull."""
@@ -275,19 +301,29 @@ class SharedReader:
         self._for = self._mapped = None
 
 
-def _read(mapped: Mapped, shape: _Shape, plan: NDArray[np.int64], batch: Batch, out: NDArray[np.float32]) -> int:
-    """One attempt: every arena of the request, under the same sequences."""
-    total = 0
-    for number, arena, initial, defaults in shape.arenas:
-        without = read(
+def _arguments(
+    mapped: Mapped, shape: _Shape, plan: NDArray[np.int64], batch: Batch, out: NDArray[np.float32]
+) -> list[_Arguments]:
+    """Of every arena of the request: what `kernels.shared.read` takes."""
+    return [
+        (
             plan, number, batch.ids, batch.offsets, batch.weights, mapped.where, shape.codes, mapped.roles,
             arena.directory, arena.nodes, arena.entries, arena.values, arena.sizes, initial, defaults,
             mapped.headers, mapped.seen, out,
-        )  # fmt: skip
+        )
+        for number, arena, initial, defaults in shape.arenas
+    ]  # fmt: skip
+
+
+def _alone(every: Sequence[_Arguments]) -> int:
+    """How many ids were absent in all arenas, or -1 where what was read does not count."""
+    absent = 0
+    for arguments in every:
+        without = read(*arguments)
         if without < 0:
             return -1
-        total += without
-    return total
+        absent += without
+    return absent
 
 
 def _here(server: Server) -> bool:

@@ -52,19 +52,28 @@ def _cache_folder() -> str:
 _CACHE_FOLDER = _cache_folder()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Decorates a kernel that Python calls."""
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = _CACHE_FOLDER  # read while the function is decorated
-    try:
-        return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
-    finally:
-        config.CACHE_DIR = before
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def decorated(function: Callable[..., Any]) -> Any:
+        config: Any = numba.config
+        before = config.CACHE_DIR
+        config.CACHE_DIR = _CACHE_FOLDER  # read while the function is decorated
+        try:
+            return numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", **options)(function)
+        finally:
+            config.CACHE_DIR = before
+
+    return decorated
 
 
-inline = kernel
-"""Decorates a function that only kernels call: LLVM inlines it (numba's own inlining slows compilation for nothing)."""
+kernel = _compiled()
+"""Decorates a kernel that Python calls."""
+
+inline = _compiled(forceinline=True)
+"""Decorates a function that only kernels call. LLVM has to inline it: left to itself it calls the larger ones, and a
+call counts the references of every array that it is given, with two atomic instructions each."""
+
+u64: Any = np.uint64
+"""a[u64(i)] where i is known to be no less than 0: numba has a signed index tested, and wrapped, at every access."""
 
 BATCH = 64
 """Ids that a lookup keeps in flight: their cache lines are asked for before the first is needed."""

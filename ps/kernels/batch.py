@@ -15,9 +15,12 @@ U64 = NDArray[np.uint64]
 def join_offsets(counts: I64, offsets: I64, starts: I64, joined: I64) -> tuple[int, int]:
     """Join the offsets of F features, which lie one behind another, into `joined` int64[G+1]; fills starts int64[F+1].
 
-    counts int64[2, F]: offsets and ids of each feature. Returns (-1, 0), or (feature, index) of the first offset that
-    breaks the invariants of RaggedIds.
+    counts int64[2, F]: offsets and ids of each feature; G, all bags, is the former less one each. Returns (-1, 0), or
+    (feature, index) of the first offset that breaks the invariants of RaggedIds.
     """
+    for f in range(counts.shape[1]):
+        if counts[0, f] < 1:
+            return f, 0
     at = 0
     base = 0
     g = 0

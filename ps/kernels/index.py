@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.tokens import mix64
-from ps.kernels import BATCH, inline, kernel, prefetch
+from ps.kernels import BATCH, inline, kernel, prefetch, u64
 
 CHUNK_ENTRIES = 2**15
 GRANULE = 4
@@ -110,10 +110,10 @@ def place_of(token: int, code: int, capacity: int) -> Any:
 @inline
 def leaf_word(directory: NDArray[np.int64], nodes: NDArray[np.int64], slot: int, token: int, bits: int) -> int:
     """The word of the leaf that covers `token` (0 where there is none)."""
-    word = directory[slot]
+    word = directory[u64(slot)]
     used = bits
     while word < 0:
-        word = nodes[-word - 1, child_of(token, used)]
+        word = nodes[u64(-word - 1), u64(child_of(token, used))]
         used += FANOUT_BITS
     return word
 
@@ -127,16 +127,16 @@ def probe(entries: NDArray[np.int64], base: int, capacity: int, place: int, id_:
     home = base + place
     found = -1
     for at in range(home, home + GRANULE):  # no branch: where in its line an entry stands cannot be predicted
-        hit = (entries[at, 0] == id_) & (entries[at, 1] >> 32 == tag)
-        found = at if hit else found
-    if found >= 0:
+        found = at if entries[u64(at), 0] == id_ else found
+    if found >= 0 and entries[u64(found), 1] >> 32 == tag:
         return found
     for _ in range(capacity):
-        meta = entries[base + place, 1]
+        at = base + place
+        meta = entries[u64(at), 1]
         if meta == 0:
             return -1
-        if entries[base + place, 0] == id_ and meta >> 32 == tag:
-            return base + place
+        if entries[u64(at), 0] == id_ and meta >> 32 == tag:
+            return at
         place += 1
         if place == capacity:
             place = 0
@@ -173,26 +173,27 @@ def find(
         end = plan[f, P_IDS_END]
         for low in range(plan[f, P_IDS], end, BATCH):
             high = min(low + BATCH, end)
-            for i in range(low, high):
-                token = token_of(ids[i], seed)
+            for k in range(high - low):
+                i = low + k
+                token = token_of(ids[u64(i)], seed)
                 slot = slot_of(token, bits, first)
-                tokens[i - low] = token
-                slots[i] = np.int32(slot)
+                tokens[u64(k)] = token
+                slots[u64(i)] = np.int32(slot)
                 prefetch(directory, slot)
-            for i in range(low, high):
-                slot = np.int64(slots[i])
-                if roles[slot] < role_min:
+            for k in range(high - low):
+                i = low + k
+                slot, token = np.int64(slots[u64(i)]), tokens[u64(k)]
+                if roles[u64(slot)] < role_min:
                     return i
-                word = leaf_word(directory, nodes, slot, tokens[i - low], bits)
-                size = CAPACITY[word & 63]
-                place = place_of(tokens[i - low], code, size)
-                base = (word >> 22) * GRANULE
-                sizes[i - low], bases[i - low], places[i - low] = size, base, place
+                word = leaf_word(directory, nodes, slot, token, bits)
+                size = CAPACITY[u64(word & 63)]
+                place, base = place_of(token, code, size), (word >> 22) * GRANULE
+                sizes[u64(k)], bases[u64(k)], places[u64(k)] = size, base, place
                 prefetch(entries, 2 * (base + place))
-            for i in range(low, high):
-                k = i - low
-                at = probe(entries, bases[k], sizes[k], places[k], ids[i], code)
-                rows[i] = np.int32(-1) if at < 0 else np.int32(entries[at, 1] & 0x7FFFFFFF)
+            for k in range(high - low):
+                i = low + k
+                at = probe(entries, bases[u64(k)], sizes[u64(k)], places[u64(k)], ids[u64(i)], code)
+                rows[u64(i)] = np.int32(-1) if at < 0 else np.int32(entries[u64(at), 1] & 0x7FFFFFFF)
     return -1
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.tokens import mix64
-from ps.kernels import inline, kernel, prefetch
+from ps.kernels import inline, kernel, prefetch, u64
 from ps.kernels.index import (
     P_ABSENT,
     P_ARENA,
@@ -29,7 +29,9 @@ from ps.kernels.index import (
 from ps.kernels.vector import LANES, WIDE, sum_16, sum_64, weighted_16, weighted_64
 
 AHEAD = 12
-"""Rows whose cache lines are under way while others are added: on random rows 12, 24 and 32 measured alike."""
+"""Rows whose cache lines are under way while others are added: on random rows 12, 24 and 32 measured alike.
+
+They may be another feature's, even of another arena: to ask for what is not there is no error."""
 
 LINE = 16
 """Floats of a cache line."""
@@ -93,17 +95,18 @@ def gather_rows(
     """Raw rows, one an id, flat at each feature's place in out. Returns how many ids were absent."""
     d = values.shape[1]
     absent = 0
+    last = plan[-1, P_IDS_END] if len(plan) else 0
     for f in range(plan.shape[0]):
         if plan[f, P_ARENA] != arena:
             continue
-        code, end, at = plan[f, P_CODE], plan[f, P_IDS_END], plan[f, P_OUT]
-        for i in range(plan[f, P_IDS], end):
-            if i + AHEAD < end:
-                _ask(values, rows[i + AHEAD])
-            row = np.int64(rows[i])
+        code, at = plan[f, P_CODE], plan[f, P_OUT]
+        for i in range(plan[f, P_IDS], plan[f, P_IDS_END]):
+            if i + AHEAD < last:
+                _ask(values, rows[u64(i + AHEAD)])
+            row = np.int64(rows[u64(i)])
             if row >= 0:
                 for j in range(d):
-                    out[at + j] = values[row, j]
+                    out[u64(at + j)] = values[u64(row), u64(j)]
             else:
                 absent += 1
                 _absent_row(plan[f, P_ABSENT], token_of(ids[i], plan[f, P_SEED]), code, initial, defaults, out, at)
@@ -138,18 +141,19 @@ def pool_bags(
     spare = np.empty(d, np.float32)
     weighted = len(weights) > 0
     absent = 0
+    last = plan[-1, P_IDS_END] if len(plan) else 0
     for f in range(plan.shape[0]):
         if plan[f, P_ARENA] != arena:
             continue
-        code, at, end = plan[f, P_CODE], plan[f, P_OUT], plan[f, P_IDS_END]
+        code, at = plan[f, P_CODE], plan[f, P_OUT]
         how, largest = plan[f, P_ABSENT], plan[f, P_MODE] == MODE_MAX
         for b in range(plan[f, P_BAGS], plan[f, P_BAGS_END]):
-            low, high = offsets[b], offsets[b + 1]
+            low, high = offsets[u64(b)], offsets[u64(b + 1)]
             least = np.int32(0)
             for i in range(low, high):
-                least = min(least, rows[i])
-                if i + AHEAD < end:
-                    _ask(values, rows[i + AHEAD])
+                least = min(least, rows[u64(i)])
+                if i + AHEAD < last:
+                    _ask(values, rows[u64(i + AHEAD)])
             if least == 0 and not largest:
                 _sum(values, rows, weights, low, high, out, at)
             else:

@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from ps.kernels import BATCH, inline, kernel, prefetch
+from ps.kernels import BATCH, inline, kernel, prefetch, u64
 from ps.kernels.index import (
     CAPACITY,
     CLASSES,
@@ -47,6 +47,10 @@ HEADER_FIELDS = 8
 SLOTS, NODES, ENTRIES, ROWS = range(4)
 """sizes: how much of each kind one server has."""
 
+TAKEN, DONE, ABSENT, SPOILT = range(4)
+"""Of a read in parts: how many parts were begun, and ended; ids without a row; parts that do not count."""
+WORK_FIELDS = 4
+
 OWNER = 1
 _UNUSABLE = -1
 
@@ -60,6 +64,18 @@ def _fence(typingctx: Any) -> Any:
 
 
 _fenced: Any = intrinsic(_fence)
+
+
+def _atomic_add(typingctx: Any, array: Any, position: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+atomic_add: Any = intrinsic(_atomic_add)
+"""atomic_add(array, position, value): what int64 array[position] was before `value` was added."""
 
 
 @kernel
@@ -91,13 +107,13 @@ def _leaf(
     directory: NDArray[np.int64], nodes: NDArray[np.int64], at: int, node: int, nodes_n: int, token: int, bits: int
 ) -> int:
     """`index.leaf_word` that cannot go astray: 0 where what it meets makes no sense."""
-    word = directory[at]
+    word = directory[u64(at)]
     used = bits
     while word < 0:
         number = -(word + 1)  # not -word - 1, which overflows for the least of all words
         if number >= nodes_n or used > 64 - FANOUT_BITS:
             return 0
-        word = nodes[node + number, child_of(token, used)]
+        word = nodes[u64(node + number), u64(child_of(token, used))]
         used += FANOUT_BITS
     return word
 
@@ -123,42 +139,41 @@ def _find(
     end = plan[f, P_IDS_END]
     for low in range(plan[f, P_IDS], end, BATCH):
         high = min(low + BATCH, end)
-        for i in range(low, high):
-            scratch[0, i - low] = np.int64(token_of(ids[i], seed))
         lost = np.int64(0)
         for k in range(high - low):
-            slot = slot_of(np.uint64(scratch[0, k]), bits, first)
-            server = np.int64(where[slot])
+            token = token_of(ids[u64(low + k)], seed)
+            slot = slot_of(token, bits, first)
+            server = np.int64(where[u64(slot)])
             lost |= server
             at = server * sizes[SLOTS] + slot
-            scratch[1, k], scratch[2, k] = at, server
+            scratch[0, u64(k)], scratch[1, u64(k)], scratch[2, u64(k)] = np.int64(token), at, server
             prefetch(directory, at)
         if lost < 0:
             return False
-        for i in range(low, high):
-            k = i - low
-            token, at, server = np.uint64(scratch[0, k]), scratch[1, k], scratch[2, k]
-            used[server] = 1
-            if roles[at] < OWNER:
+        for k in range(high - low):
+            token, at, server = np.uint64(scratch[0, u64(k)]), scratch[1, u64(k)], scratch[2, u64(k)]
+            used[u64(server)] = 1
+            if roles[u64(at)] < OWNER:
                 return False
             word = _leaf(directory, nodes, at, server * sizes[NODES], sizes[NODES], token, bits)
             class_, base = word & 63, (word >> 22) * GRANULE
-            size = CAPACITY[class_] if class_ < CLASSES else np.int64(0)
+            size = CAPACITY[u64(class_)] if class_ < CLASSES else np.int64(0)
             if base + size > sizes[ENTRIES]:
                 size, base = np.int64(0), np.int64(0)
-            place = place_of(token, codes[server, code], size)
+            place = place_of(token, codes[u64(server), u64(code)], size)
             base += server * sizes[ENTRIES]
-            scratch[0, k], scratch[1, k], scratch[3, k] = place, base, size
+            scratch[0, u64(k)], scratch[1, u64(k)], scratch[3, u64(k)] = place, base, size
             prefetch(entries, 2 * (base + place))
-        for i in range(low, high):
-            k = i - low
-            server = scratch[2, k]
-            at = probe(entries, scratch[1, k], scratch[3, k], scratch[0, k], ids[i], codes[server, code])
+        for k in range(high - low):
+            place, base, server, size = (
+                scratch[0, u64(k)], scratch[1, u64(k)], scratch[2, u64(k)], scratch[3, u64(k)]
+            )  # fmt: skip
+            at = probe(entries, base, size, place, ids[u64(low + k)], codes[u64(server), u64(code)])
             row = np.int64(-1)
             if at >= 0:
-                row = entries[at, 1] & 0x7FFFFFFF
+                row = entries[u64(at), 1] & 0x7FFFFFFF
                 row = row + server * sizes[ROWS] if row < sizes[ROWS] else np.int64(-1)
-            rows[i] = row
+            rows[u64(low + k)] = row
     return True
 
 
@@ -185,31 +200,64 @@ def lay_out(
 
 
 @kernel
-def halve(
-    plan: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    dims: NDArray[np.int64],
-    n: int,
-    first: NDArray[np.int64],
-    second: NDArray[np.int64],
-) -> int:
-    """Cut a plan's lines where about half of its n ids are behind, between two bags: lines in `first` and `second`.
+def cut_parts(offsets: NDArray[np.int64], low: int, high: int, size: int, cuts: NDArray[np.int64]) -> int:
+    """Cut the bags low..high-1 into parts of at least `size` ids (but the last), for `read_parts`; returns how many.
 
-    first, second: int64[F, PLAN_COLUMNS]. Returns f: the cut is in feature f, so that first[: f + 1] and second[f:]
-    are the halves.
+    offsets may be empty: every bag is one id. cuts int64[ids // size + 2]: part p has the bags cuts[p]..cuts[p + 1]-1.
     """
-    first[:], second[:] = plan, plan
-    f = 0
-    while f < plan.shape[0] - 1 and plan[f, P_IDS_END] < n // 2:
-        f += 1
-    bag = plan[f, P_BAGS]
-    while bag < plan[f, P_BAGS_END] and (offsets[bag] if len(offsets) else bag) < n // 2:
-        bag += 1
-    at = offsets[bag] if len(offsets) else bag
-    first[f, P_BAGS_END], first[f, P_IDS_END] = bag, at
-    second[f, P_BAGS], second[f, P_IDS] = bag, at
-    second[f, P_OUT] += (bag - plan[f, P_BAGS]) * dims[f]
-    return f
+    parts = 0
+    cuts[0] = begun = low
+    ragged = len(offsets) > 0
+    for bag in range(low + 1, high + 1):
+        ids = offsets[bag] - offsets[begun] if ragged else bag - begun
+        if ids >= size or bag == high:
+            parts += 1
+            cuts[parts] = begun = bag
+    return parts
+
+
+@inline
+def _read(
+    plan: NDArray[np.int64],
+    arena: int,
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    where: NDArray[np.int8],
+    codes: NDArray[np.int64],
+    roles: NDArray[np.uint8],
+    directory: NDArray[np.int64],
+    nodes: NDArray[np.int64],
+    entries: NDArray[np.int64],
+    values: NDArray[np.float32],
+    sizes: NDArray[np.int64],
+    initial: NDArray[np.float64],
+    defaults: NDArray[np.float32],
+    headers: NDArray[np.int64],
+    seen: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> int:
+    """`read`, with rows int64[n] as room."""
+    scratch = np.empty((4, BATCH), np.int64)
+    used = np.zeros(headers.shape[0], np.uint8)
+    for f in range(plan.shape[0]):
+        if plan[f, P_ARENA] == arena and not _find(
+            plan, f, ids, where, codes, roles, directory, nodes, entries, sizes, used, scratch, rows
+        ):
+            return -1
+    for s in range(headers.shape[0]):
+        if used[s] and seen[s] < 0:
+            return -1
+    if len(offsets):
+        absent = pool_bags(plan, arena, offsets, weights, ids, rows, values, initial, defaults, out)
+    else:
+        absent = gather_rows(plan, arena, ids, rows, values, initial, defaults, out)
+    _fenced()
+    for s in range(headers.shape[0]):
+        if used[s] and headers[s, SEQUENCE] != seen[s]:
+            return -1
+    return absent
 
 
 @kernel
@@ -241,25 +289,59 @@ def read(
     Returns how many ids were absent, or -1: nothing that was read counts.
     """
     rows = np.empty(len(ids), np.int64)
-    scratch = np.empty((4, BATCH), np.int64)
-    used = np.zeros(headers.shape[0], np.uint8)
-    for f in range(plan.shape[0]):
-        if plan[f, P_ARENA] == arena and not _find(
-            plan, f, ids, where, codes, roles, directory, nodes, entries, sizes, used, scratch, rows
-        ):
-            return -1
-    for s in range(headers.shape[0]):
-        if used[s] and seen[s] < 0:
-            return -1
-    if len(offsets):
-        absent = pool_bags(plan, arena, offsets, weights, ids, rows, values, initial, defaults, out)
-    else:
-        absent = gather_rows(plan, arena, ids, rows, values, initial, defaults, out)
-    _fenced()
-    for s in range(headers.shape[0]):
-        if used[s] and headers[s, SEQUENCE] != seen[s]:
-            return -1
-    return absent
+    return _read(
+        plan, arena, ids, offsets, weights, where, codes, roles, directory, nodes, entries, values, sizes, initial,
+        defaults, headers, seen, rows, out,
+    )  # fmt: skip
+
+
+@kernel
+def read_parts(
+    work: NDArray[np.int64],
+    cuts: NDArray[np.int64],
+    plan: NDArray[np.int64],
+    arena: int,
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    where: NDArray[np.int8],
+    codes: NDArray[np.int64],
+    roles: NDArray[np.uint8],
+    directory: NDArray[np.int64],
+    nodes: NDArray[np.int64],
+    entries: NDArray[np.int64],
+    values: NDArray[np.float32],
+    sizes: NDArray[np.int64],
+    initial: NDArray[np.float64],
+    defaults: NDArray[np.float32],
+    headers: NDArray[np.int64],
+    seen: NDArray[np.int64],
+    out: NDArray[np.float32],
+) -> None:
+    """`read` by several threads, which call this with the same arguments: each takes the next part until none is left.
+
+    work int64[WORK_FIELDS], zeros at first; all is read once work[DONE] is the number of parts. cuts: of `cut_parts`.
+    """
+    lines, rows = np.empty_like(plan), np.empty(len(ids), np.int64)
+    while True:
+        part = atomic_add(work, TAKEN, 1)
+        if part >= len(cuts) - 1:
+            return
+        n = 0
+        for f in range(plan.shape[0]):
+            low, high = max(plan[f, P_BAGS], cuts[part]), min(plan[f, P_BAGS_END], cuts[part + 1])
+            if low < high and plan[f, P_ARENA] == arena:
+                lines[n] = plan[f]
+                lines[n, P_BAGS], lines[n, P_BAGS_END] = low, high
+                lines[n, P_IDS], lines[n, P_IDS_END] = (offsets[low], offsets[high]) if len(offsets) else (low, high)
+                lines[n, P_OUT] += (low - plan[f, P_BAGS]) * values.shape[1]
+                n += 1
+        without = _read(
+            lines[:n], arena, ids, offsets, weights, where, codes, roles, directory, nodes, entries, values, sizes,
+            initial, defaults, headers, seen, rows, out,
+        )  # fmt: skip
+        atomic_add(work, ABSENT if without >= 0 else SPOILT, abs(without))
+        atomic_add(work, DONE, 1)
 
 
 def warmup() -> None:
@@ -274,9 +356,11 @@ def warmup() -> None:
     fence()
     begin(word, one, 0, seen)
     lay_out(tables, bounds, bounds, one, np.zeros(1, np.uint8), -1, plan)
-    halve(plan, bounds, one, 1, tables.copy(), tables.copy())
-    read(
+    cut_parts(bounds, 0, 1, 1, np.empty(3, np.int64))
+    arguments = (
         plan, 0, one, bounds, np.empty(0, np.float32), np.zeros(1, np.int8), one.reshape(1, 1), np.ones(1, np.uint8),
         one, np.zeros((1, 16), np.int64), np.zeros((8, 2), np.int64), floats, sizes, np.zeros((1, 2)), floats, word,
         seen, np.empty(4, np.float32),
     )  # fmt: skip
+    read(*arguments)
+    read_parts(np.zeros(WORK_FIELDS, np.int64), bounds, *arguments)

@@ -62,6 +62,11 @@ def test_a_part_of_a_batch_holds_some_bags_of_some_features(start, stop):
         ({"a": ([1, 2, 3], [0, 4])}, "offsets of table 'a' ends with 4; it must end with the number of ids, 3"),
         ({"a": ([1, 2, 3], [0, 9, 3])}, "offsets of table 'a' falls from 9 to 3 at index 2"),
         ({"a": ([1, 2, 3], [])}, "offsets of table 'a' has shape"),
+        ({"a": ([1, 2], [0, 1, 2]), "b": ([], [])}, "offsets of table 'b' has shape"),
+        (
+            {"a": (np.array([1]), np.array([0, 1])), "b": (np.array([True]), np.array([0, 1]))},
+            "ids of table 'b' has dtype bool",
+        ),
         ({"a": ([1.5], [0, 1])}, "ids of table 'a' has dtype float64"),
         ({"a": ([[1]], [0, 1])}, "ids of table 'a' has shape"),
         ({"a": [1, 2, 3, 4]}, "table 'a' was given no"),

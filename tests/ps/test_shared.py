@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def expected(host: Host, name: str, ids: list[int], absent: int | None) -> NDArr
 
 @pytest.fixture(params=[4096, 0], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small reads by one thread, and every read by two."""
+    """Small reads by one thread, and every read by two, three ids at a time."""
     monkeypatch.setattr("ps.client.shared.ALONE_MAX", request.param)
+    monkeypatch.setattr("ps.client.shared.PART", 3)
     monkeypatch.setattr("ps.client.shared.CORES", 2)
 
 
@@ -182,6 +184,58 @@ def test_weights(host: Host) -> None:
     assert np.array_equal(flat.reshape(2, 4), [rows[0] + rows[1], rows[2]])
     mixed = bags_batch({"a": (np.array([3]), np.array([0, 1]), weights[:1]), "c": (np.array([3]), np.array([0, 1]))})
     assert host.pull(mixed, {"a": "sum", "c": "max"})[0] == -1  # type: ignore[arg-type]
+
+
+# -- reads by two threads
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=st.lists(st.integers(0, 9), max_size=20), size=st.integers(1, 20), ragged=st.booleans())
+def test_parts_are_all_bags_in_order(counts: list[int], size: int, ragged: bool) -> None:
+    """Each part but the last has at least `size` ids, and would not without its last bag."""
+    offsets = np.cumsum([0, *counts]) if ragged else np.empty(0, np.int64)
+    ids = np.cumsum([0, *counts]) if ragged else np.arange(len(counts) + 1)
+    cuts = np.full(int(ids[-1]) // size + 2, -1, np.int64)
+    parts = kernels.cut_parts(offsets, 0, len(counts), size, cuts)
+    assert cuts[0] == 0
+    assert cuts[parts] == len(counts)
+    bounds = cuts[: parts + 1].tolist()
+    assert bounds == sorted(set(bounds))
+    for low, high in pairwise(bounds[:-1]):
+        assert ids[high - 1] - ids[low] < size <= ids[high] - ids[low]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_helper_that_does_not_come_is_not_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    """All parts are read by the caller where the other thread has something else to do, and once it is free again."""
+    monkeypatch.setattr("ps.client.shared.ALONE_MAX", 0)
+    monkeypatch.setattr("ps.client.shared.CORES", 2)
+    monkeypatch.setattr("ps.client.shared.PART", 10)
+    ids = list(range(290, 310)) * 5
+    free, begun = threading.Event(), threading.Event()
+    if busy:
+        assert host.pull(rows_batch("a", np.array([1])))[0] == 0
+        assert host.reader._pool is not None
+        host.reader._pool.submit(lambda: (begun.set(), free.wait(30)))
+        assert begun.wait(30)
+    for _ in range(3):
+        without, flat = host.pull(rows_batch("a", np.array(ids, np.int64)))
+        assert without == 50
+        assert np.array_equal(flat, expected(host, "a", ids, None).reshape(-1))
+    free.set()
+
+
+def test_a_forked_child_has_a_helper_of_its_own(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent's thread is not in the child."""
+    monkeypatch.setattr("ps.client.shared.ALONE_MAX", 0)
+    monkeypatch.setattr("ps.client.shared.CORES", 2)
+    batch = rows_batch("a", np.arange(100))
+    assert host.pull(batch)[0] == 0
+    child = os.fork()
+    if child == 0:
+        before = host.reader._pool
+        os._exit(0 if host.pull(batch)[0] == 0 and host.reader._pool is not before else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # -- when not to read
