@@ -105,11 +105,13 @@ class Faults:
             made = cluster.may_crash_a_client()
             if made:
                 cluster.crash_client(next((c for c in cluster.clients if c is caller), rng.choice(cluster.clients)))
-        else:
+        elif servers:
             from tests.sim.server import Server as ServerProcess
 
             victim = process if isinstance(process, ServerProcess) and process.alive else rng.choice(servers)
             made = self._server(kind, victim, [s for s in servers if s is not victim], connection)
+        else:  # all of them are paused, or lost for a restore
+            made = False
         if made:
             world.counts[kind] += kind not in WISHES
             world.say(f"FAULT {kind}")
