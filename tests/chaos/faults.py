@@ -19,6 +19,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.chaos.load import Load, Rows
 
 STOPPED_S = 2.5
 SETTLE_S = 120.0
+EVEN_S = 20.0
 KINDS = (
     "primary", "primary-stop", "backup", "controller+server", "primary", "rivals", "backup-stop", "primary",
     "controller", "primary-stop", "backup", "controller-stop", "primary", "raylet", "backup-stop",
@@ -222,15 +224,25 @@ def _raylet(scene: Scene) -> Strike:
     _prepare_node(scene)
     status = scene.ask("status")["servers"]
     there = {s["name"]: s for s in status if s["host"] == SECOND_HOST}
-    view, owners = place.owners()
-    struck = {i for i, s in enumerate(view.servers) if s.name in there}
-    rows = np.flatnonzero(np.isin(owners[:, 0], list(struck)))
-    everywhere = view.owners()
-    safe = ((everywhere >= 0) & ~np.isin(everywhere, list(struck))).any(axis=1)
-    if not len(rows):  # they are given rows as backups, and are primaries once those before them have died
-        raise NotNow("no server of the second node is a primary", {s["name"] for s in status} - there.keys())
-    if not safe.all():
+    elsewhere = {s["name"] for s in status} - there.keys()
+    if not there:
+        raise NotNow("no server is on the second node", elsewhere)
+
+    def held() -> tuple[Rows, bool]:
+        """Rows whose primaries are there, and whether every slot has an owner elsewhere."""
+        view, owners = place.owners()
+        struck = [i for i, s in enumerate(view.servers) if s.name in there]
+        everywhere = view.owners()
+        safe = ((everywhere >= 0) & ~np.isin(everywhere, struck)).any(axis=1)
+        return np.flatnonzero(np.isin(owners[:, 0], struck)), bool(safe.all())
+
+    with suppress(TimeoutError):  # first places are evened out some seconds after the copies are there
+        until(lambda: len(held()[0]) > 0 and held()[1], EVEN_S, "primaries on the second node")
+    rows, safe = held()
+    if not safe:
         raise NotNow("every owner of some slots is on the second node", set(there))
+    if not len(rows):
+        raise NotNow("no server of the second node is a primary", elsewhere)
     (raylet,) = place.pids("raylet/raylet", SECOND_HOST)
     counted = scene.aim(rows)
     moment = time.monotonic()
