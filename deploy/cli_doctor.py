@@ -15,6 +15,7 @@ from pathlib import Path
 import typer
 
 from deploy.cli_common import ConfigOption, JsonOption
+from ps.fabric.address import SEND_BUFFER
 
 FILES_MIN = 4096
 SOCKET_PATH_MAX = 107
@@ -42,6 +43,7 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
         _read("huge pages", Path("/sys/kernel/mm/transparent_hugepage/enabled"), _huge_pages),
         _read("shared memory", Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"), _shared_pages),
         _read("overcommit", Path("/proc/sys/vm/overcommit_memory"), _overcommit),
+        _read("send buffers", Path("/proc/sys/net/core/wmem_max"), _send_buffers),
         _files(),
         _memory(settings.server.memory_max_mib, settings.server.servers),
         _room(Path(settings.ray.scratch)),
@@ -83,6 +85,13 @@ def _overcommit(text: str) -> tuple[str, str]:
     if text.strip() == "2":
         return "error", "vm.overcommit_memory is 2: servers reserve address space far beyond memory; set it to 0 or 1"
     return "ok", f"vm.overcommit_memory is {text.strip()}"
+
+
+def _send_buffers(text: str) -> tuple[str, str]:
+    if int(text) < SEND_BUFFER:
+        wanted = f"sysctl -w net.core.wmem_max={SEND_BUFFER}"
+        return "warning", f"net.core.wmem_max is {text.strip()}: large messages on this host wait in parts; {wanted}"
+    return "ok", f"net.core.wmem_max is {text.strip()}"
 
 
 def _files() -> Finding:

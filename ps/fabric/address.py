@@ -2,10 +2,15 @@
 
 import ipaddress
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ps.errors import ConfigError
+
+SEND_BUFFER = 4 * 2**20
+"""What a Unix socket may hold, where net.core.wmem_max lets it. By default it is 200 KB: a share of a push, or
+the answer to a pull, is larger, and whatever has to wait wakes two processes once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +55,9 @@ def pick(addresses: Sequence[str]) -> list[str]:
     """A server's addresses in the order to try: Unix sockets that exist here first, other hosts' left out."""
     here = [a for a in addresses if a.startswith("unix:") and os.path.exists(a[len("unix:") :])]
     return here + [a for a in addresses if not a.startswith("unix:")]
+
+
+def widen(connected: socket.socket) -> None:
+    """Let a Unix socket hold SEND_BUFFER bytes on their way. TCP is left alone: the kernel sizes its buffers itself."""
+    if connected.family == socket.AF_UNIX:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)

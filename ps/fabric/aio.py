@@ -10,7 +10,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from ps.errors import EmbringError, NobodyListens, NotApplied, PerhapsApplied
-from ps.fabric.address import parse_address, pick
+from ps.fabric.address import parse_address, pick, widen
 from ps.fabric.protocol import ClientSession, Hello, Traffic, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
@@ -183,6 +183,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         """Begin the handshake."""
         # uvloop's transports do not derive from asyncio.Transport.
         self._transport = cast(asyncio.Transport, transport)
+        widen(transport.get_extra_info("socket"))
         self._write(self._hello)
 
     def get_buffer(self, sizehint: int) -> memoryview:

@@ -17,7 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
-from ps.fabric.address import parse_address
+from ps.fabric.address import parse_address, widen
 from ps.fabric.protocol import ClientSession, Hello, Traffic, Welcome, result_of
 from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
@@ -260,6 +260,7 @@ def _dial(address: str, timeout: float, tls: ssl.SSLContext | None) -> socket.so
     try:
         if where.path:
             connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            widen(connected)
             connected.settimeout(timeout)
             connected.connect(where.path)
         else:

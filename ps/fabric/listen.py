@@ -20,7 +20,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from ps.errors import ConfigError, EmbringError, NotApplied, Overloaded, RequestError
-from ps.fabric.address import Address, parse_address
+from ps.fabric.address import Address, parse_address, widen
 from ps.fabric.protocol import ServerSession, Traffic, Welcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message, error_fields
 
@@ -313,6 +313,7 @@ class _Connection(asyncio.BufferedProtocol):
         """Count the connection, or turn it away."""
         # uvloop's transports do not derive from asyncio.Transport.
         self._transport = cast(asyncio.Transport, transport)
+        widen(transport.get_extra_info("socket"))
         listener = self._listener
         if len(listener.connections) >= listener.limits.connections_max:
             full = Overloaded("too many connections are open here")

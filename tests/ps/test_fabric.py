@@ -6,6 +6,7 @@ import select
 import signal
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ps.errors import (
     WrongView,
 )
 from ps.fabric import AsyncConnection, BlockingConnection, Hello, aio, blocking
-from ps.fabric.address import parse_address
+from ps.fabric.address import SEND_BUFFER, parse_address, widen
 from ps.fabric.listen import Listener, ListenLimits
 from ps.fabric.protocol import Traffic
 from ps.loop import LoopThread
@@ -405,6 +406,19 @@ def test_addresses(given, written, local):
 def test_addresses_that_are_none(given):
     with pytest.raises(ConfigError, match="address"):
         parse_address(given)
+
+
+def test_unix_sockets_hold_large_messages_and_tcp_is_left_to_the_kernel():
+    """As much as the kernel allows (it doubles what is asked for, for its own records)."""
+    allowed = min(SEND_BUFFER, int(Path("/proc/sys/net/core/wmem_max").read_text()))
+    one, other = socket.socketpair(socket.AF_UNIX)
+    tcp = socket.socket(socket.AF_INET)
+    with one, other, tcp:
+        before = tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        for wide in (one, tcp):
+            widen(wide)
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * allowed
+        assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == before
 
 
 def test_listening_elsewhere_needs_a_token():
