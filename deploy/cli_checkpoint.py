@@ -133,10 +133,12 @@ def verify(folder: Folder, name: NameOption = None, as_json: JsonOption = False)
     Example:  embring checkpoint verify backups
     """
     from ps.checkpoint.retention import verify as verify_files
-    from ps.checkpoint.storage import Storage
+    from ps.checkpoint.storage import CheckpointError, Storage
 
     with progress("verifying") as counter:
         found = list(verify_files(Storage(folder).existing(), name, counter))
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {folder}")
     bad = [c for c in found if c.problems]
     if as_json:
         print(json.dumps([{**vars(c)} for c in found]))

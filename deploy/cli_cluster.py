@@ -34,6 +34,8 @@ def up(
 
     Example:  embring up --servers 3 --routers 2 --models models/
     """
+    from ps.checkpoint.files import chain
+    from ps.checkpoint.storage import Storage
     from ps.cluster import start
     from ps.config import load_config
 
@@ -48,6 +50,8 @@ def up(
         raise typer.BadParameter("routers need a models repository: --models DIR, or models in [router]")
     if restore is not None and not settings.checkpoint.directory:
         raise typer.BadParameter("--restore needs the directory of [checkpoint] in a cluster.toml: --config FILE")
+    if restore not in (None, "latest"):
+        chain(Storage(settings.checkpoint.directory), restore)  # a wrong name is refused before a process is started
     runtime = start(settings, state=state, address=address, report=say)
     if restore is not None:
         _restored(runtime, settings.checkpoint.directory, restore)

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 
 from ps.config import Config, annotated, load_config
 from ps.errors import ConfigError, NotApplied
+from ps.fabric.address import parse_address
 from ps.fabric.tls import serving, trusting
 from ps.rayhead import Head, StartError, end_head, ensure_token, marked, ray_environment, start_head, start_time
 from ps.runtime import Runtime, read_runtime, read_token, runtime_path, write_private, write_runtime
@@ -37,6 +39,7 @@ START_TIMEOUT_S = 360.0
 
 KERNELS_TIMEOUT_S = 900.0
 PROGRESS_S = 0.5
+REACH_S = 5.0
 LOADING_S = 3.0
 """Kernels that are compiled already are loaded sooner; then their being compiled is worth a line."""
 
@@ -79,14 +82,20 @@ def start(
     # Refused here, in one sentence, rather than in each server's log.
     serving(config.tls)
     trusting(config.tls.trusted)
+    if address is not None:
+        _reach(address)
     folder = (state or state_folder()).resolve()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
+    _private(folder)
     _same_cluster(folder, config)
     write_private(folder / "cluster.toml", annotated(config).encode())
     fabric_token = ensure_token(folder / "token")
     ray_token = ensure_token(folder / "ray.token")
-    scratch = Path(tempfile.mkdtemp(prefix="embring-", dir=config.ray.scratch))
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="embring-", dir=config.ray.scratch))
+    except OSError as error:
+        raise ConfigError(
+            f"ray.scratch is {config.ray.scratch!r}, where nothing can be made: {error.strerror}"
+        ) from None
     mark = scratch.name
     head = Head(0, 0, address or "")
     try:
@@ -120,6 +129,26 @@ def start(
             end_head(head.pid, head.started, mark)
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _private(folder: Path) -> None:
+    """Make a folder that is ours alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"state folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _reach(address: str) -> None:
+    """ConfigError unless something listens there: Ray itself would try for minutes."""
+    where = parse_address(address)
+    if where.path:
+        raise ConfigError(f"address {address!r} is no Ray's; write HOST:PORT")
+    try:
+        socket.create_connection((where.host, where.port), REACH_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray answers at {address}: {error.strerror or error}") from None
 
 
 def _same_cluster(folder: Path, config: Config) -> None:

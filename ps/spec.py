@@ -207,6 +207,10 @@ class TableSpec:
             f"default of table {self.name!r} has {len(self.default)} values; it must have {self.dim}, finite, or none",
         )
         check_optimizer(self.optimizer)
+        _require(
+            isinstance(self.initializer, Initializer),
+            f"initializer of table {self.name!r} is {self.initializer!r}; it must be an Initializer (low, high)",
+        )
         self.initializer.check()
         return self
 

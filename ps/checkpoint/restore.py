@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hashring.view import Server
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
+from ps.checkpoint.files import Manifest, chain, check_contents, check_files, read_blocks
 from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.rowblock import RowBlock, Section
@@ -49,9 +49,9 @@ def restore(
 ) -> Restored:
     """Bring a checkpoint's rows (the newest one's, or the named one's) into the cluster.
 
-    Into a cluster without tables (or replace_tables: it drops them) everything; into the cluster that the checkpoint
-    is of, where slots were lost, the lost slots. Until all is there, those slots answer SlotsLost. tables: only these,
-    into any cluster: one of the same name (with replace_tables) serves on until all is there.
+    Into a cluster without tables (or replace_tables: it drops them, once every checksum was compared) everything; into
+    the cluster that the checkpoint is of, where slots were lost, the lost slots. Until all is there, those slots answer
+    SlotsLost. tables: only these, into any cluster: one of the same name (with replace_tables) serves on until then.
     Raises CheckpointError or RequestError.
     """
     links = chain(storage, name)
@@ -59,6 +59,9 @@ def restore(
     for link in links:
         check_files(storage, link)
     check_fingerprint(storage, manifest, ask)
+    if replace_tables and not tables:  # the cluster's own are gone from "restore" on: nothing may be found then
+        for link in links:
+            check_contents(storage, link)
     wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
     answer = ask(
         "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)

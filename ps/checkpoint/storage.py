@@ -59,7 +59,7 @@ class Storage:
         """Raises CheckpointError where there is no such scheme, or the package for it is not installed."""
         try:
             self._fs, self.root = fsspec.core.url_to_fs(str(url))
-        except (ImportError, ValueError, TypeError) as error:
+        except (ImportError, ValueError, TypeError, OSError) as error:
             raise CheckpointError(f"{url} cannot be reached: {error}") from None
         self.local = isinstance(self._fs, LocalFileSystem)
 
@@ -85,8 +85,11 @@ class Storage:
             raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from None
 
     def has(self, *parts: str) -> bool:
-        """Whether there is such a folder or file."""
-        return bool(self._fs.exists(self.path(*parts)))
+        """Whether there is such a folder or file. Raises CheckpointError where that cannot be told."""
+        try:
+            return bool(self._fs.exists(self.path(*parts)))
+        except OSError as error:
+            raise CheckpointError(f"{self.path(*parts)} cannot be reached: {error.strerror or error}") from None
 
     def age_s(self, *parts: str) -> float:
         """Seconds since a folder or file was last changed; 0 where that is not known."""

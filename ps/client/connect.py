@@ -13,6 +13,9 @@ from ps.runtime import read_runtime, read_token
 ADDRESS = "EMBRING_ADDRESS"
 TOKEN = "EMBRING_TOKEN"
 
+TOKEN_MAX = 1024
+"""Characters of a token."""
+
 Tls = ssl.SSLContext | str | os.PathLike[str] | None
 """What to trust over TCP: a context, or the path of an authority's PEM file."""
 
@@ -41,6 +44,10 @@ def where(
         if secret is None:
             secret = read_token(runtime.token_path)
         trusted = runtime.tls_ca if trusted is None else trusted
+    if not isinstance(given, Sequence) or not all(isinstance(address, str) for address in given):
+        raise ConfigError(f"addresses is {given!r}; it must be texts: HOST:PORT or unix:/path")
+    if secret is not None and not (isinstance(secret, str) and len(secret) <= TOKEN_MAX and secret.isprintable()):
+        raise ConfigError(f"the token must be a text of at most {TOKEN_MAX} characters that can be printed")
     if not given:
         raise ConfigError(f"no address was given; write HOST:PORT or unix:/path (or set {ADDRESS})")
     for address in given:

@@ -46,7 +46,7 @@ def parse_address(given: str) -> Address:
         return Address(path=rest)
     host, colon, port = (rest if kind == "tcp" else given).rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not (colon and host and "/" not in host and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"address {given!r} is none; write tcp:HOST:PORT with a port from 0 to 65535, or unix:/path")
     return Address(host=host, port=int(port))
 

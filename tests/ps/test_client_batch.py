@@ -143,3 +143,19 @@ def test_a_client_needs_neither_ray_nor_grpc_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "token", "message"),
+    [
+        (5, "t", "addresses is 5; it must be texts"),
+        ([b"host:80"], "t", "it must be texts"),
+        ("http://host:80", "t", "address 'http://host:80' is none"),
+        ("host:80", "t" * 1025, "the token must be a text of at most 1024 characters"),
+        ("host:80", "\ud800", "the token must be a text"),
+        ("host:80", b"t", "the token must be a text"),
+    ],
+)
+def test_what_is_no_address_or_token_is_said_at_once(addresses, token, message):
+    with pytest.raises(ConfigError, match=message):
+        ps.connect(addresses, token)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from ps import cluster, rayhead
-from ps.config import RayConfig
+from ps.config import Config, RayConfig
+from ps.errors import ConfigError
 from ps.rayhead import Head, StartError, ray_environment, start_head
 
 HEAD = Head(1, 2, "127.0.0.1:3")
@@ -92,6 +93,26 @@ class Controller:
         if reference == "status" and "starting" in self.states:
             self.states[self.states.index("starting")] = "alive"
         return status
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"address": "nohost"}, "address 'nohost' is none"),
+        ({"address": "unix:/ray"}, "address 'unix:/ray' is no Ray's; write HOST:PORT"),
+        ({"address": "127.0.0.1:1"}, "no Ray answers at 127.0.0.1:1: Connection refused"),
+        ({"state": Path("/proc/x")}, "state folder /proc/x cannot be made"),
+        ({"scratch": "/nonexistent"}, "ray.scratch is '/nonexistent', where nothing can be made"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_started(monkeypatch, tmp_path, given, message):
+    def nothing(*_, **__):
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(cluster, "_warm_up", nothing)
+    config = Config().with_settings("ray", scratch=given.pop("scratch", str(tmp_path)))
+    with pytest.raises(ConfigError, match=message):
+        cluster.start(config, runtime_file=tmp_path / "cluster.json", **{"state": tmp_path / "state", **given})
 
 
 def test_each_server_that_is_up_is_told_of(monkeypatch):

@@ -402,7 +402,9 @@ def test_addresses(given, written, local):
     assert address.local is local
 
 
-@pytest.mark.parametrize("given", ["", "host", "host:", ":80", "host:x", "host:65536", "unix:", "tcp:80", "host:-1"])
+@pytest.mark.parametrize(
+    "given", ["", "host", "host:", ":80", "host:x", "http://host:80", "host:65536", "unix:", "tcp:80", "host:-1"]
+)
 def test_addresses_that_are_none(given):
     with pytest.raises(ConfigError, match="address"):
         parse_address(given)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.errors import RequestError
 from ps.kernels import optimize
 from ps.optimizers import RULES, settings_of
 from ps.spec import FTRL, OPTIMIZERS, SGD, Adagrad, Adam, Initializer, Optimizer, RowWiseAdagrad, TableSpec
@@ -115,3 +116,9 @@ def test_rowwise_adagrad_is_fbgemms_formula() -> None:
     g = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
     store.push(push_share(1, [1], [[1]], g))
     np.testing.assert_allclose(store.pull(pull_share([1], [[1]])).rows, -0.1 * g / np.sqrt(7.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("initializer", ["zeros", None, 0.1, {"low": 0.0}])
+def test_what_is_no_initializer_is_named(initializer):
+    with pytest.raises(RequestError, match="initializer of table 't' is .*; it must be an Initializer"):
+        TableSpec("t", 4, SGD(), initializer).check()

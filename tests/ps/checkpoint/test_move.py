@@ -247,7 +247,7 @@ def test_a_table_made_later_is_not_given_up_silently(clusters, tmp_path):
     assert not cluster.view.lost().any()
 
 
-def test_a_damaged_block_leaves_the_slots_lost(clusters, tmp_path):
+def test_a_damaged_block_is_found_before_the_cluster_gives_up_its_tables(clusters, tmp_path):
     cluster = clusters(2, cluster=7)
     cluster.create(ITEM, USER, WHOLE)
     train(cluster)
@@ -260,11 +260,27 @@ def test_a_damaged_block_leaves_the_slots_lost(clusters, tmp_path):
         cluster.restore(tmp_path)
     with pytest.raises(CheckpointError, match=r"0000\.blocks is damaged"):
         cluster.restore(tmp_path, replace_tables=True)
+    assert_equal(rows(cluster), before)
+    file.write_bytes(good)
+    cluster.restore(tmp_path, replace_tables=True)
+    assert_equal(rows(cluster), before)
+
+
+def test_a_damaged_block_leaves_an_empty_cluster_s_slots_lost(clusters, tmp_path):
+    saved = clusters(2, cluster=17)
+    saved.create(ITEM, USER, WHOLE)
+    train(saved)
+    file = Path(saved.save(tmp_path, "one").path) / "0000.blocks"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    cluster = clusters(2, cluster=18)
+    with pytest.raises(CheckpointError, match=r"0000\.blocks is damaged"):
+        cluster.restore(tmp_path)
     with pytest.raises(SlotsLost), cluster.client() as client:
         client.pull("item", IDS, timeout=2.0)
     file.write_bytes(good)
     cluster.restore(tmp_path, replace_tables=True)
-    assert_equal(rows(cluster), before)
+    assert_equal(rows(cluster), rows(saved))
 
 
 def test_another_fingerprint_is_refused(clusters, tmp_path):
