@@ -120,5 +120,5 @@ def test_rowwise_adagrad_is_fbgemms_formula() -> None:
 
 @pytest.mark.parametrize("initializer", ["zeros", None, 0.1, {"low": 0.0}])
 def test_what_is_no_initializer_is_named(initializer):
-    with pytest.raises(RequestError, match="initializer of table 't' is .*; it must be an Initializer"):
+    with pytest.raises(RequestError, match=r"initializer of table 't' is .*; it must be an Initializer"):
         TableSpec("t", 4, SGD(), initializer).check()
