@@ -60,16 +60,18 @@ def check_balance(view: View, limit: float = 1.02) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, "all"])
 def test_a_chain_to_64_servers_and_back(replicas: int | str) -> None:
-    top = {1: 64, 2: 24, 3: 64, "all": 12}[replicas]
+    top = 64
     first = 1 if replicas == "all" else int(replicas)
     view = cluster(first, replicas)
     before = held(view)
-    for i in range(first, top):
-        view = plan(view, Join((server(i),)))
+    several = 7 if replicas == "all" else 1  # views of many copies are large, and those of every number take long
+    for i in range(first, top, several):
+        new = [*range(i, min(i + several, top))]
+        view = plan(view, Join(tuple(map(server, new))))
         after = held(view)
         gained = after & ~before
-        assert gained.any(axis=0).nonzero()[0].tolist() == [i]
-        assert gained.sum() <= 1.005 / (i + 1) * after.sum()
+        assert gained.any(axis=0).nonzero()[0].tolist() == new
+        assert gained.sum() <= 1.005 * len(new) / len(view.servers) * after.sum()
         check_balance(view)
         before = after
     for i in range(0, top - 4, 3):
@@ -84,7 +86,7 @@ def test_a_chain_to_64_servers_and_back(replicas: int | str) -> None:
 
 @settings(max_examples=8)
 @given(
-    st.integers(1, 24),
+    st.integers(1, 64),
     st.sampled_from([1, 2, 3]),
     st.lists(st.booleans(), min_size=1, max_size=8),
     st.randoms(use_true_random=False),
