@@ -12,6 +12,10 @@ from router.errors import DeadlineExceeded, UnknownModel
 SERVER_NAME = "embring"
 EXTENSIONS = ("binary_tensor_data",)
 
+DIGITS_MAX = 19
+"""Of a number in text: those of the largest int64. Python refuses to read numbers of thousands of digits."""
+MICROSECONDS_MAX = 10**15
+
 _log = logging.getLogger("embring.router")
 
 REQUESTS = Counter("embring_door_requests", "Requests answered at a front door", ("door", "method", "status"))
@@ -60,8 +64,10 @@ def seconds_of(parameter: object, remaining: float | None = None) -> float | Non
     """
     if parameter is None or parameter == 0:
         return remaining
-    if isinstance(parameter, str) and parameter.isdecimal():
+    if isinstance(parameter, str) and parameter.isdecimal() and len(parameter) <= DIGITS_MAX:
         parameter = int(parameter)
-    if isinstance(parameter, bool) or not isinstance(parameter, int) or parameter < 0:
-        raise RequestError(f"parameter 'timeout' is {parameter!r}; it must be microseconds, 0 or more")
+    if isinstance(parameter, bool) or not isinstance(parameter, int) or not 0 <= parameter <= MICROSECONDS_MAX:
+        raise RequestError(
+            f"parameter 'timeout' is {repr(parameter)[:40]}; it must be microseconds, 0 to {MICROSECONDS_MAX}"
+        )
     return parameter / 1e6 if remaining is None else min(remaining, parameter / 1e6)

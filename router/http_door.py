@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from ps import RequestError
 from router.columns import FP32
-from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version
+from router.doors import DIGITS_MAX, EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version
 from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
 from router.pipeline import Router
 
@@ -129,9 +129,10 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
     """(JSON part, binary part) of a request; RequestError where the length or the JSON is wrong."""
     length = len(body)
     if header_length is not None:
-        if not header_length.isdecimal() or int(header_length) > len(body):
+        small = header_length.isdecimal() and len(header_length) <= DIGITS_MAX
+        if not small or int(header_length) > len(body):
             raise RequestError(
-                f"{HEADER_LENGTH} is {header_length!r}; it must be a number of bytes within the body's {len(body)}"
+                f"{HEADER_LENGTH} is {header_length[:40]!r}; it must be a number of bytes within the body's {len(body)}"
             )
         length = int(header_length)
     try:
@@ -210,6 +211,8 @@ async def _answered(
         status = error.status
         limit = f"; {request.app._client_max_size} bytes are the most allowed" if status == 413 else ""
         message = f"{request.method} {request.path}: {error.reason}{limit}"
+    except web.RequestPayloadError as error:
+        status, message = 400, f"the request's body cannot be read: {error}"
     except Exception as error:
         status, _, message = answer(error)
     finally:

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 import ps
-from dense_head import Predictor, build
+from dense_head import HeadError, Predictor, build
 from dense_head import save as save_head
 from ps.errors import EmbringError, RequestError
 from router.training_config import TrainConfig
@@ -146,7 +146,12 @@ def pull_head(client: ps.Client, config: TrainConfig) -> Predictor:
 def _finish(client: ps.Client, config: TrainConfig, head: Path) -> Evaluation | None:
     predictor = pull_head(client, config)
     save_head(head, config.spec, predictor.module)
-    return evaluate(client, predictor, config.test_rows()) if config.test else None
+    if not config.test:
+        return None
+    try:
+        return evaluate(client, predictor, config.test_rows())
+    except HeadError as error:
+        raise RequestError(f"the head is saved in {head}, but cannot be judged by the test rows: {error}") from None
 
 
 # -- the beginning of a run, and of its continuation

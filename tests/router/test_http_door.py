@@ -209,7 +209,11 @@ def item(**changes: object) -> dict[str, object]:
         ({**item(), "outputs": [{"name": "other"}]}, {}, "'other'"),
         ({**item(), "parameters": {"timeout": "soon"}}, {}, "'soon'"),
         (item(), {"Inference-Header-Content-Length": "999999"}, "'999999'"),
+        ({**item(), "parameters": {"timeout": 10**400}}, {}, "'timeout' is 1000"),
+        ({**item(), "parameters": {"timeout": "9" * 5000}}, {}, "'timeout' is '9999"),
         (item(), {"Inference-Header-Content-Length": "-1"}, "'-1'"),
+        (item(), {"Inference-Header-Content-Length": "9" * 5000}, "Inference-Header-Content-Length is '9999"),
+        (item(), {"Content-Encoding": "gzip"}, "the request's body cannot be read"),
         (
             json.dumps(item()).encode() + b"xy",
             {"Inference-Header-Content-Length": str(len(json.dumps(item())))},

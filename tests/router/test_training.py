@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
 
 import ps
-from dense_head import Predictor, TrainStep, build
+from dense_head import HeadError, Predictor, TrainStep, build
 from ps.errors import NotApplied, RequestError
+from router import training
 from router.training import TrainingError, TrainProgress, pull_head, train
 from router.training_config import TrainConfig
 from router.training_data import PreparedRows
@@ -237,3 +239,18 @@ def test_a_worker_that_fails_ends_the_run_with_its_reason(cluster: LocalCluster,
     config = settings(tmp_path, "fails", 8, workers=2, size=1)  # batch normalisation takes no single row
     with pytest.raises(TrainingError, match=r"worker \d failed: ValueError: Expected more than 1 value"):
         train(config, tmp_path / "run", cluster.addresses, TOKEN)
+
+
+def test_a_head_that_cannot_be_judged_is_saved_all_the_same(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(training, "pull_head", lambda *_: SimpleNamespace(module="weights"))
+    monkeypatch.setattr(training, "save_head", lambda *given: saved.append(given))
+
+    def one_class(*_):
+        raise HeadError("all labels are 1.0; AUC needs both classes")
+
+    monkeypatch.setattr(training, "evaluate", one_class)
+    config = SimpleNamespace(test=("t.csv",), spec="spec", test_rows=lambda: None)
+    with pytest.raises(RequestError, match=r"the head is saved in .*head, but cannot be judged by the test rows: all"):
+        training._finish(None, config, tmp_path / "head")
+    assert saved == [(tmp_path / "head", "spec", "weights")]
