@@ -15,7 +15,6 @@ from pathlib import Path
 import typer
 
 from deploy.cli_common import ConfigOption, JsonOption
-from ps.fabric.address import SEND_BUFFER
 
 FILES_MIN = 4096
 SOCKET_PATH_MAX = 107
@@ -88,6 +87,8 @@ def _overcommit(text: str) -> tuple[str, str]:
 
 
 def _send_buffers(text: str) -> tuple[str, str]:
+    from ps.config import SEND_BUFFER
+
     if int(text) < SEND_BUFFER:
         wanted = f"sysctl -w net.core.wmem_max={SEND_BUFFER}"
         return "warning", f"net.core.wmem_max is {text.strip()}: large messages on this host wait in parts; {wanted}"

@@ -64,10 +64,14 @@ def seconds_of(parameter: object, remaining: float | None = None) -> float | Non
     """
     if parameter is None or parameter == 0:
         return remaining
-    if isinstance(parameter, str) and parameter.isdecimal() and len(parameter) <= DIGITS_MAX:
-        parameter = int(parameter)
-    if isinstance(parameter, bool) or not isinstance(parameter, int) or not 0 <= parameter <= MICROSECONDS_MAX:
+    number = whole(parameter) if isinstance(parameter, str) else parameter
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MICROSECONDS_MAX:
         raise RequestError(
             f"parameter 'timeout' is {repr(parameter)[:40]}; it must be microseconds, 0 to {MICROSECONDS_MAX}"
         )
-    return parameter / 1e6 if remaining is None else min(remaining, parameter / 1e6)
+    return number / 1e6 if remaining is None else min(remaining, number / 1e6)
+
+
+def whole(text: str) -> int | None:
+    """The number that decimal digits name; None where they name none, or are too many to read."""
+    return int(text) if text.isdecimal() and len(text) <= DIGITS_MAX else None

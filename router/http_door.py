@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from ps import RequestError
 from router.columns import FP32
-from router.doors import DIGITS_MAX, EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version
+from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version, whole
 from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
 from router.pipeline import Router
 
@@ -129,12 +129,12 @@ def split_body(body: bytes, header_length: str | None) -> tuple[dict[str, Any], 
     """(JSON part, binary part) of a request; RequestError where the length or the JSON is wrong."""
     length = len(body)
     if header_length is not None:
-        small = header_length.isdecimal() and len(header_length) <= DIGITS_MAX
-        if not small or int(header_length) > len(body):
+        said = whole(header_length)
+        if said is None or said > len(body):
             raise RequestError(
                 f"{HEADER_LENGTH} is {header_length[:40]!r}; it must be a number of bytes within the body's {len(body)}"
             )
-        length = int(header_length)
+        length = said
     try:
         header = json.loads(body[:length])
     except (ValueError, RecursionError) as error:

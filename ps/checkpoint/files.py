@@ -296,13 +296,6 @@ def check_files(storage: Storage, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} has {size} bytes; the manifest counts {end}")
 
 
-def check_contents(storage: Storage, manifest: Manifest) -> None:
-    """Read every block. Raises CheckpointError naming the file and the first damaged place."""
-    for name in manifest.files:
-        for _ in read_blocks(storage, manifest, name):
-            pass
-
-
 def read_blocks(storage: Storage, manifest: Manifest, name: str) -> Iterator[tuple[Block, Message]]:
     """Each block of a file with its message, checked. Raises CheckpointError naming the file and the damaged place."""
     path, at = storage.path(manifest.name, name), 0

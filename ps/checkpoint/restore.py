@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from hashring.view import Server
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import Manifest, chain, check_contents, check_files, read_blocks
+from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
 from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
+from ps.checkpoint.retention import verify
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.rowblock import RowBlock, Section
 
@@ -59,9 +60,10 @@ def restore(
     for link in links:
         check_files(storage, link)
     check_fingerprint(storage, manifest, ask)
-    if replace_tables and not tables:  # the cluster's own are gone from "restore" on: nothing may be found then
-        for link in links:
-            check_contents(storage, link)
+    if replace_tables and not tables:  # from "restore" on the cluster's own are gone: damage is to be known before
+        problems = [problem for checked in verify(storage, manifest.name) for problem in checked.problems]
+        if problems:
+            raise CheckpointError(problems[0])
     wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
     answer = ask(
         "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)

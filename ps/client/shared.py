@@ -276,7 +276,7 @@ class SharedReader:
         if self._pool is None or self._process != os.getpid():  # a forked child has no second thread
             self._pool, self._process = ThreadPoolExecutor(1, "embring-read"), os.getpid()
         cuts = np.empty(len(batch.ids) // PART + 2, np.int64)
-        parts = cut_parts(batch.offsets, 0, batch.bags, PART, cuts)
+        parts = cut_parts(batch.offsets, batch.bags, PART, cuts)
         works = [np.zeros(WORK_FIELDS, np.int64) for _ in every]
 
         def take_parts() -> None:
@@ -305,11 +305,12 @@ def _arguments(
     mapped: Mapped, shape: _Shape, plan: NDArray[np.int64], batch: Batch, out: NDArray[np.float32]
 ) -> list[_Arguments]:
     """Of every arena of the request: what `kernels.shared.read` takes."""
+    rows = np.empty(len(batch.ids), np.int64)  # for all arenas, parts and threads: an id has its place
     return [
         (
             plan, number, batch.ids, batch.offsets, batch.weights, mapped.where, shape.codes, mapped.roles,
             arena.directory, arena.nodes, arena.entries, arena.values, arena.sizes, initial, defaults,
-            mapped.headers, mapped.seen, out,
+            mapped.headers, mapped.seen, rows, out,
         )
         for number, arena, initial, defaults in shape.arenas
     ]  # fmt: skip

@@ -21,6 +21,10 @@ from ps.errors import ConfigError
 HASHES = "mix64/1 xxh64/0"
 """The hash functions and their versions: of ids, and of strings with its seed. Part of the fingerprint."""
 
+SEND_BUFFER = 4 * 2**20
+"""What a Unix socket may hold, where net.core.wmem_max lets it. By default it is 200 KB: a share of a push, or
+the answer to a pull, is larger, and whatever has to wait wakes two processes once more."""
+
 
 @dataclass(frozen=True)
 class ClusterConfig:

@@ -6,11 +6,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ps.config import SEND_BUFFER
 from ps.errors import ConfigError
-
-SEND_BUFFER = 4 * 2**20
-"""What a Unix socket may hold, where net.core.wmem_max lets it. By default it is 200 KB: a share of a push, or
-the answer to a pull, is larger, and whatever has to wait wakes two processes once more."""
 
 
 @dataclass(frozen=True, slots=True)

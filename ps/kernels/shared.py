@@ -200,64 +200,20 @@ def lay_out(
 
 
 @kernel
-def cut_parts(offsets: NDArray[np.int64], low: int, high: int, size: int, cuts: NDArray[np.int64]) -> int:
-    """Cut the bags low..high-1 into parts of at least `size` ids (but the last), for `read_parts`; returns how many.
+def cut_parts(offsets: NDArray[np.int64], bags: int, size: int, cuts: NDArray[np.int64]) -> int:
+    """Cut a request's bags into parts of at least `size` ids (but the last), for `read_parts`; returns how many.
 
     offsets may be empty: every bag is one id. cuts int64[ids // size + 2]: part p has the bags cuts[p]..cuts[p + 1]-1.
     """
     parts = 0
-    cuts[0] = begun = low
+    cuts[0] = begun = 0
     ragged = len(offsets) > 0
-    for bag in range(low + 1, high + 1):
+    for bag in range(1, bags + 1):
         ids = offsets[bag] - offsets[begun] if ragged else bag - begun
-        if ids >= size or bag == high:
+        if ids >= size or bag == bags:
             parts += 1
             cuts[parts] = begun = bag
     return parts
-
-
-@inline
-def _read(
-    plan: NDArray[np.int64],
-    arena: int,
-    ids: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    weights: NDArray[np.float32],
-    where: NDArray[np.int8],
-    codes: NDArray[np.int64],
-    roles: NDArray[np.uint8],
-    directory: NDArray[np.int64],
-    nodes: NDArray[np.int64],
-    entries: NDArray[np.int64],
-    values: NDArray[np.float32],
-    sizes: NDArray[np.int64],
-    initial: NDArray[np.float64],
-    defaults: NDArray[np.float32],
-    headers: NDArray[np.int64],
-    seen: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    out: NDArray[np.float32],
-) -> int:
-    """`read`, with rows int64[n] as room."""
-    scratch = np.empty((4, BATCH), np.int64)
-    used = np.zeros(headers.shape[0], np.uint8)
-    for f in range(plan.shape[0]):
-        if plan[f, P_ARENA] == arena and not _find(
-            plan, f, ids, where, codes, roles, directory, nodes, entries, sizes, used, scratch, rows
-        ):
-            return -1
-    for s in range(headers.shape[0]):
-        if used[s] and seen[s] < 0:
-            return -1
-    if len(offsets):
-        absent = pool_bags(plan, arena, offsets, weights, ids, rows, values, initial, defaults, out)
-    else:
-        absent = gather_rows(plan, arena, ids, rows, values, initial, defaults, out)
-    _fenced()
-    for s in range(headers.shape[0]):
-        if used[s] and headers[s, SEQUENCE] != seen[s]:
-            return -1
-    return absent
 
 
 @kernel
@@ -279,6 +235,7 @@ def read(
     defaults: NDArray[np.float32],
     headers: NDArray[np.int64],
     seen: NDArray[np.int64],
+    rows: NDArray[np.int64],
     out: NDArray[np.float32],
 ) -> int:
     """Pool (or copy: no offsets) the rows of one arena's features, flat at each feature's place in out.
@@ -286,13 +243,28 @@ def read(
     plan: its lines may be some of the request's; their codes say which features of `codes`, `initial` and `defaults`
     they are. where int8[slots]: the server that is read for each slot, or -1. codes int64[S, F]. roles
     uint8[S * slots], and so on. initial, defaults: a line a feature. seen int64[S]: what `begin` noted.
+    rows int64[n]: room; nothing is touched but the places of the ids of these lines.
     Returns how many ids were absent, or -1: nothing that was read counts.
     """
-    rows = np.empty(len(ids), np.int64)
-    return _read(
-        plan, arena, ids, offsets, weights, where, codes, roles, directory, nodes, entries, values, sizes, initial,
-        defaults, headers, seen, rows, out,
-    )  # fmt: skip
+    scratch = np.empty((4, BATCH), np.int64)
+    used = np.zeros(headers.shape[0], np.uint8)
+    for f in range(plan.shape[0]):
+        if plan[f, P_ARENA] == arena and not _find(
+            plan, f, ids, where, codes, roles, directory, nodes, entries, sizes, used, scratch, rows
+        ):
+            return -1
+    for s in range(headers.shape[0]):
+        if used[s] and seen[s] < 0:
+            return -1
+    if len(offsets):
+        absent = pool_bags(plan, arena, offsets, weights, ids, rows, values, initial, defaults, out)
+    else:
+        absent = gather_rows(plan, arena, ids, rows, values, initial, defaults, out)
+    _fenced()
+    for s in range(headers.shape[0]):
+        if used[s] and headers[s, SEQUENCE] != seen[s]:
+            return -1
+    return absent
 
 
 @kernel
@@ -316,13 +288,14 @@ def read_parts(
     defaults: NDArray[np.float32],
     headers: NDArray[np.int64],
     seen: NDArray[np.int64],
+    rows: NDArray[np.int64],
     out: NDArray[np.float32],
 ) -> None:
     """`read` by several threads, which call this with the same arguments: each takes the next part until none is left.
 
     work int64[WORK_FIELDS], zeros at first; all is read once work[DONE] is the number of parts. cuts: of `cut_parts`.
     """
-    lines, rows = np.empty_like(plan), np.empty(len(ids), np.int64)
+    lines = np.empty_like(plan)
     while True:
         part = atomic_add(work, TAKEN, 1)
         if part >= len(cuts) - 1:
@@ -336,7 +309,7 @@ def read_parts(
                 lines[n, P_IDS], lines[n, P_IDS_END] = (offsets[low], offsets[high]) if len(offsets) else (low, high)
                 lines[n, P_OUT] += (low - plan[f, P_BAGS]) * values.shape[1]
                 n += 1
-        without = _read(
+        without = read(
             lines[:n], arena, ids, offsets, weights, where, codes, roles, directory, nodes, entries, values, sizes,
             initial, defaults, headers, seen, rows, out,
         )  # fmt: skip
@@ -356,11 +329,11 @@ def warmup() -> None:
     fence()
     begin(word, one, 0, seen)
     lay_out(tables, bounds, bounds, one, np.zeros(1, np.uint8), -1, plan)
-    cut_parts(bounds, 0, 1, 1, np.empty(3, np.int64))
+    cut_parts(bounds, 1, 1, np.empty(3, np.int64))
     arguments = (
         plan, 0, one, bounds, np.empty(0, np.float32), np.zeros(1, np.int8), one.reshape(1, 1), np.ones(1, np.uint8),
         one, np.zeros((1, 16), np.int64), np.zeros((8, 2), np.int64), floats, sizes, np.zeros((1, 2)), floats, word,
-        seen, np.empty(4, np.float32),
+        seen, one, np.empty(4, np.float32),
     )  # fmt: skip
     read(*arguments)
     read_parts(np.zeros(WORK_FIELDS, np.int64), bounds, *arguments)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import uvloop
 
+from ps.config import SEND_BUFFER
 from ps.errors import (
     ERRORS,
     AuthError,
@@ -25,7 +26,7 @@ from ps.errors import (
     WrongView,
 )
 from ps.fabric import AsyncConnection, BlockingConnection, Hello, aio, blocking
-from ps.fabric.address import SEND_BUFFER, parse_address, widen
+from ps.fabric.address import parse_address, widen
 from ps.fabric.listen import Listener, ListenLimits
 from ps.fabric.protocol import Traffic
 from ps.loop import LoopThread

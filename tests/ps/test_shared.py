@@ -196,7 +196,7 @@ def test_parts_are_all_bags_in_order(counts: list[int], size: int, ragged: bool)
     offsets = np.cumsum([0, *counts]) if ragged else np.empty(0, np.int64)
     ids = np.cumsum([0, *counts]) if ragged else np.arange(len(counts) + 1)
     cuts = np.full(int(ids[-1]) // size + 2, -1, np.int64)
-    parts = kernels.cut_parts(offsets, 0, len(counts), size, cuts)
+    parts = kernels.cut_parts(offsets, len(counts), size, cuts)
     assert cuts[0] == 0
     assert cuts[parts] == len(counts)
     bounds = cuts[: parts + 1].tolist()
