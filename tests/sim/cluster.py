@@ -200,6 +200,8 @@ class Cluster:
         self.world.at(rng.choice((0.05, 0.5, 2.0)), self._restart, victim.name)
 
     def _restart(self, name: str) -> None:
+        if self.listens(name):  # a process of this name joins again already
+            return
         if self.log.newest.server_index(name) is None:
             if name in self.changes.starting:  # it may be about to join
                 self.world.at(0.3, self._restart, name)

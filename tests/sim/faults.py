@@ -46,6 +46,7 @@ class Faults:
                 ("cut", "a learner is admitted"): 8,
             }
             cluster.network.p_after_a_break = 0.8
+            cluster.network.after_a_break_s = rng.choice((0.05, 0.3))  # within the next copy, or behind it
             self.hasty = True
         elif rng.random() < 0.2:  # controllers that do not know of each other
             self.weights |= {"second controller": 3.0, "controller pause": 1.0, "suspicion": 1.0}

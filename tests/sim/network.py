@@ -53,6 +53,7 @@ class Network:
         self.slow: dict[str, float] = {}
         self.p_late = 0.0
         self.p_after_a_break = 0.3
+        self.after_a_break_s = 0.3
         self._number = 0
 
     def connect(self, caller: Endpoint, called: Endpoint) -> Connection:
@@ -116,7 +117,7 @@ class Network:
             if way == 0 and tail and connection.called.alive and world.chance(self.p_after_a_break):
                 late = [tail.popleft() for _ in range(world.rng.randint(1, len(tail)))]
                 tail.clear()
-                when = world.between(0.0, 0.3)
+                when = world.between(0.0, self.after_a_break_s)
                 for data in late:
                     when += 1e-5
                     world.at(when, self._late, connection, data)
