@@ -31,7 +31,6 @@ from ps.fabric.protocol import Welcome
 from ps.meter import Meter, ServiceStatistics
 from ps.peers import Peers
 from ps.replication import Answer, Refuse, Replication, ReplicationLimits
-from ps.rowblock import RowBlock
 from ps.shared import lease
 from ps.spec import TableSpec
 from ps.store import Store
@@ -356,11 +355,7 @@ class Service:
         return self._outcome(token)
 
     def _absorb(self, request: Message) -> Result:
-        plain = request.fields.get("block")
-        if not isinstance(plain, dict):
-            raise RequestError("a row block's fields must be a map")
-        taken = self.store.absorb(RowBlock.from_arrays(plain, request.arrays))
-        return {}, {"taken": np.asarray(taken, np.uint8)}
+        return self.replication.restore(request.fields, request.arrays)
 
     def _drop(self, request: Message) -> Result:
         self.store.drop(self._slots(request))

@@ -112,10 +112,10 @@ def exported(
 
 
 class Absorber:
-    """Sends blocks to one server, some before the first was answered."""
+    """Sends blocks to one server, some before the first was answered. term: of the slots while they are restored."""
 
-    def __init__(self, connection: BlockingConnection, name: str) -> None:
-        self._connection, self._name = connection, name
+    def __init__(self, connection: BlockingConnection, name: str, term: int) -> None:
+        self._connection, self._name, self._term = connection, name, term
         self._sent: deque[tuple[int, RowBlock]] = deque()
 
     def send(self, block: RowBlock) -> None:
@@ -123,7 +123,8 @@ class Absorber:
         while len(self._sent) >= AHEAD:
             self._settle()
         fields, arrays = block.to_arrays()
-        self._sent.append((self._connection.send("absorb", {"block": fields}, arrays, TIMEOUT_S), block))
+        fields = {"block": fields, "term": self._term, "epoch": self._term}
+        self._sent.append((self._connection.send("absorb", fields, arrays, TIMEOUT_S), block))
 
     def finish(self) -> None:
         """Wait until all are taken."""

@@ -97,10 +97,12 @@ class Translation:
 
     slots int64[count]: slot of the checkpoint -> slot here, -1 where it is not wanted. tables int32: tables likewise.
     homes int64[len(tables), 2]: first slot (of the checkpoint) of each table, and the one behind its last: rows that a
-    table left behind in other slots, when it moved, are not its own. owners int16[count]: index into servers.
+    table left behind in other slots, when it moved, are not its own. owners int16[count]: index into servers. term: of
+    the slots here, until the restore ends.
     """
 
     cluster: int
+    term: int
     slots: NDArray[np.int64]
     tables: NDArray[np.int32]
     homes: NDArray[np.int64]
@@ -127,7 +129,7 @@ class Translation:
         for number, _, group, _ in manifest.tables:
             homes[number] = first_of[group], first_of[group] + count_of[group]
         servers = tuple(Server(n, i, h, z, tuple(a)) for n, i, h, z, a in answer["servers"])
-        return cls(int(answer["cluster"]), slots, tables, homes, owners.astype(np.int16), servers)
+        return cls(int(answer["cluster"]), int(answer["term"]), slots, tables, homes, owners.astype(np.int16), servers)
 
     def split(self, block: RowBlock) -> Iterator[tuple[int, RowBlock]]:
         """(server, block of the slots that it will own), in this cluster's numbers."""
@@ -208,7 +210,7 @@ class _Work:
                     if server not in absorbers:
                         place = self.plan.servers[server]
                         connection = stack.enter_context(connected(place, self._access))
-                        absorbers[server] = Absorber(connection, place.name)
+                        absorbers[server] = Absorber(connection, place.name, self.plan.term)
                     absorbers[server].send(part)
                     rows += part.rows
                 ended = (block.final > 0) & (block.slots < len(self._stood))

@@ -3,8 +3,9 @@
 Slots that are being restored stay *lost* until every row of theirs is back: nobody is ever answered from half of them.
 
   1. Into a cluster without tables: a first view makes the tables, their slots owned by a dead server of no process,
-     hence lost. Into the cluster that the checkpoint is of, where slots were lost: there is nothing to do first.
-  2. The future owners absorb the blocks. A view does not name them yet, so they answer for none of it.
+     hence lost. Into the cluster that the checkpoint is of, where slots were lost: it begins a new term of those.
+  2. The future owners absorb the blocks, while their view has the slots lost and in the term of the first view: what
+     comes late, of this restore or one before it, is not taken. No view names them yet, so they answer for none of it.
   3. A second view recovers the lost slots. Its epoch, and with it their term, is above all in the cluster and in
      the checkpoint, so that no position is ever used twice. It is planned from what is the newest view by then: other
      slots may have changed owners meanwhile.
@@ -24,21 +25,21 @@ from typing import Any
 
 import numpy as np
 
-from hashring.planner import CreateTable, DropTable, PlanError, Reassign, Recover, plan
+from hashring.planner import CreateTable, DropTable, PlanError, Reassign, Recover, Renew, plan
 from hashring.view import Group, Server, View
 from ps.errors import RequestError
 
 
 @dataclass(frozen=True)
 class Restore:
-    """first: the view to install before the rows are sent, or None. final: what is to be after, if nothing changes.
+    """first: the view to install before the rows are sent. final: what is to be after, if nothing changes.
 
     slots: [first in the checkpoint, first here, count] of each group. tables: number in the checkpoint -> here; rows
     of other tables are left out. wanted: numbers (here) of the slots that rows are taken for. term_max: the highest
     term in the checkpoint. renames: hidden name -> the table's own.
     """
 
-    first: View | None
+    first: View
     final: View
     slots: list[list[int]]
     tables: dict[int, int]
@@ -76,7 +77,7 @@ def told(restore: Restore) -> dict[str, Any]:
     """What whoever carries the rows must know: plain data.
 
     slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot here, as bytes; an index into servers
-    ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted.
+    ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted. term: that of the slots meanwhile.
     """
     final = restore.final
     owners = np.full(final.slots_total, -1, "<i2")
@@ -84,6 +85,7 @@ def told(restore: Restore) -> dict[str, Any]:
     owners[wanted] = final.owners()[wanted, 0]
     return {
         "cluster": final.cluster,
+        "term": restore.first.epoch,
         "slots": restore.slots,
         "tables": [[there, here] for there, here in restore.tables.items()],
         "owners": owners.tobytes(),
@@ -101,10 +103,11 @@ def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore
             f"the checkpoint has no table {missing[0]!r}, whose rows in lost slots would be gone: "
             "choose a newer one, or say --accept-loss"
         )
-    final = _above(recovered(view), manifest["term_max"])
+    first = _planned(view, Renew(np.flatnonzero(lost)))
+    final = _above(recovered(first), manifest["term_max"])
     tables = {t.number: t.number for t in view.tables if t.number in saved}
     slots = [[first, first, count] for _, _, _, first, count in manifest["groups"]]
-    return Restore(None, final, slots, tables, np.flatnonzero(lost).tolist(), manifest["term_max"])
+    return Restore(first, final, slots, tables, np.flatnonzero(lost).tolist(), manifest["term_max"])
 
 
 def conclude(view: View, restore: Restore) -> View:
@@ -118,6 +121,8 @@ def conclude(view: View, restore: Restore) -> View:
             "a server that rows were sent to has died, or tables were dropped, during the restore: "
             "its slots stay lost, restore again"
         )
+    if (view.terms()[wanted] != restore.first.epoch).any():
+        raise RequestError("another restore of the same slots has begun since: they stay lost, restore again")
     return _renamed(_above(_planned(view, Reassign(wanted, owners)), restore.term_max), restore.renames)
 
 
@@ -229,7 +234,7 @@ def _above(view: View, term_max: int) -> View:
     return replace(view, epoch=epoch, groups=groups).check()
 
 
-def _planned(view: View, change: CreateTable | DropTable | Recover | Reassign) -> View:
+def _planned(view: View, change: CreateTable | DropTable | Recover | Reassign | Renew) -> View:
     try:
         return plan(view, change)
     except PlanError as error:

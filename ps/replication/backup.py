@@ -23,8 +23,16 @@ _NONE = np.empty(0, np.int64)
 Reply = tuple[dict[str, Any], Arrays]
 
 
+def _block(fields: dict[str, Any], arrays: Arrays) -> RowBlock:
+    """The block of a request, checked. Raises RequestError."""
+    plain = fields.get("block")
+    if not isinstance(plain, dict):
+        raise RequestError("a row block's fields must be a map")
+    return RowBlock.from_arrays(plain, arrays)
+
+
 class Backup:
-    """Answers `replicate`, `repair`, `fork` and `digest`."""
+    """Answers `replicate`, `repair`, `fork` and `digest`, and takes what is restored."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -66,10 +74,7 @@ class Backup:
         return out
 
     def _absorb(self, sender: int, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
-        plain = fields.get("block")
-        if not isinstance(plain, dict):
-            raise RequestError("a row block's fields must be a map")
-        block = RowBlock.from_arrays(plain, arrays)
+        block = _block(fields, arrays)
         verdicts = self._verdicts(sender, block.slots, block.last)
         slots = self.store.held.slots
         allowed = verdicts == TAKEN
@@ -90,6 +95,19 @@ class Backup:
             return {}, {}
         verdicts[allowed & ~taken] = APART
         return {}, {"verdicts": verdicts}
+
+    def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        """Take slots of a checkpoint, as long as they are lost, in the term that began with the restore: nobody owns
+        or copies those. What comes late, of this restore or one before it, meets another term, or an owner."""
+        block, term, view = _block(fields, arrays), fields.get("term"), self.store.view
+        if type(term) is not int:
+            raise RequestError(f"absorb names term {str(term)[:40]}; it must be that of the slots, a whole number")
+        allowed = np.zeros(len(block.slots), np.bool_)
+        if view is not None:
+            known = block.slots < view.slots_total
+            at = block.slots[known]
+            allowed[known] = view.lost()[at] & (view.terms()[at] == term)
+        return {}, {"taken": self.store.absorb(block, allowed=allowed).astype(np.uint8)}
 
     def _digest(self, sender: int, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """Compare copies with the primary's digests: verdicts TAKEN (equal), APART, or BEHIND (not compared)."""

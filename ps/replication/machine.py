@@ -272,6 +272,10 @@ class Replication:
         """The reply to a peer's `replicate`, `repair`, `fork` or `digest`. Raises EmbringError."""
         return self._backup.request(op, fields, arrays)
 
+    def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
+        """The reply to an `absorb`, of slots that are being restored. Raises EmbringError."""
+        return self._backup.restore(fields, arrays)
+
     def replied(
         self,
         peer: int,

@@ -9,7 +9,7 @@ from ps.arena import Arena
 from ps.errors import RequestError
 from ps.kernels import replicate
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, ragged_select
-from ps.slots import NONE, PRIMARY
+from ps.slots import NONE
 from ps.store.holdings import Holdings
 from ps.window import ClientEntries
 
@@ -20,10 +20,9 @@ def absorb(
     """Take a block: bool[s], which of its slots were taken.
 
     A slot is taken when it stands exactly at `base`, or when the block is its whole content; of a slot in parts, the
-    parts of one copy in order, and until the last of them the slot is neither read nor written. A primary that takes
-    a whole slot older than its own term (a restore) numbers it as a change of its term. replace_clients: the block's
-    windows are all that its slots remember from then on (else those in it are set, and the others stay). allowed
-    bool[s]: slots that may be taken, of a block that was checked when it was decoded.
+    parts of one copy in order, and until the last of them the slot is neither read nor written. replace_clients: the
+    block's windows are all that its slots remember from then on (else those in it are set, and the others stay).
+    allowed bool[s]: slots that may be taken, of a block that was checked when it was decoded.
 
     RequestError (nothing is taken) for another cluster's changes, an unknown table, or an id outside its slot;
     MemoryFull where the rows do not fit.
@@ -51,18 +50,16 @@ def absorb(
         return taken
     fresh = block.slots[taken & (block.full > 0) & (block.part == 0)]
     _reset(held, fresh)
-    restores = _restores(held, block, taken)
-    held.slots.positions[block.slots[restores]] += 1
     for incoming in work:
-        incoming.write(held, block.slots[restores])
-    _close(held, block, taken, restores)
+        incoming.write(held)
+    _close(held, block, taken)
     return taken
 
 
 def _follow(held: Holdings, block: RowBlock, work: "list[_Incoming]") -> None:
     """Take changes of complete slots, all of them: what a backup does for every push of its primary."""
     for incoming in work:
-        incoming.write(held, block.slots[:0])
+        incoming.write(held)
     told = block.base >> TERM_SHIFT != block.last >> TERM_SHIFT
     if told.any():
         held.slots.set_lineage(block.slots[told], *ragged_select(block.lineage, block.lineage_offsets, told))
@@ -84,18 +81,13 @@ def _acceptable(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
 
 
 def _reset(held: Holdings, slots: NDArray[np.int64]) -> None:
-    """Empty slots that are about to be given whole; a primary's position stays, for it never falls."""
+    """Empty slots that are about to be given whole."""
     for arena in held.registry.arenas:
         arena.drop(slots)
     held.clients.clear(slots)
 
 
-def _restores(held: Holdings, block: RowBlock, taken: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    named = held.slots.named[block.slots] == PRIMARY
-    return taken & (block.full > 0) & named & (block.last < held.slots.positions[block.slots])
-
-
-def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_], restores: NDArray[np.bool_]) -> None:
+def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_]) -> None:
     """Positions, lineages and client windows of slots that are complete; a note of those that are not."""
     slots = held.slots
     final = taken & (block.final > 0)
@@ -109,10 +101,7 @@ def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_], restores: 
     told = final & ((block.full > 0) | (block.base >> TERM_SHIFT != block.last >> TERM_SHIFT))  # else as it was
     if told.any():
         slots.set_lineage(block.slots[told], *ragged_select(block.lineage, block.lineage_offsets, told))
-    plain = final & ~restores
-    slots.positions[block.slots[plain]] = block.last[plain]
-    again = final & restores
-    slots.add_lineage(block.slots[again], block.last[again])
+    slots.positions[done] = block.last[final]
     whole = final & (block.full > 0)
     slots.horizon[block.slots[whole]] = slots.positions[block.slots[whole]]
     c = block.clients
@@ -164,8 +153,8 @@ class _Incoming:
             np.repeat(taken, counts),
         )  # fmt: skip
 
-    def write(self, held: Holdings, restored: NDArray[np.int64]) -> None:
-        """Delete, then create and overwrite; rows of a restored slot take its new position as their version."""
+    def write(self, held: Holdings) -> None:
+        """Delete, then create and overwrite."""
         s, gone, arena = self.section, self.gone, self.arena
         slots, tables, ids = self.gone_slots[gone], s.gone_tables[gone], s.gone_ids[gone]
         if len(ids):
@@ -177,6 +166,3 @@ class _Incoming:
             self.rows = arena.find(self.slots, self.codes, self.ids)
         arena.insert(self.slots, self.codes, self.ids, self.rows)
         replicate.scatter(self.picked, self.rows, s.values, s.state, s.meta, arena.values, arena.state, arena.meta)
-        if len(restored):
-            again = np.isin(self.slots, restored)
-            arena.meta[self.rows[again], 0] = held.slots.positions[self.slots[again]]

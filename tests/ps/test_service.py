@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from hashring.planner import CreateTable, DropTable, Join, plan
+from hashring.planner import CreateTable, DropTable, Enlist, Fail, Join, Recover, Renew, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
 from ps.config import Config
@@ -264,11 +264,15 @@ def test_exported_blocks_make_an_equal_server(server, monkeypatch):
     ids = np.arange(500)
     server.push(ids, np.random.default_rng(1).normal(size=(500, DIM)), 1)
     slots = np.arange(16)
-    copy = Running(view_with())
+    lost = plan(plan(view_with(names=(("b", 99),)), Enlist((Server("a", ME, "a"),))), Fail("b"))
+    begun = plan(lost, Renew(slots))
+    copy = Running(begun)
     blocks = list(export_all(server, slots))
     assert len(blocks) > 4
     for reply in blocks:
-        assert copy.ask("absorb", {"block": reply.fields["block"]}, reply.arrays).arrays["taken"].all()
+        fields = {"block": reply.fields["block"], "term": begun.epoch}
+        assert copy.ask("absorb", fields, reply.arrays).arrays["taken"].all()
+    copy.on_thread(lambda: copy.service.install(plan(begun, Recover())))
     digests = server.ask("digest", {}, {"slots": slots}).arrays["digests"]
     np.testing.assert_array_equal(copy.ask("digest", {}, {"slots": slots}).arrays["digests"], digests)
     np.testing.assert_array_equal(copy.pull(ids).arrays["rows"], server.pull(ids).arrays["rows"])

@@ -1,4 +1,4 @@
-"""Rows on their way: exports, absorption, parts, increments, restores, and blocks that must be refused."""
+"""Rows on their way: exports, absorption, parts, increments, and blocks that must be refused."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashring.planner import Join, Leave, Recover, plan
-from hashring.view import Server, View
+from hashring.planner import Recover, plan
+from hashring.view import View
 from ps.errors import MemoryFull, RequestError, WrongView
 from ps.rowblock import RowBlock, Watermark
 from ps.spec import SGD, Adagrad, Adam, Initializer, TableSpec
@@ -192,27 +192,6 @@ def test_overlapping_copies_do_not_mix() -> None:
     for block in two[1:]:
         assert target.absorb(block).all()
     assert (target.digest(slot) == source.digest(slot)).all()
-
-
-def test_a_restore_is_numbered_in_the_new_term_and_keeps_the_windows() -> None:
-    view = view_of(SPECS)
-    source = filled(view)
-    blocks = list(source.export(every_slot(source)))
-    later = plan(view, Join((Server("x", 4321, "h2"),)))
-    later = plan(later, Leave(("s0",)))
-    target = store_of(later, incarnation=4321)
-    opened = target.watermark(every_slot(target)).copy()
-    for block in blocks:
-        assert target.absorb(block).all()
-    slots = every_slot(target)
-    assert (target.digest(slots) == source.digest(slots)).all()
-    assert (target.watermark(slots) > opened).all()
-    assert (target.watermark(slots) >> 40 == opened >> 40).all()
-    reply = target.push(push_share(1, [1], [list(range(-250, 250))], np.zeros(1500)))
-    assert reply.applied == 0  # seen before the restore
-    since = Watermark(5, slots, opened)
-    assert sum(b.rows for b in target.export(slots, since)) == 1500  # nobody misses what came back
-    assert target.held.slots.on_lineage(slots, source.watermark(slots)).all()
 
 
 def test_lost_slots_begin_empty_in_a_new_term() -> None:

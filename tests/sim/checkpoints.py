@@ -28,6 +28,9 @@ PATIENCE_S = 1.5
 
 LOSSES_MAX = 2
 
+UNHEARD = -1
+"""Stands for the slot of a request whose answer nobody waits for."""
+
 
 @dataclass
 class Checkpoint:
@@ -172,7 +175,10 @@ class Keeper(Process):
                 fields, arrays = only(self.saved.blocks[slot], self._restore.tables).to_arrays()
                 final = self._restore.final
                 owner = final.servers[final.owners()[slot, 0]].incarnation
-                self._send(owner, "absorb", slot, {"block": fields}, arrays)
+                told = {"block": fields, "term": self._restore.first.epoch}
+                self._send(owner, "absorb", slot, told, arrays)
+                if self.world.chance(0.3):  # once more, held up on its way: perhaps until the restore is over
+                    self.world.at(self.world.between(0.0, 0.6), self._send, owner, "absorb", UNHEARD, told, arrays)
         elif self._restore is not None and not self._left and self.world.now < self._until:
             restore, self._restore, self._until = self._restore, None, self.world.now + PATIENCE_S
             self.cluster.changes.wish(lambda now: conclude(now, restore), "restore concluded")
@@ -182,14 +188,15 @@ class Keeper(Process):
             self._restore = None
             self.cluster.changes.wish(self._planned, "restore begun")
 
-    def _planned(self, view: View) -> None:
-        """At its turn: what goes where."""
+    def _planned(self, view: View) -> View | None:
+        """At its turn: what goes where, and the view that it begins with."""
         assert self.saved is not None
         try:
             restore = prepare(view, self.saved.manifest(), replace_tables=False, accept_loss=True)
         except RequestError:
-            return  # nothing is lost by this controller's view
+            return None  # nothing is lost by this controller's view
         self._restore, self._left = restore, set(restore.wanted)
+        return restore.first
 
     def concluded(self, slots: set[int]) -> None:
         """A view names owners of slots that were lost."""

@@ -769,25 +769,45 @@ def exported_before_it_is_safe_unchecked(patch: Patch) -> None:
 @plant
 def restored_slot_keeps_its_term(patch: Patch) -> None:
     """A restore gives slots an owner in the term that they were lost in: positions are used again."""
-    real = tests.sim.checkpoints.conclude
+    ends, begins = tests.sim.checkpoints.conclude, tests.sim.checkpoints.prepare
+    lost: dict[int, Any] = {}
+
+    def prepare(view: Any, *arguments: Any, **more: Any) -> Any:
+        made = begins(view, *arguments, **more)
+        lost[made.first.epoch] = view.terms()
+        return made
 
     def conclude(view: Any, restore: Any) -> Any:
-        after = real(view, restore)
-        terms = {g.number: g.terms for g in view.groups}
-        return replace(after, groups=tuple(replace(g, terms=terms[g.number]) for g in after.groups))
+        after, terms = ends(view, restore), view.terms().copy()
+        terms[restore.wanted] = lost[restore.first.epoch][restore.wanted]
+        parts = (replace(g, terms=terms[g.first : g.first + g.slots]) for g in after.groups)
+        return replace(after, groups=tuple(parts))
 
+    patch(tests.sim.checkpoints, "prepare", prepare)
     patch(tests.sim.checkpoints, "conclude", conclude)
+
+
+@plant
+def restored_at_any_time(patch: Patch) -> None:
+    """Blocks of a restore are taken whatever view and term the server is in: also late, by a slot's new owner."""
+
+    def restore(self: Any, fields: Any, arrays: Any) -> Any:
+        block = RowBlock.from_arrays(fields["block"], arrays)
+        return {}, {"taken": self.store.absorb(block).astype(np.uint8)}
+
+    patch(Backup, "restore", restore)
 
 
 @plant
 def restored_without_windows(patch: Patch) -> None:
     """A restore brings rows, and leaves out what the slots had seen of whom."""
-    real = Store.absorb
+    real = Backup.restore
 
-    def absorb(self: Any, block: RowBlock, replace_clients: bool = False, allowed: Any = None) -> Any:
-        return real(self, _without_clients(block) if allowed is None else block, replace_clients, allowed)
+    def restore(self: Any, fields: Any, arrays: Any) -> Any:
+        plain, sent = _without_clients(RowBlock.from_arrays(fields["block"], arrays)).to_arrays()
+        return real(self, {**fields, "block": plain}, sent)
 
-    patch(Store, "absorb", absorb)
+    patch(Backup, "restore", restore)
 
 
 @plant

@@ -133,7 +133,7 @@ class Server(Process):
         if op == "export":
             return self._export(token, fields, arrays)
         if op == "absorb":
-            return {}, {"taken": self.store.absorb(RowBlock.from_arrays(fields["block"], arrays)).astype(np.uint8)}
+            return self.machine.restore(fields, arrays)
         if op in ("replicate", "repair", "fork", "digest"):
             return self.machine.request(op, fields, arrays)
         raise RequestError(f"unknown op {op}")

@@ -177,8 +177,7 @@ class LoopCluster:
             self.install(conclude(self.view, self._restoring))
             return {}
         self._restoring = prepare(self.view, fields.pop("manifest"), **fields)
-        if self._restoring.first is not None:
-            self.install(self._restoring.first)
+        self.install(self._restoring.first)
         return {**told(self._restoring), "restore": 1}
 
     def save(self, storage: Storage, name: str | None = None, **options: Any) -> Saved:

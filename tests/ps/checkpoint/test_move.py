@@ -92,8 +92,7 @@ class Cluster:
             self.install(self.final)
             return {}
         done: Restore = prepare(self.view, fields.pop("manifest"), **fields)
-        if done.first is not None:
-            self.install(done.first)
+        self.install(done.first)
         self.final = done.final
         return {**told(done), "restore": 1}
 

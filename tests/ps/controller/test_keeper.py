@@ -95,7 +95,6 @@ def test_slots_that_somebody_is_restoring_are_left_to_him() -> None:
         "groups": [[1, "sharded", 1, 0, 64]],
     }  # fmt: skip
     restore = prepare(world.view, saved, replace_tables=True, accept_loss=False)
-    assert restore.first is not None
     world.view = restore.first
     assert world.view.lost()[64:].all()
     assert world.after(0) is None

@@ -38,9 +38,10 @@ def test_a_restore_ends_in_the_view_of_its_end() -> None:
     view = plan(cluster(), Fail("s1"))
     lost = np.flatnonzero(view.lost())
     restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
-    assert restore.first is None
+    assert restore.first.epoch == view.epoch + 1
+    assert (restore.first.terms()[lost] == restore.first.epoch).all()
     assert restore.wanted == lost.tolist()
-    meanwhile = plan(plan(view, Return(Server("s1", 21, "h1"))), CreateTable("u", {}, replicas=2))
+    meanwhile = plan(plan(restore.first, Return(Server("s1", 21, "h1"))), CreateTable("u", {}, replicas=2))
     after = conclude(meanwhile, restore)
     assert after.epoch == 51
     assert not after.lost().any()
@@ -58,16 +59,24 @@ def test_lost_slots_come_back_from_a_checkpoint_that_knows_tables_dropped_since(
     saved = manifest(view)
     view = plan(plan(view, DropTable("gone")), Fail("s1"))
     restore = prepare(view, saved, replace_tables=False, accept_loss=False)
-    assert restore.first is None
     assert restore.wanted == np.flatnonzero(view.lost()).tolist()
     assert restore.tables == {view.table("t").number: view.table("t").number}
-    assert not conclude(view, restore).lost().any()
+    assert not conclude(restore.first, restore).lost().any()
+
+
+def test_a_restore_does_not_end_once_another_has_begun() -> None:
+    view = plan(cluster(), Fail("s1"))
+    restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
+    other = prepare(restore.first, manifest(view), replace_tables=False, accept_loss=False)
+    with pytest.raises(RequestError, match="another restore of the same slots has begun"):
+        conclude(other.first, restore)
+    assert not conclude(other.first, other).lost().any()
 
 
 def test_it_ends_not_where_rows_were_sent_to_a_server_that_died_or_of_tables_that_are_gone() -> None:
     view = plan(cluster(), Fail("s1"))
     restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
-    for meanwhile in (plan(view, Fail("s0")), plan(view, DropTable("t"))):
+    for meanwhile in (plan(restore.first, Fail("s0")), plan(restore.first, DropTable("t"))):
         with pytest.raises(RequestError, match="restore again"):
             conclude(meanwhile, restore)
 
@@ -77,7 +86,6 @@ def test_into_an_empty_cluster() -> None:
     saved = manifest(full)
     saved["tables"][0][3] = {"placement": "sharded", "replicas": 2}
     restore = prepare(view, saved, replace_tables=False, accept_loss=False)
-    assert restore.first is not None
     assert restore.first.lost().all()
     after = conclude(restore.first, restore)
     assert [s.name for s in after.servers] == ["a", "b"]
@@ -89,7 +97,6 @@ def test_a_checkpoint_without_tables() -> None:
     view = cluster()
     saved = {**manifest(view), "tables": [], "groups": []}
     restore = prepare(view, saved, replace_tables=True, accept_loss=False)
-    assert restore.first is not None
     after = conclude(restore.first, restore)
     assert after.tables == ()
     assert [s.name for s in after.servers] == ["s0", "s1", "s2"]
