@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import Overloaded
+from ps.kernels import window as win
 from ps.memory import reserve
 
 CLIENT_IDLE_S = 3600.0
@@ -131,12 +132,11 @@ class ClientTable:
 
         An entry whose `last` is 0 says that the slot forgets the client.
         """
-        at = np.repeat(slots, np.diff(entries.offsets))
-        names = entries.names()
-        for client in names:
-            held = slice(None) if len(names) == 1 else entries.clients == client
-            window, where = self.of(int(client)), at[held]
-            window.last[where], window.mask[where] = entries.last[held], entries.mask[held]
+        for client in entries.names():
+            window = self.of(int(client))
+            win.put(
+                slots, entries.offsets, entries.clients, client, entries.last, entries.mask, window.last, window.mask
+            )
 
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget what slots have seen."""

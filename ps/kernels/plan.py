@@ -90,7 +90,24 @@ def lay_out(
     return GOOD, floats
 
 
+@kernel
+def codes_of(tables: NDArray[np.int32], arena: int, columns: NDArray[np.int64], codes: NDArray[np.int32]) -> int:
+    """The codes of table numbers in an arena, int32[n]; columns as in `lay_out`.
+
+    Returns -1, or the first place whose table is unknown or lives in another arena. Few tables come in long runs.
+    """
+    at = 0
+    for i in range(len(tables)):
+        if at == len(columns) or columns[at, NUMBER] != tables[i]:
+            at = np.searchsorted(columns[:, NUMBER], tables[i])
+        if at == len(columns) or columns[at, NUMBER] != tables[i] or columns[at, ARENA] != arena:
+            return i
+        codes[i] = np.int32(columns[at, CODE])
+    return -1
+
+
 def warmup() -> None:
-    """Compile this module's kernel."""
+    """Compile this module's kernels."""
     features, tables = np.array([[0, 1, 0, 0]], np.int32), np.zeros((1, TABLE_COLUMNS), np.int64)
     lay_out(features, 1, True, np.array([0, 1], np.int64), tables, np.empty((1, PLAN_COLUMNS), np.int64))
+    codes_of(np.zeros(1, np.int32), 0, tables, np.zeros(1, np.int32))

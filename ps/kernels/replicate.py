@@ -25,6 +25,13 @@ LEARNING, JOINING, ADMITTED, OWNER = 0, 1, 2, 3
 
 WAITED = JOINING
 
+TAKEN, BEHIND, OLD, APART = 1, 2, 3, 4
+"""What became of a slot of a request: taken; this server's view is older than the request's term; the term is over;
+this copy does not stand at the block's base (or may not be replaced)."""
+
+GOOD, BAD_SLOTS, LEADS_BACK = 0, 1, 2
+"""Rules of a block's slots (ps.rowblock)."""
+
 
 @inline
 def _ask(values: NDArray[np.float32], state: NDArray[np.float32], meta: NDArray[np.int64], row: int) -> None:
@@ -52,6 +59,23 @@ def count_peers(
             for c in range(peers.shape[1]):
                 if peers[slot, c] >= 0 and modes[slot, c] == STREAM:
                     counts[peers[slot, c]] += 1
+
+
+@kernel
+def stand(
+    slots: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    last: NDArray[np.int64],
+    mask: NDArray[np.uint64],
+    out_base: NDArray[np.int64],
+    out_last: NDArray[np.int64],
+    out_mask: NDArray[np.uint64],
+) -> None:
+    """Where slots stood one change ago, and what a client's window (last, mask) has of them."""
+    for i in range(len(slots)):
+        slot = slots[i]
+        out_base[i] = positions[slot] - 1
+        out_last[i], out_mask[i] = last[slot], mask[slot]
 
 
 @kernel
@@ -162,6 +186,91 @@ def scatter(
 
 
 @kernel
+def rule_of(slots: NDArray[np.int64], base: NDArray[np.int64], last: NDArray[np.int64], part: NDArray[np.int32]) -> int:
+    """The first rule that a block's slots break: BAD_SLOTS (negative, or named twice), LEADS_BACK; else GOOD."""
+    size = 4
+    while size < 2 * len(slots):
+        size *= 2
+    seen = np.full(size, -1, np.int64)
+    for slot in slots:
+        if slot < 0:
+            return BAD_SLOTS
+        at = np.uint64(slot) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20) & np.uint64(size - 1)
+        while seen[at] >= 0:
+            if seen[at] == slot:
+                return BAD_SLOTS
+            at = at + np.uint64(1) & np.uint64(size - 1)
+        seen[at] = slot
+    for i in range(len(slots)):
+        if last[i] < base[i] or base[i] < 0 or part[i] < 0:
+            return LEADS_BACK
+    return GOOD
+
+
+@kernel
+def even(offsets: NDArray[np.int64], n: int) -> bool:
+    """Whether offsets (one at least) begin with 0, never fall, and end with n."""
+    for i in range(1, len(offsets)):
+        if offsets[i] < offsets[i - 1]:
+            return False
+    return bool(offsets[0] == 0 and offsets[-1] == n)
+
+
+@kernel
+def judge(
+    slots: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    sender: int,
+    terms: NDArray[np.int64],
+    owners: NDArray[np.int16],
+    verdicts: NDArray[np.uint8],
+) -> None:
+    """May server `sender`, as primary, bring slots to positions? By term: TAKEN, BEHIND or OLD.
+
+    terms int64[slots] and owners int16[slots, c] are those of this server's view.
+    """
+    for i in range(len(slots)):
+        slot, term = slots[i], positions[i] >> 40
+        if slot >= len(terms) or term > terms[slot]:
+            verdicts[i] = BEHIND
+        elif term < terms[slot] or owners[slot, 0] != sender:
+            verdicts[i] = OLD
+        else:
+            verdicts[i] = TAKEN
+
+
+@kernel
+def accept(
+    slots: NDArray[np.int64],
+    base: NDArray[np.int64],
+    full: NDArray[np.uint8],
+    part: NDArray[np.int32],
+    final: NDArray[np.uint8],
+    positions: NDArray[np.int64],
+    taken: NDArray[np.bool_],
+) -> bool:
+    """taken: slots whose whole content begins here, or that stand at base; none of later parts. Returns whether the
+    block is plain: changes of complete slots, every one of which is taken."""
+    plain = True
+    for i in range(len(slots)):
+        taken[i] = part[i] == 0 and (full[i] > 0 or base[i] == positions[slots[i]])
+        plain &= taken[i] and full[i] == 0 and final[i] > 0
+    return plain
+
+
+@kernel
+def advance(
+    slots: NDArray[np.int64], base: NDArray[np.int64], last: NDArray[np.int64], positions: NDArray[np.int64]
+) -> bool:
+    """Slots stand at `last` from now on; whether some began a term with it."""
+    begun = False
+    for i in range(len(slots)):
+        positions[slots[i]] = last[i]
+        begun |= base[i] >> 40 != last[i] >> 40
+    return begun
+
+
+@kernel
 def confirm(
     slots: NDArray[np.int64],
     positions: NDArray[np.int64],
@@ -232,6 +341,13 @@ def warmup() -> None:
         one.copy(), slots.copy(), values.copy(), values.copy(), meta.copy(),
     )  # fmt: skip
     scatter(slots, slots, values, values, meta, values.copy(), values.copy(), meta.copy())
+    begun, flag = np.zeros(1, np.int32), np.zeros(1, np.uint8)
+    stand(one, one, one, one.view(np.uint64), one.copy(), one.copy(), np.zeros(1, np.uint64))
+    rule_of(one, one, one, begun)
+    even(np.zeros(1, np.int64), 0)
+    judge(one, one, 0, one, peers, flag.copy())
+    accept(one, one, flag, begun, flag, one, np.zeros(1, np.bool_))
+    advance(one, one, one, one.copy())
     confirm(one, one, 0, peers, acked)
     first_behind(one, one, 0, peers, modes, acked)
     forks(one, one, np.zeros(2, np.int64), one, one, np.zeros(2, np.int64), one.copy())

@@ -75,9 +75,28 @@ def number(
         positions[slot] += 1
 
 
+@kernel
+def put(
+    slots: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    names: NDArray[np.uint64],
+    client: int,
+    in_last: NDArray[np.int64],
+    in_mask: NDArray[np.uint64],
+    last: NDArray[np.int64],
+    mask: NDArray[np.uint64],
+) -> None:
+    """Set a client's windows in slots, from the entries of that name among offsets[i]..offsets[i + 1] of each."""
+    for i in range(len(slots)):
+        for j in range(offsets[i], offsets[i + 1]):
+            if names[j] == client:
+                last[slots[i]], mask[slots[i]] = in_last[j], in_mask[j]
+
+
 def warmup() -> None:
     """Compile this module's kernels."""
     one, mask, verdicts = np.zeros(1, np.int64), np.zeros(1, np.uint64), np.zeros(1, np.uint8)
     touch(np.zeros(1, np.int32), 1, np.zeros(1, np.int32), one.copy())
     decide(one, 1, one.copy(), mask, verdicts)
+    put(one, np.zeros(2, np.int64), mask, mask[0], one, mask, one.copy(), mask.copy())
     number(one, 1, verdicts, one.copy(), mask, one.copy())

@@ -7,16 +7,16 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import MemoryFull, NotApplied, RequestError
-from ps.kernels import as_input
+from ps.kernels import as_input, replicate
+from ps.kernels.replicate import APART, BEHIND, OLD, TAKEN
 from ps.ragged import check_offsets
 from ps.replication.actions import Arrays
-from ps.rowblock import TERM_SHIFT, RowBlock
+from ps.rowblock import RowBlock
 from ps.slots import NONE, OWNER, PRIMARY
 from ps.store import Store
 
-TAKEN, BEHIND, OLD, APART = 1, 2, 3, 4
-"""What became of a slot of a request: taken; this server's view is older than the request's term; the term is over;
-this copy does not stand at the block's base (or may not be replaced)."""
+NOBODY = -2
+"""The index of a server that the view does not know; -1 stands for no owner."""
 
 _NONE = np.empty(0, np.int64)
 
@@ -38,9 +38,12 @@ class Backup:
         self.store = store
         self._heard: dict[int, int] = {}
         self._distrusted: set[int] = set()
+        self._terms: NDArray[np.int64] = np.empty(0, np.int64)
+        self._owners: NDArray[np.int16] = np.empty((0, 1), np.int16)
 
-    def forget(self, view: View) -> None:
-        """Forget connections of processes that the view does not know."""
+    def install(self, view: View) -> None:
+        """Judge by a newer view, and forget connections of processes that it does not know."""
+        self._terms, self._owners = as_input(view.terms(), np.int64), as_input(view.owners(), np.int16)
         known = {s.incarnation for s in view.servers}
         self._heard = {peer: link for peer, link in self._heard.items() if peer in known}
 
@@ -60,17 +63,10 @@ class Backup:
 
     def _verdicts(self, sender: int, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """uint8[s] by term: may the sender, as primary, bring these slots here?"""
-        view = self.store.view
-        out = np.full(len(slots), BEHIND, np.uint8)
-        if view is None:
-            return out
-        known = slots < view.slots_total
-        at = slots[known]
-        terms, theirs = view.terms()[at], positions[known] >> TERM_SHIFT
-        primaries = view.owners()[at, 0]
-        incarnations = np.array([s.incarnation for s in view.servers] + [0], np.uint64)
-        rightful = incarnations[primaries] == np.uint64(sender)
-        out[known] = np.where(theirs > terms, BEHIND, np.where((theirs < terms) | ~rightful, OLD, TAKEN))
+        servers = self.store.view.servers if self.store.view is not None else ()
+        index = next((i for i, s in enumerate(servers) if s.incarnation == sender), NOBODY)
+        out = np.empty(len(slots), np.uint8)
+        replicate.judge(slots, positions, index, self._terms, self._owners, out)
         return out
 
     def _absorb(self, sender: int, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:

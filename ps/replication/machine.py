@@ -151,7 +151,7 @@ class Replication:
         primary.open(opened, before, view)
         self._end_waits()
         self._take_back(view)
-        self._backup.forget(view)
+        self._backup.install(view)
         primary.release()
 
     def _pass_on(self, view: View, same: NDArray[np.bool_]) -> set[int]:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from hashring.view import View
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
 from ps.kernels import replicate
+from ps.kernels.replicate import BEHIND, TAKEN
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
-from ps.replication.backup import BEHIND, TAKEN
 from ps.replication.links import NO_SLOTS, Flight, Link
 from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
 from ps.rowblock import TERM_SHIFT, RowBlock
@@ -268,14 +268,15 @@ class Primary:
 
     def taken(self, link: Link, flight: Flight, verdicts: NDArray[np.uint8] | None, view: View) -> None:
         """A block was answered; without verdicts all of it was taken."""
-        m = self.members
-        good = np.ones(len(flight.slots), np.bool_) if verdicts is None else verdicts == TAKEN
+        m, slots, positions = self.members, flight.slots, flight.positions
+        good = None if verdicts is None else verdicts == TAKEN
+        if good is not None:
+            slots, positions = slots[good], positions[good]
         link.refusals = 0
         if flight.complete:
-            slots = flight.slots[good]
-            replicate.confirm(slots, flight.positions[good], link.index, m.peers, m.acked)
+            replicate.confirm(slots, positions, link.index, m.peers, m.acked)
             self._advance(link, slots)
-        if verdicts is not None and not good.all():
+        if verdicts is not None and good is not None and not good.all():
             self._set_back(link, flight.slots[~good])
             if (verdicts == BEHIND).any():
                 self.send_view(link, view)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import RequestError
-from ps.replication.backup import APART, BEHIND, TAKEN
+from ps.kernels.replicate import APART, BEHIND, TAKEN
 from ps.replication.links import Flight, Link
 from ps.replication.members import HOPELESS, STREAM
 from ps.replication.primary import Primary

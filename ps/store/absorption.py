@@ -35,9 +35,9 @@ def absorb(
         raise RequestError(
             f"slot {block.slots.max()} is beyond the {held.slots.slots_max} slots of a server (slots_max)"
         )
-    taken = _acceptable(held, block)
-    if allowed is not None:
-        taken &= allowed
+    taken, plain = _acceptable(held, block)
+    if allowed is not None and not allowed.all():
+        plain, taken = False, taken & allowed
     work = [_Incoming.of(held, block, section, taken) for section in block.sections]
     if not held.clients.room_for(block.clients.names()):
         raise RequestError("the block brings more clients than this server remembers (clients_max)")
@@ -45,7 +45,7 @@ def absorb(
     held.check_memory(sum(rows_new), sum(w.arena.bytes_needed(n) for w, n in zip(work, rows_new, strict=True)))
     if replace_clients:
         held.clients.clear(block.slots[taken])
-    if block.final.all() and not block.full.any() and not held.slots.filling and taken.all():
+    if plain:
         _follow(held, block, work)
         return taken
     fresh = block.slots[taken & (block.full > 0) & (block.part == 0)]
@@ -60,24 +60,26 @@ def _follow(held: Holdings, block: RowBlock, work: "list[_Incoming]") -> None:
     """Take changes of complete slots, all of them: what a backup does for every push of its primary."""
     for incoming in work:
         incoming.write(held)
-    told = block.base >> TERM_SHIFT != block.last >> TERM_SHIFT
-    if told.any():
+    if replicate.advance(block.slots, block.base, block.last, held.slots.positions):
+        told = block.base >> TERM_SHIFT != block.last >> TERM_SHIFT
         held.slots.set_lineage(block.slots[told], *ragged_select(block.lineage, block.lineage_offsets, told))
-    held.slots.positions[block.slots] = block.last
     held.clients.put(block.slots, block.clients)
 
 
-def _acceptable(held: Holdings, block: RowBlock) -> NDArray[np.bool_]:
+def _acceptable(held: Holdings, block: RowBlock) -> tuple[NDArray[np.bool_], bool]:
+    """Which slots can be taken, bool[s]; and whether those are changes of complete slots, all of them."""
     filling = held.slots.filling
-    taken = np.zeros(len(block.slots), np.bool_)
-    begins = (block.part == 0) & ((block.full > 0) | (block.base == held.slots.positions[block.slots]))
-    for s in np.flatnonzero(~begins | (block.full == 0)) if filling else np.flatnonzero(block.part > 0):
+    taken = np.empty(len(block.slots), np.bool_)
+    plain = replicate.accept(block.slots, block.base, block.full, block.part, block.final, held.slots.positions, taken)
+    if not filling:  # of no slot the first part was taken
+        return taken, plain
+    for s in np.flatnonzero((block.part > 0) | (block.full == 0)):
         slot = int(block.slots[s])
         if block.part[s] > 0:
             taken[s] = filling.get(slot) == (block.copy, int(block.part[s]))
         else:
-            begins[s] &= slot not in filling
-    return taken | begins
+            taken[s] &= slot not in filling
+    return taken, False
 
 
 def _reset(held: Holdings, slots: NDArray[np.int64]) -> None:

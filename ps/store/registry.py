@@ -13,15 +13,13 @@ from ps.errors import RequestError
 from ps.kernels import as_input
 from ps.kernels import index as ix
 from ps.kernels.plan import (
-    ARENA,
     BAD_BAGS,
     BAD_OFFSETS,
     BAD_TABLE,
     BAD_TOTAL,
-    CODE,
     GOOD,
-    NUMBER,
     TABLE_COLUMNS,
+    codes_of,
     lay_out,
 )
 from ps.ragged import check_offsets
@@ -142,20 +140,12 @@ class Registry:
 
     def codes(self, tables: NDArray[np.int32], arena: Arena) -> NDArray[np.int32]:
         """The arena's codes of table numbers int32[n]; RequestError where one is unknown or lives elsewhere."""
-        at = self._lookup(tables)
-        if (self._columns[at, ARENA] != self.arenas.index(arena)).any():
+        codes = np.empty(len(tables), np.int32)
+        bad = codes_of(tables, self.arenas.index(arena), self._columns, codes)
+        if bad >= 0:
+            self.entry(int(tables[bad]))
             raise RequestError("a row block holds rows of a table of another width or optimizer")
-        return self._columns[at, CODE].astype(np.int32)
-
-    def _lookup(self, tables: NDArray[np.int32]) -> NDArray[np.int64]:
-        known = self._columns[:, NUMBER]
-        at = np.searchsorted(known, tables)
-        bad = at == len(known)
-        bad[~bad] = known[at[~bad]] != tables[~bad]
-        if bad.any():
-            number = int(tables[np.flatnonzero(bad)[0]])
-            raise RequestError(f"table number {number} is unknown; the view has {len(known)} tables")
-        return at
+        return codes
 
     def plan(self, share: PullShare | PushShare) -> Planned:
         """Check a share whole (RequestError in one sentence) and lay it out for the kernels."""

@@ -58,13 +58,13 @@ def cut(held: Holdings, applied: Applied, to: Streams, peer: int, local: NDArray
         return None
     slots = slots[:k]
     window = held.clients.of(applied.client)
-    clients = ClientEntries(
-        np.full(k, applied.client, np.uint64), window.last[slots], window.mask[slots], np.arange(k + 1)
-    )
+    base, last, mask = np.empty(k, np.int64), np.empty(k, np.int64), np.empty(k, np.uint64)
+    replicate.stand(slots, held.slots.positions, window.last, window.mask, base, last, mask)
+    clients = ClientEntries(np.full(k, applied.client, np.uint64), last, mask, np.arange(k + 1))
     written = [_written(change, local, k) for change in applied.written]
     erased = [_erased(held, change, local, k) for change in applied.erased]
     sections = tuple(s for s in (*written, *erased) if len(s.ids) or len(s.gone_ids))
-    return block_of(held, slots, held.slots.positions[slots] - 1, clients, sections)
+    return block_of(held, slots, base, clients, sections)
 
 
 def _written(change: Changed, local: NDArray[np.int32], k: int) -> Section:

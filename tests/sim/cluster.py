@@ -28,7 +28,7 @@ from tests.sim.server import Server
 from tests.sim.subscriber import Subscriber, owned_slots
 from tests.sim.world import Violation, World
 
-COLUMNS = 260
+COLUMNS = 300
 """Pushes of a run that name themselves, at most."""
 
 WANTED = 204
