@@ -329,6 +329,10 @@ class AsyncClient:
         """As `Client.alter_table`."""
         await self._run(self._verbs.alter_table(name, changes, timeout))
 
+    async def set_optimizer(self, name: str, optimizer: Optimizer, timeout: float | None = None) -> None:
+        """As `Client.set_optimizer`."""
+        await self.alter_table(name, timeout, optimizer=optimizer)
+
     async def truncate(self, name: str, timeout: float | None = None) -> None:
         """As `Client.truncate`."""
         await self._run(self._verbs.truncate(name, timeout))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import Seeds, Tls, prepare, where
+from ps.client.connect import Seeds, prepare
 from ps.client.core import TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
@@ -391,6 +391,15 @@ class Client:
         """
         self._run(self._verbs.alter_table(name, changes, timeout))
 
+    def set_optimizer(self, name: str, optimizer: Optimizer, timeout: float | None = None) -> None:
+        """Give a table's optimizer other settings, as the next learning rate of a schedule; its kind and state stay.
+
+        Every push that this client begins afterwards is made with them. A factor for one push alone is its lr_scale.
+
+            >>> client.set_optimizer("item", ps.RowWiseAdagrad(lr=0.01))
+        """
+        self.alter_table(name, timeout, optimizer=optimizer)
+
     def truncate(self, name: str, timeout: float | None = None) -> None:
         """Forget every row of a table.
 
@@ -457,32 +466,6 @@ class Client:
             self.close()
         else:
             self._connections.close()
-
-
-def connect(
-    addresses: str | Sequence[str] | None = None,
-    token: str | None = None,
-    timeout: float = 10.0,
-    tls: Tls = None,
-    acks: Acks = "all",
-    in_place: bool = True,
-) -> Client:
-    """A `Client` of a running cluster.
-
-    addresses: "host:port,host:port", or a list of addresses ("tcp:HOST:PORT", "unix:/path"); any server knows the
-    others. None: $EMBRING_ADDRESS, else this user's cluster on this machine (what `embring up` wrote). token: None
-    is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none. tls: for servers
-    that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
-    is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
-    acks: who must hold a push before it is acknowledged, "all" owners or the "primary", whose death may then lose it.
-    in_place: whether rows are read from the memory of servers on this host, where that can be; else by messages alone.
-    Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
-    token or a certificate that is not trusted; NotApplied where nobody answers.
-
-        >>> client = ps.connect("localhost:7400", token="...")
-    """
-    found, secret, trust = where(addresses, token, tls)
-    return Client(found, secret, timeout, trust, acks, in_place)
 
 
 def _after_fork() -> None:

@@ -207,6 +207,17 @@ def test_tables_are_made_described_altered_emptied_and_dropped(client, cluster):
             other.pull(name, [1])
 
 
+def test_a_scheduled_learning_rate_holds_for_the_next_push(client):
+    name = new_table(client)
+    client.push(name, [1], np.ones((1, 4)))
+    client.set_optimizer(name, ps.SGD(lr=0.5))
+    client.push(name, [1], np.ones((1, 4)))
+    np.testing.assert_array_equal(client.pull(name, [1]), [[-1.5] * 4])
+    for wrong, message in ((ps.Adam(), "cannot become adam"), (0.1, "optimizer is 0.1; it must be one of")):
+        with pytest.raises(ps.RequestError, match=message):
+            client.set_optimizer(name, wrong)
+
+
 def test_pipelined_pushes_are_all_applied_once_beyond_the_window(client):
     name = new_table(client)
     handles = [client.push_nowait(name, np.arange(20), -np.ones((20, 4))) for _ in range(150)]
@@ -450,6 +461,8 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
             await client.push_ragged([name], ragged, [-np.ones((2, 4))])
             np.testing.assert_array_equal((await client.pull_ragged([name], ragged))[0], [[2] * 4, [1] * 4])
             await client.alter_table(name, absent="initial")
+            await client.set_optimizer(name, ps.SGD(lr=0.5))
+            assert (await client.describe(name)).optimizer == ps.SGD(lr=0.5)
             await client.truncate(name)
             await client.drop_table(name)
             assert name not in await client.tables()
