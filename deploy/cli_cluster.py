@@ -14,6 +14,9 @@ from deploy.cli_common import ConfigOption, JsonOption, YesOption, running, say
 def up(
     config: ConfigOption = None,
     servers: Annotated[int | None, typer.Option(help="Server processes, instead of the configuration's.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Owners of each row of tables created without a number; default 1.")
+    ] = None,
     routers: Annotated[int | None, typer.Option(help="Router processes; 1 where --models is given alone.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Models repository of the routers: NAME/VERSION/ with model.toml in each.")
@@ -39,7 +42,7 @@ def up(
     from ps.cluster import start
     from ps.config import load_config
 
-    settings = _changed(load_config(config), "server", servers=servers, host=host)
+    settings = _changed(load_config(config), "server", servers=servers, replicas=replicas, host=host)
     folder = str(models.resolve()) if models is not None else None
     settings = _changed(settings, "router", routers=routers, models=folder)
     if settings.router.models:

@@ -304,7 +304,7 @@ class AsyncClient:
         optimizer: Optimizer = ADAGRAD,
         initializer: Initializer = INITIALIZER,
         placement: Placement = "sharded",
-        replicas: int | Literal["all"] = 1,
+        replicas: int | Literal["all"] | None = None,
         seed: int | None = None,
         absent: Absent = "initial",
         default: Sequence[float] = (),

@@ -346,7 +346,7 @@ class Client:
         optimizer: Optimizer = ADAGRAD,
         initializer: Initializer = INITIALIZER,
         placement: Placement = "sharded",
-        replicas: int | Literal["all"] = 1,
+        replicas: int | Literal["all"] | None = None,
         seed: int | None = None,
         absent: Absent = "initial",
         default: Sequence[float] = (),
@@ -354,7 +354,7 @@ class Client:
     ) -> None:
         """Make a table. The same specification again is a no-op; another one under the name is a RequestError.
 
-        The settings are those of `ps.TableSpec`; seed None takes the cluster's.
+        The settings are those of `ps.TableSpec`; replicas and seed None take the cluster's.
 
             >>> client.create_table("item", dim=32, optimizer=ps.RowWiseAdagrad(lr=0.05))
         """

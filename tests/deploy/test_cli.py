@@ -91,6 +91,7 @@ def test_help_fills_its_lines():
         (("logs",), 1, "there are no logs in"),
         (("up", "--config", "missing.toml"), 1, "the configuration missing.toml cannot be read"),
         (("up", "--servers", "0"), 1, "server.servers is 0; it must be 1 to 256 (processes)"),
+        (("up", "--replicas", "4"), 1, "server.replicas is 4; it must be 1 to 3, the number of servers"),
         (("up", "--servers", "three"), 2, "Invalid value for '--servers'"),
         (("nonsense",), 2, "No such command 'nonsense'"),
         (("up", "--restore", "latest"), 2, "--restore needs the directory of [checkpoint]"),

@@ -51,6 +51,7 @@ def test_every_setting_is_explained():
         ({"server": {"servers": True}}, "server.servers is True; it must be a whole number"),
         ({"server": {"servers": 2.0}}, "server.servers is 2.0; it must be a whole number"),
         ({"server": {"servers": 0}}, "server.servers is 0; it must be 1 to 256 (processes)"),
+        ({"server": {"replicas": 4}}, "server.replicas is 4; it must be 1 to 3, the number of servers"),
         ({"server": {"silent_s": float("nan")}}, "server.silent_s is nan; it must be 20 to 3600 (seconds)"),
         ({"server": {"host": ""}}, "server.host is empty; it must be address"),
         ({"control": {"restart": 1}}, "control.restart is 1; it must be true or false"),

@@ -1,6 +1,7 @@
 """The parts of training: rows and batches, the ledger, shared dense weights, settings."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dense_head import HeadFeature, HeadSpec, TrainStep, build
 from ps.errors import ConfigError, NotApplied, RequestError
+from router import training
 from router.training_config import TrainConfig
 from router.training_data import Batches, PreparedRows
 from router.training_dense import DENSE_DIM, SharedDense, TableBags
@@ -202,6 +204,15 @@ def test_settings_give_tables() -> None:
     assert (dense.name, dense.dim, dense.optimizer.lr) == ("run.dense", DENSE_DIM, 0.1)  # type: ignore[union-attr]
     assert (buffers.name, buffers.optimizer.kind, buffers.optimizer.lr) == ("run.buffers", "sgd", 1.0)  # type: ignore[union-attr]
     assert TrainConfig.from_plain(config.to_plain()) == config
+
+
+def test_tables_leave_seed_and_replicas_that_nobody_named_to_the_cluster() -> None:
+    made: dict[str, dict] = {}
+    client = SimpleNamespace(create_table=lambda name, dim, **plain: made.update({name: plain}))
+    plain = {**GOOD, "dense": {**GOOD["dense"], "replicas": 3}}
+    training._create(client, TrainConfig.from_plain(plain))  # type: ignore[arg-type]
+    left = {name: (plain["seed"], plain["replicas"]) for name, plain in made.items()}
+    assert left == {"tag": (3, None), "run.dense": (None, 3), "run.buffers": (None, 3)}
 
 
 def test_the_fingerprint_is_of_what_is_computed() -> None:
