@@ -167,8 +167,10 @@ def logs(
     name: Annotated[str | None, typer.Argument(help="server-0, controller, ray, ...; all where left out.")] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what the cluster's processes on this host logged.
+    """Show what the cluster's processes on this host logged. With --json, lists of lines by process; with --follow, an
+    object more for each line.
 
     Example:  embring logs server-0 --follow
     """
@@ -176,11 +178,20 @@ def logs(
     from ps.cluster import last_state
 
     files = log_files(last_state(), name)
-    for path in files:
-        for line in tail(path, lines):
-            print(f"{path.stem}: {line}" if len(files) > 1 else line)
+
+    def show(process: str, line: str) -> None:
+        named = f"{process}: {line}" if len(files) > 1 else line
+        print(json.dumps({process: [line]}) if as_json else named, flush=True)
+
+    shown = {path.stem: tail(path, lines) for path in files}
+    if as_json:
+        print(json.dumps(shown), flush=True)
+    else:
+        for process, some in shown.items():
+            for line in some:
+                show(process, line)
     if follow:
-        follow_logs(files, print)
+        follow_logs(files, show)
 
 
 def recover(
@@ -249,6 +260,7 @@ def config(
     path: Annotated[
         Path | None, typer.Argument(help="Check this cluster.toml, and print it with every setting.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a cluster.toml with every setting, its unit, range, default and trade-off.
 
@@ -256,4 +268,5 @@ def config(
     """
     from ps.config import annotated, load_config
 
-    print(annotated(load_config(path)), end="")
+    settings = load_config(path)
+    print(json.dumps(settings.to_plain()) if as_json else annotated(settings).rstrip())

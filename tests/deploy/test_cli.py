@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from deploy.cli import COMMANDS, app
+from ps.config import config_from_plain, load_config
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
@@ -49,10 +50,6 @@ def test_help_lists_every_command_and_imports_none(tmp_path):
     assert "LOADED []" in done.stdout
 
 
-WITHOUT_JSON = {"logs", "config", ""}
-"""Text is what they give: lines of log files, TOML."""
-
-
 def every_command() -> list[tuple[str, ...]]:
     """The words of every command, those of groups too, and of the groups themselves; () is `embring` itself."""
     found: list[tuple[str, ...]] = [()]
@@ -72,7 +69,7 @@ def test_every_command_has_help_with_an_example(command):
     assert re.search(rf"Example: +embring {' '.join(command)}", shown.output)
     assert "completion" not in shown.output
     if "COMMAND" not in shown.output:
-        assert ("--json" in shown.output) is (command[-1] not in WITHOUT_JSON)
+        assert "--json" in shown.output
 
 
 def test_help_fills_its_lines():
@@ -123,6 +120,37 @@ def test_config_prints_what_up_reads(tmp_path):
     assert "\nservers = 7\n" in printed.stdout
     (tmp_path / "all.toml").write_text(printed.stdout)
     assert run("config", "all.toml", home=tmp_path).stdout == printed.stdout
+    plain = json.loads(run("config", "all.toml", "--json", home=tmp_path).stdout)
+    assert config_from_plain(plain) == load_config(tmp_path / "mine.toml")
+
+
+def test_logs_of_one_process_or_of_all_as_text_and_as_json(tmp_path):
+    folder = tmp_path / ".local" / "state" / "embring" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "ray.log").write_text("started\n")
+    (folder / "server-0.log").write_text("one\ntwo\nthree\n")
+    assert run("logs", "-n", "2", home=tmp_path).stdout == "ray: started\nserver-0: two\nserver-0: three\n"
+    assert run("logs", "server-0", "-n", "1", home=tmp_path).stdout == "three\n"
+    told = json.loads(run("logs", "-n", "2", "--json", home=tmp_path).stdout)
+    assert told == {"ray": ["started"], "server-0": ["two", "three"]}
+
+
+def test_lines_that_come_later_are_followed_as_text_and_as_json(monkeypatch, tmp_path):
+    log = tmp_path / "logs" / "ray.log"
+    log.parent.mkdir()
+    monkeypatch.setattr("ps.cluster.last_state", lambda: tmp_path)
+
+    def sleep(_):
+        if "new" in log.read_text():
+            raise KeyboardInterrupt
+        log.write_text("old\nnew\n")
+
+    monkeypatch.setattr("deploy.logs.time.sleep", sleep)
+    log.write_text("old\n")
+    assert CliRunner().invoke(app, ["logs", "--follow"]).stdout == "old\nnew\n"
+    log.write_text("old\n")
+    shown = CliRunner().invoke(app, ["logs", "--follow", "--json"]).stdout.splitlines()
+    assert [json.loads(line) for line in shown] == [{"ray": ["old"]}, {"ray": ["new"]}]
 
 
 def test_doctor_reports_each_thing_and_fails_on_an_error(tmp_path):
