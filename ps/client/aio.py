@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from hashring.view import Server
 from ps.client.batch import Bag
 from ps.client.connect import Seeds, Tls, prepare, where
-from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
+from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
 from ps.client.ranges import PullRange
 from ps.client.request import Call
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
@@ -121,6 +121,7 @@ class AsyncClient:
 
     async def _run(self, steps: Steps) -> Any:
         outcome: Any = None
+        begun = time.monotonic()
         try:
             while True:
                 command: Command = steps.send(outcome)
@@ -133,6 +134,9 @@ class AsyncClient:
                     await self._one_decided(command.until)
         except StopIteration as stop:
             return stop.value
+        except EmbringError as error:
+            given_up(error, begun)
+            raise
         finally:
             steps.close()
 
@@ -248,17 +252,17 @@ class AsyncClient:
 
     async def flush(self, timeout: float | None = None) -> None:
         """As `Client.flush`."""
-        seconds = deadline(timeout, TIMEOUT_MAX) - time.monotonic()
+        until = deadline(timeout, TIMEOUT_MAX)
         tasks = list(self._pushes)
         if not tasks:
             return
-        done, pending = await asyncio.wait(tasks, timeout=seconds)
+        done, pending = await asyncio.wait(tasks, timeout=until - time.monotonic())
         self._pushes -= done
         for task in tasks:
             if task in done and not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if pending:
-            raise PerhapsApplied(f"{len(pending)} pushes were still open after {seconds:g} s")
+            raise PerhapsApplied(f"{len(pending)} pushes were still open after {timeout or TIMEOUT_MAX:g} s")
 
     async def assign(self, name: str, ids: ArrayLike, rows: ArrayLike, timeout: float | None = None) -> None:
         """As `Client.assign`."""

@@ -261,11 +261,12 @@ class Client:
             >>> client.flush()
         """
         until = deadline(timeout, TIMEOUT_MAX)
+        seconds = timeout or TIMEOUT_MAX
         with self._turn:
             flights = list(self._flights)
             for flight in flights:
                 if not flight.done and time.monotonic() >= until:
-                    raise PerhapsApplied(f"{len(self._flights)} pushes were still open after {timeout:g} s")
+                    raise PerhapsApplied(f"{len(self._flights)} pushes were still open after {seconds:g} s")
                 flight.finish()
                 self._landed(flight)
         error = next((flight.error for flight in flights if flight.error is not None), None)

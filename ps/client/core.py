@@ -131,6 +131,12 @@ def deadline(timeout: float | None, default: float) -> float:
     return time.monotonic() + seconds
 
 
+def given_up(error: EmbringError, begun: float) -> None:
+    """Have an error that ends a call say how long the call took: it came of the last attempt, and names that one's."""
+    if isinstance(error, NotApplied | PerhapsApplied | WrongView):
+        error.args = (f"given up after {time.monotonic() - begun:.3g} s: {error}",)
+
+
 class Core:
     """What a client knows: the view, its window of sequences, which servers failed lately."""
 

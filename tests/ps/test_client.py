@@ -246,6 +246,14 @@ def test_pipelined_pushes_are_all_applied_once_beyond_the_window(client):
     client.flush()
 
 
+def test_a_flush_that_is_given_no_time_says_how_long_it_waited(client, monkeypatch):
+    monkeypatch.setattr("ps.client.blocking.TIMEOUT_MAX", 1e-9)
+    client.push_nowait(new_table(client), [1], np.ones((1, 4)))
+    with pytest.raises(ps.PerhapsApplied, match=r"^1 pushes were still open after 1e-09 s$"):
+        client.flush()
+    client.flush(timeout=10)
+
+
 def test_threads_take_turns(client):
     name = new_table(client)
 
@@ -352,7 +360,8 @@ def test_broken_connections_are_made_anew(client, cluster):
 def test_nobody_there_a_silent_server_and_a_wrong_token(cluster):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(ps.NotApplied):
+        # The whole wait is named, not that of the last of some attempts.
+        with pytest.raises(ps.NotApplied, match=r"^given up after 0\.[2-9]\d* s: .* did not answer the handshake"):
             ps.connect(f"127.0.0.1:{port}", token="x", timeout=0.3)
         address = [f"127.0.0.1:{port}", *cluster.addresses]
         with ps.connect(address, token=TOKEN, timeout=3.0) as found:
@@ -483,7 +492,7 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
             with pytest.raises(ps.RequestError, match="unknown table"):
                 await client.flush()
             assert task.done()
-        with pytest.raises(ps.NotApplied):
+        with pytest.raises(ps.NotApplied, match=r"^given up after 0\.[12]\d* s: cannot connect"):
             await AsyncClient.connect("127.0.0.1:1", token="x", timeout=0.2)
 
     asyncio.run(asyncio.wait_for(work(), 100))
