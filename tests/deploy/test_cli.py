@@ -108,6 +108,15 @@ def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_
         assert done.stderr.startswith("error: ")
 
 
+def test_a_damaged_checkpoint_is_listed_as_an_error_beside_the_others(tmp_path):
+    (tmp_path / "backups" / "broken").mkdir(parents=True)
+    (tmp_path / "backups" / "broken" / "manifest").write_bytes(b"EMBR")
+    for flags, shown in (((), ""), (("--json",), "[]\n")):
+        done = run("checkpoint", "list", "backups", *flags, home=tmp_path)
+        assert (done.returncode, done.stdout) == (1, shown)
+        assert re.fullmatch(r"error: .*/backups/broken/manifest is damaged, .*\n", done.stderr)
+
+
 def test_down_without_a_cluster_is_no_error(tmp_path):
     done = run("down", home=tmp_path)
     assert (done.returncode, done.stdout) == (0, "no cluster is running\n")
