@@ -89,6 +89,11 @@ def test_help_fills_its_lines():
         (("up", "--config", "missing.toml"), 1, "the configuration missing.toml cannot be read"),
         (("up", "--servers", "0"), 1, "server.servers is 0; it must be 1 to 256 (processes)"),
         (("up", "--replicas", "4"), 1, "server.replicas is 4; it must be 1 to 3, the number of servers"),
+        (
+            ("up", "--host", "192.0.2.1"),
+            1,
+            "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested address",
+        ),
         (("up", "--servers", "three"), 2, "Invalid value for '--servers'"),
         (("nonsense",), 2, "No such command 'nonsense'"),
         (("up", "--restore", "latest"), 2, "--restore needs the directory of [checkpoint]"),
