@@ -134,7 +134,7 @@ def down(
     Example:  embring down --checkpoint backups
     """
     from ps.cluster import end_leftovers, find, stop
-    from ps.errors import NotApplied
+    from ps.errors import ConfigError, NotApplied
 
     try:
         runtime = find()
@@ -145,17 +145,15 @@ def down(
     if runtime is None:
         print(json.dumps({"ended": False}) if as_json else "no cluster is running")
         return
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("nothing was ended: say --yes where nobody can be asked")
+    if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
+        raise typer.Exit(1)
     if checkpoint is not None:
         from deploy.cli_checkpoint import save
 
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             save(checkpoint)
-    if not yes and not sys.stdin.isatty():
-        from ps.errors import ConfigError
-
-        raise ConfigError("nothing was ended: say --yes where nobody can be asked")
-    if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
-        raise typer.Exit(1)
     killed = stop(runtime)
     if as_json:
         print(json.dumps({"ended": True, "killed": killed}))

@@ -127,6 +127,18 @@ def test_down_without_a_cluster_is_no_error(tmp_path):
     assert (done.returncode, done.stdout) == (0, "no cluster is running\n")
 
 
+def test_down_refuses_before_it_saves_where_nobody_can_be_asked(monkeypatch):
+    done = []
+    monkeypatch.setattr("ps.cluster.find", lambda: "a runtime")
+    monkeypatch.setattr("ps.cluster.stop", lambda runtime: done.append("stop") or 0)
+    monkeypatch.setattr("deploy.cli_checkpoint.save", lambda folder: done.append(f"save {folder}"))
+    refused = CliRunner().invoke(app, ["down", "--checkpoint", "backups"])
+    assert "say --yes where nobody can be asked" in str(refused.exception)
+    assert done == []
+    assert CliRunner().invoke(app, ["down", "--checkpoint", "backups", "--yes"]).exit_code == 0
+    assert done == ["save backups", "stop"]
+
+
 def test_config_prints_what_up_reads(tmp_path):
     (tmp_path / "mine.toml").write_text("[server]\nservers = 7\n")
     printed = run("config", "mine.toml", home=tmp_path)
