@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from hashring.view import Server
 from ps.client.batch import Bag
 from ps.client.connect import Seeds, Tls, prepare, where
-from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
+from ps.client.core import CLOSED, TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
 from ps.client.ranges import PullRange
 from ps.client.request import Call
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
-from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello, Traffic
@@ -94,6 +94,7 @@ class AsyncClient:
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
+        self._closed = False
         self._verbs.window.on_close = self._decided.set
 
     @classmethod
@@ -120,6 +121,8 @@ class AsyncClient:
     # -- driving
 
     async def _run(self, steps: Steps) -> Any:
+        if self._closed:
+            raise RequestError(CLOSED)
         outcome: Any = None
         begun = time.monotonic()
         try:
@@ -361,7 +364,11 @@ class AsyncClient:
         try:
             await self.flush()
         finally:
-            self._connections.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._connections.close()
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -372,4 +379,4 @@ class AsyncClient:
         if error is None:
             await self.close()
         else:
-            self._connections.close()
+            self._end()

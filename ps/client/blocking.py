@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
 from ps.client.connect import Seeds, prepare
-from ps.client.core import TIMEOUT_MAX, Steps, deadline
+from ps.client.core import CLOSED, TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
@@ -75,6 +75,7 @@ class Client:
         self._tls = tls
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
+        self._closed = False
         self._connections = Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         _open.add(self)
         prepare()
@@ -86,8 +87,13 @@ class Client:
 
     # -- driving
 
+    def _flight(self, steps: Steps) -> Flight:
+        if self._closed:
+            raise RequestError(CLOSED)
+        return Flight(self._connections, self._finish_oldest, steps)
+
     def _run(self, steps: Steps) -> Any:
-        flight = Flight(self._connections, self._finish_oldest, steps)
+        flight = self._flight(steps)
         with self._turn:
             flight.start()
             flight.finish()
@@ -96,7 +102,7 @@ class Client:
         return flight.value
 
     def _launch(self, steps: Steps) -> PushHandle:
-        flight = Flight(self._connections, self._finish_oldest, steps)
+        flight = self._flight(steps)
         with self._turn:
             flight.start()
             if not flight.done or flight.error is not None:
@@ -451,11 +457,18 @@ class Client:
         return self._verbs.statistics_now()
 
     def close(self) -> None:
-        """Wait for open pushes, then close the connections; raises what `flush` raises, after closing."""
+        """Wait for open pushes, then close the connections; raises what `flush` raises, after closing.
+
+        A client that is closed refuses further calls with RequestError.
+        """
         try:
             self.flush()
         finally:
-            self._connections.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._connections.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -466,7 +479,7 @@ class Client:
         if error is None:
             self.close()
         else:
-            self._connections.close()
+            self._end()
 
 
 def _after_fork() -> None:

@@ -55,6 +55,9 @@ PROBE_S = 0.5
 """Seconds that servers have to say which view they know."""
 
 
+CLOSED = "this client is closed: ps.connect() makes another"
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Make these calls at once, hand each reply to `absorb(key, reply)`; send back {key: error} of the rest."""

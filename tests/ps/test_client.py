@@ -372,6 +372,24 @@ def test_nobody_there_a_silent_server_and_a_wrong_token(cluster):
         ps.connect(cluster.addresses, token="wrong")
 
 
+def test_a_closed_client_refuses_further_calls(cluster):
+    client, failed = cluster.client(), cluster.client()
+    client.close()
+    client.close()
+    with pytest.raises(ValueError, match="mine"), failed:
+        raise ValueError("mine")
+    calls = (
+        lambda client: client.tables(),
+        lambda client: client.pull("warm", [1]),
+        lambda client: client.push_nowait("warm", [1], [[0] * 4]),
+    )
+    for closed in (client, failed):
+        for call in calls:
+            with pytest.raises(ps.RequestError, match=r"this client is closed: ps\.connect\(\) makes another"):
+                call(closed)
+        assert closed.statistics().epoch > 0
+
+
 def test_a_client_that_comes_back_under_its_id_repeats_nothing(cluster, client):
     """A trainer that was killed pushes its last batches anew: what was applied is skipped, the rest is applied."""
     name = new_table(client)
@@ -492,6 +510,8 @@ def test_the_asynchronous_client_does_the_same(cluster: LocalCluster):
             with pytest.raises(ps.RequestError, match="unknown table"):
                 await client.flush()
             assert task.done()
+        with pytest.raises(ps.RequestError, match="this client is closed"):
+            await client.tables()
         with pytest.raises(ps.NotApplied, match=r"^given up after 0\.[12]\d* s: cannot connect"):
             await AsyncClient.connect("127.0.0.1:1", token="x", timeout=0.2)
 
