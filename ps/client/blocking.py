@@ -142,8 +142,9 @@ class Client:
     ) -> NDArray[np.float32]:
         """The rows of ids: float32[n, dim], in the order of the ids.
 
-        ids: int64[n], any value, duplicates allowed. absent: what an id without a row answers, "initial", "zeros" or
-        "default"; None is what the table says. `last_absent` tells how many there were. A pull never makes a row.
+        ids: int64[n], any value, duplicates allowed; of uint64 the 64 bits are kept, so that 2**63 and above come back
+        negative from a range pull. absent: what an id without a row answers, "initial", "zeros" or "default"; None is
+        what the table says. `last_absent` tells how many there were. A pull never makes a row.
 
             >>> client.pull("item", [3, 5, 3]).shape
             (3, 32)

@@ -66,6 +66,14 @@ def test_rows_are_pushed_once_and_seen_by_the_next_pull(client, cluster):
     assert sum(cluster.rows(name).values()) == 5
 
 
+def test_unsigned_ids_keep_their_64_bits(client):
+    name, ids = new_table(client), np.array([2**63, 2**64 - 1, 7], np.uint64)
+    client.push(name, ids, -np.ones((3, 4)))
+    assert (client.pull(name, ids.view(np.int64)) == 1).all()
+    (part,) = client.pull_range(name)
+    assert sorted(part.ids.view(np.uint64)) == [7, 2**63, 2**64 - 1]
+
+
 def test_many_rows_lie_on_every_server_and_come_back_in_order(client, cluster):
     name = new_table(client)
     ids = np.random.default_rng(0).permutation(3000)
@@ -171,6 +179,13 @@ def test_nothing_asked_gives_nothing(client):
         (lambda c, t: c.push_bags({t: ([1], [0, 1])}, {}), "must be in both bags and grads"),
         (lambda c, t: c.push_bags({t: ([1], [0, 1])}, {t: np.ones((1, 4))}, mode="max"), "'sum' or 'mean'"),
         (lambda c, t: c.push_bags({t: ([1], [0, 1])}, {t: np.full((1, 4), np.nan)}), "has nan in row 0, column 0"),
+        (
+            lambda c, t: c.push(t, [1], [[0, -1e300, 0, 0]]),
+            "has -inf in row 0, column 1; every value must be a finite f",
+        ),
+        (lambda c, t: c.push_bags({t: ([1], [0, 1])}, {t: np.full((1, 4), 1e39)}), "has inf in row 0, column 0"),
+        (lambda c, t: c.pull_bags({t: ([1], [0, 1], [1e39])}), r"weights\[0\] of table .* is inf; every weight"),
+        (lambda c, t: ps.RaggedIds.of([1], [0, 1], weights=[1e39]), r"weights\[0\] is inf; every weight"),
         (lambda c, t: c.pull(t, ["x"]), "it must be a whole-number type"),
         (lambda c, t: c.pull(t, [1], timeout=0), "timeout is 0; it must be above 0"),
         (lambda c, t: c.pull(t, [1], timeout=601), "at most 600 seconds"),
@@ -183,6 +198,7 @@ def test_nothing_asked_gives_nothing(client):
         (lambda c, t: c.ranges(t, 0), "n is 0"),
     ],
 )
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_bad_calls_meet_one_clear_sentence_and_change_nothing(client, call, message):
     name = new_table(client, 4)
     with pytest.raises(ps.RequestError, match=message):
