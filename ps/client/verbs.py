@@ -299,7 +299,7 @@ class Verbs(Core):
     def ranges(self, name: str, n: int, timeout: float | None) -> Steps:
         """[(start, stop)], stop=None at the ring's end."""
         if not isinstance(n, int) or n < 1:
-            raise RequestError(f"n is {n!r}; a table has at least one range")
+            raise RequestError(f"n, the number of ranges, is {n!r}; it must be a whole number from 1 on")
         yield from self.features((name,), deadline(timeout, self.default_timeout))
         bits = self.routing.table(name).bits
         n = min(n, 2**bits)

@@ -447,7 +447,8 @@ def _check(key: str, setting: Field, value: Any) -> None:
     if low is not None and not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{key} is {value!r}; it must be {low} to {high} ({setting.metadata['unit']})")
     if kind is str and not value and setting.default:
-        raise ConfigError(f"{key} is empty; it must be {setting.metadata['unit']}")
+        unit = setting.metadata["unit"]
+        raise ConfigError(f"{key} is empty; it must be {'an' if unit[0] in 'aeiou' else 'a'} {unit}")
 
 
 def load_config(path: str | Path | None) -> Config:

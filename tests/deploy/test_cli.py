@@ -101,6 +101,7 @@ def test_help_fills_its_lines():
         (("checkpoint", "verify", "missing"), 1, "missing is missing"),
         (("table", "import", "item", "rows.csv"), 1, "no cluster is running"),
         (("checkpoint", "list", "missing"), 1, "missing"),
+        (("demo", "--data", "foo"), 1, "data set 'foo' is unknown; there is movielens"),
     ],
 )
 def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_path):

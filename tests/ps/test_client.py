@@ -195,7 +195,8 @@ def test_nothing_asked_gives_nothing(client):
         (lambda c, t: c.alter_table(t, colour=8), "a table has no setting 'colour'"),
         (lambda c, t: c.drop_table("nobody"), "unknown table 'nobody'"),
         (lambda c, t: list(c.pull_range(t, 5, 4)), "0 <= start < stop"),
-        (lambda c, t: c.ranges(t, 0), "n is 0"),
+        (lambda c, t: c.ranges(t, 0), "n, the number of ranges, is 0; it must be a whole number from 1 on"),
+        (lambda c, t: c.ranges(t, 2.5), r"n, the number of ranges, is 2\.5; it must be a whole number"),
     ],
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")

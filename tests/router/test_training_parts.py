@@ -227,7 +227,7 @@ def test_the_fingerprint_is_of_what_is_computed() -> None:
     ("change", "says"),
     [
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"batch": 0}, "batch is 0; it must be 1 to"),
+        ({"batch": 0}, "batch is 0; it must be 1 to 1048576$"),
         ({"head": {"kind": "mlp"}}, r"\[head\]: features of a head are None"),
         ({"data": {}}, "either a folder or a function"),
         ({"data": {"folder": "a", "function": "b:c"}}, "either a folder or a function"),
