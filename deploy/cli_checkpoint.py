@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import STYLE, JsonOption, reachable, running
+from deploy.cli_common import STYLE, JsonOption, reachable, running, say
 
 HELP = """Save, restore, list and verify checkpoints.
 
@@ -104,6 +104,8 @@ def restore(
 def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
     """List the checkpoints of DIR, oldest first; an increment names what it stands on.
 
+    Ends with status 1 where one is damaged, and names it on standard error. `verify` reads more than manifests.
+
     Example:  embring checkpoint list backups
     """
     from ps.checkpoint.files import survey
@@ -114,14 +116,16 @@ def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
         keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes")
         tables = [{"tables": [t[1] for t in m.tables]} for m in known]
         print(json.dumps([{k: getattr(m, k) for k in keys} | t for m, t in zip(known, tables, strict=True)]))
-        return
-    for m in known:
-        kind = f"+ {m.parent}" if m.parent else "full"
-        print(f"{m.name}  {m.created[:19]}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  {kind}")
+    else:
+        for m in known:
+            kind = f"+ {m.parent}" if m.parent else "full"
+            print(f"{m.name}  {m.created[:19]}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  {kind}")
+        if not known and not broken:
+            print(f"there is no checkpoint in {folder}")
     for error in broken:
-        print(f"damaged: {error}")
-    if not known and not broken:
-        print(f"there is no checkpoint in {folder}")
+        say(f"error: {error}")
+    if broken:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -14,6 +14,9 @@ from deploy.cli_common import ConfigOption, JsonOption, YesOption, running, say
 def up(
     config: ConfigOption = None,
     servers: Annotated[int | None, typer.Option(help="Server processes, instead of the configuration's.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Owners of each row of tables created without a number; default 1.")
+    ] = None,
     routers: Annotated[int | None, typer.Option(help="Router processes; 1 where --models is given alone.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Models repository of the routers: NAME/VERSION/ with model.toml in each.")
@@ -39,7 +42,7 @@ def up(
     from ps.cluster import start
     from ps.config import load_config
 
-    settings = _changed(load_config(config), "server", servers=servers, host=host)
+    settings = _changed(load_config(config), "server", servers=servers, replicas=replicas, host=host)
     folder = str(models.resolve()) if models is not None else None
     settings = _changed(settings, "router", routers=routers, models=folder)
     if settings.router.models:
@@ -131,7 +134,7 @@ def down(
     Example:  embring down --checkpoint backups
     """
     from ps.cluster import end_leftovers, find, stop
-    from ps.errors import NotApplied
+    from ps.errors import ConfigError, NotApplied
 
     try:
         runtime = find()
@@ -142,17 +145,15 @@ def down(
     if runtime is None:
         print(json.dumps({"ended": False}) if as_json else "no cluster is running")
         return
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("nothing was ended: say --yes where nobody can be asked")
+    if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
+        raise typer.Exit(1)
     if checkpoint is not None:
         from deploy.cli_checkpoint import save
 
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             save(checkpoint)
-    if not yes and not sys.stdin.isatty():
-        from ps.errors import ConfigError
-
-        raise ConfigError("nothing was ended: say --yes where nobody can be asked")
-    if not yes and not typer.confirm("End the cluster and forget the rows in its memory?"):
-        raise typer.Exit(1)
     killed = stop(runtime)
     if as_json:
         print(json.dumps({"ended": True, "killed": killed}))
@@ -164,8 +165,10 @@ def logs(
     name: Annotated[str | None, typer.Argument(help="server-0, controller, ray, ...; all where left out.")] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what the cluster's processes on this host logged.
+    """Show what the cluster's processes on this host logged. With --json, lists of lines by process; with --follow, an
+    object more for each line.
 
     Example:  embring logs server-0 --follow
     """
@@ -173,11 +176,20 @@ def logs(
     from ps.cluster import last_state
 
     files = log_files(last_state(), name)
-    for path in files:
-        for line in tail(path, lines):
-            print(f"{path.stem}: {line}" if len(files) > 1 else line)
+
+    def show(process: str, line: str) -> None:
+        named = f"{process}: {line}" if len(files) > 1 else line
+        print(json.dumps({process: [line]}) if as_json else named, flush=True)
+
+    shown = {path.stem: tail(path, lines) for path in files}
+    if as_json:
+        print(json.dumps(shown), flush=True)
+    else:
+        for process, some in shown.items():
+            for line in some:
+                show(process, line)
     if follow:
-        follow_logs(files, print)
+        follow_logs(files, show)
 
 
 def recover(
@@ -246,6 +258,7 @@ def config(
     path: Annotated[
         Path | None, typer.Argument(help="Check this cluster.toml, and print it with every setting.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a cluster.toml with every setting, its unit, range, default and trade-off.
 
@@ -253,4 +266,5 @@ def config(
     """
     from ps.config import annotated, load_config
 
-    print(annotated(load_config(path)), end="")
+    settings = load_config(path)
+    print(json.dumps(settings.to_plain()) if as_json else annotated(settings).rstrip())

@@ -50,8 +50,7 @@ def demo(
     # Before numba is imported: servers, workers, router and this process share one cache of compiled kernels.
     os.environ["NUMBA_CACHE_DIR"] = str(kernel_cache())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for file in (json_file, predictions):
-        _check_writable(file)
+    _check(data, json_file, predictions)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -85,12 +84,15 @@ def demo(
         raise typer.Exit(1)
 
 
-def _check_writable(file: Path | None) -> None:
-    """Refuse before two minutes of work what could not be written after them."""
+def _check(data: str, *files: Path | None) -> None:
+    """Refuse a data set that there is none of, and before two minutes of work what could not be written after them."""
+    from deploy.datasets import check_source
     from ps.errors import ConfigError
 
-    if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ConfigError(f"{file} cannot be written: {file.absolute().parent} is no folder, or it is one itself")
+    check_source(data)
+    for file in files:
+        if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise ConfigError(f"{file} cannot be written: {file.absolute().parent} is no folder, or it is one itself")
 
 
 def _killed(outcome: "Outcome") -> str:

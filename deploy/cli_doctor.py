@@ -124,25 +124,21 @@ def _room(scratch: Path) -> Finding:
 
 
 def _ports(settings: "object") -> Iterator[Finding]:
+    from ps.cluster import listening
     from ps.config import Config
+    from ps.errors import ConfigError
+    from ps.fabric.address import check_free
 
     assert isinstance(settings, Config)
-    server, router = settings.server, settings.router
-    here = "" if server.host == "node" else server.host
-    wanted = [(here, server.port + i) for i in range(server.servers) if server.port]
-    wanted += [(here, port) for port in (settings.control.metrics_port, settings.ray.port) if port]
-    if router.models:
-        firsts = [port for port in (router.grpc_port, router.http_port) if port]
-        wanted += [(router.host, port + 2 * k) for k in range(router.routers) for port in firsts]
-    for host, port in wanted:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                yield Finding("ports", "error", f"{host or '*'}:{port} cannot be listened on: {error.strerror}")
-                return
-    yield Finding("ports", "ok", f"{len(wanted)} fixed ports are free" if wanted else "chosen by the system")
+    places = listening(settings)
+    try:
+        for why, host, port in places:
+            check_free(host, port, why)
+    except ConfigError as error:
+        yield Finding("ports", "error", str(error))
+        return
+    fixed = sum(port > 0 for _, _, port in places)
+    yield Finding("ports", "ok", f"{fixed} fixed ports are free" if fixed else "chosen by the system")
 
 
 def _versions() -> Iterator[Finding]:

@@ -224,7 +224,8 @@ def line_of(plan: Mapping[str, Any]) -> str:
     verb = "joins" if plan["kind"] == "join" else "leaves"
     return (
         f"{', '.join(plan['names'])} {verb}: {plan['slots']:,} copies of slots with about {plan['rows']:,} rows "
-        f"({size(plan['bytes'])}) are copied, some {plan['seconds']:g} s; {plan['turns']:,} slots get another primary"
+        f"({size(plan['bytes'])}) are copied, some {plan['seconds']:,.10g} s; "
+        f"{plan['turns']:,} slots get another primary"
     )
 
 
@@ -239,6 +240,7 @@ def table_of(plan: Mapping[str, Any]) -> str:
             cells = [f"{a:,} -> {b:,}" for a, b in pairs[:2]] + [f"{size(pairs[2][0])} -> {size(pairs[2][1])}"]
             lines.append(f"{entry['name' if what == 'server' else 'host']:<24}" + "".join(f"{c:>26}" for c in cells))
         lines.append("")
-    limit = f"{plan['bytes_per_s'] / 2**20:g} MiB/s a server" if plan["bytes_per_s"] else "no limit: 64 MiB/s a server"
+    bandwidth = plan["bytes_per_s"] / 2**20
+    limit = f"{bandwidth:,.10g} MiB/s a server" if bandwidth else "no limit: 64 MiB/s a server"
     lines.append(f"rows, bytes and time are estimates, from averages of each table and {limit}")
     return "\n".join(lines)

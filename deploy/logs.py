@@ -30,13 +30,13 @@ def tail(path: Path, lines: int) -> list[str]:
         return [line.rstrip("\n") for line in deque(file, lines)]
 
 
-def follow_logs(files: list[Path], write: Callable[[str], None]) -> None:
-    """Write each new line of the files as it appears, without end."""
+def follow_logs(files: list[Path], write: Callable[[str, str], None]) -> None:
+    """Tell each new line of the files, after the name of its process, as it appears, without end."""
     opened = {f.stem: open(f, errors="replace") for f in files}  # noqa: SIM115 - open until the process ends
     for file in opened.values():
         file.seek(0, 2)
     while True:
         for stem, file in opened.items():
             for line in file:
-                write(f"{stem}: {line.rstrip()}" if len(opened) > 1 else line.rstrip())
+                write(stem, line.rstrip())
         time.sleep(POLL_S)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import RequestError
+from ps.ragged import as_float32
 
 CHUNK_BYTES = 4 * 2**20
 """Rows read, and sent, at a time."""
@@ -88,7 +89,9 @@ def checked_rows(path: Path, source: Source, start: int, count: int) -> Iterator
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
             value = rows[row, column]
-            raise RequestError(f"{path} has {value} in row {at + row}, column {column}; every value must be finite")
+            raise RequestError(
+                f"{path} has {value} in row {at + row}, column {column}; every value must be a finite float32"
+            )
         yield at, rows
         at += len(rows)
 
@@ -130,7 +133,7 @@ class _Npy:
 
     def rows(self, start: int, count: int) -> Iterator[Rows]:
         for at in range(start, len(self._rows), count):
-            yield np.ascontiguousarray(self._rows[at : at + count], np.float32)
+            yield as_float32(self._rows[at : at + count])
 
 
 def _ids_beside(path: Path, ids: str | None, rows: int) -> NDArray[np.int64]:
@@ -240,7 +243,7 @@ class _Parquet:
             raise RequestError(
                 f"column {self._values!r} of {self._path} has {what} in row {at + bad}; the first row has {self.dim}"
             )
-        return np.ascontiguousarray(flat.to_numpy(zero_copy_only=False), np.float32).reshape(-1, self.dim)
+        return as_float32(flat.to_numpy(zero_copy_only=False)).reshape(-1, self.dim)
 
 
 class Progress(Protocol):

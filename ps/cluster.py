@@ -26,7 +26,7 @@ from typing import Any
 
 from ps.config import Config, annotated, load_config
 from ps.errors import ConfigError, NotApplied
-from ps.fabric.address import parse_address
+from ps.fabric.address import check_free, parse_address
 from ps.fabric.tls import serving, trusting
 from ps.rayhead import Head, StartError, end_head, ensure_token, marked, ray_environment, start_head, start_time
 from ps.runtime import Runtime, read_runtime, read_token, runtime_path, write_private, write_runtime
@@ -79,11 +79,7 @@ def start(
     running = find(target)
     if running is not None:
         raise ConfigError(f"a cluster is already running (state folder {running.state}): end it with `embring down`")
-    # Refused here, in one sentence, rather than in each server's log.
-    serving(config.tls)
-    trusting(config.tls.trusted)
-    if address is not None:
-        _reach(address)
+    _refuse_what_cannot_work(config, address)
     folder = (state or state_folder()).resolve()
     _private(folder)
     _same_cluster(folder, config)
@@ -129,6 +125,42 @@ def start(
             end_head(head.pid, head.started, mark)
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _refuse_what_cannot_work(config: Config, address: str | None) -> None:
+    """Raise, in one sentence, what would else be found in the log of some process, or when rows are to be saved."""
+    serving(config.tls)
+    trusting(config.tls.trusted)
+    if config.checkpoint.directory:
+        from ps.checkpoint.storage import Storage
+
+        storage = Storage(config.checkpoint.directory)
+        if config.checkpoint.every_s:  # else it may be an archive, to be restored from
+            storage.check_writable()
+    if address is not None:
+        _reach(address)
+    for why, host, port in listening(config, here=address is None):
+        check_free(host, port, why)
+
+
+def listening(config: Config, here: bool = True) -> list[tuple[str, str, int]]:
+    """(setting, host, port) of each place on this host where a new cluster listens by its settings.
+
+    here: whether all its processes run here; else, in a Ray that was joined, only the controller surely does.
+    """
+    server, router = config.server, config.router
+    places = [("control.metrics_port", "127.0.0.1", config.control.metrics_port)]
+    if here:
+        places += [("ray.port", "0.0.0.0", config.ray.port)]
+        host = "0.0.0.0" if server.host == "node" else server.host
+        if server.port:
+            places += [("server.port", host, server.port + k) for k in range(server.servers)]
+        else:
+            places += [("server.host", host, 0)]
+    if here and router.models:
+        for why, port in (("router.grpc_port", router.grpc_port), ("router.http_port", router.http_port)):
+            places += [(why, router.host, port and port + 2 * k) for k in range(router.routers)]
+    return places
 
 
 def _private(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """RaggedIds: the shape in which ids go in, for pull and for push.
 
 Invariants, checked once here (the gateway) and trusted inside:
-  1. ids is int64[n] and C-contiguous; any value is a valid id.
+  1. ids is int64[n] and C-contiguous; any value is a valid id. Of uint64 the 64 bits are kept: 2**63 and above are
+     negative int64, and `.view(np.uint64)` of ids that come back has them as they were.
   2. offsets is int64[features * bags + 1], feature-major (as in TorchRec's KeyedJaggedTensor):
      bag b of feature f holds ids[offsets[f * bags + b] : offsets[f * bags + b + 1]].
   3. offsets begins with 0, never falls, and ends with n. (torch accepts [0, 2, 1, 3] in silence.)
@@ -30,6 +31,12 @@ def as_ids(values: ArrayLike, what: str = "ids") -> NDArray[np.int64]:
     return np.ascontiguousarray(array, np.int64)
 
 
+def as_float32(values: ArrayLike) -> NDArray[np.float32]:
+    """Numbers as a contiguous float32 array. One beyond its range is an infinity, which whoever sends it refuses."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, np.float32)
+
+
 def as_rows(values: ArrayLike, n: int, dim: int, what: str = "rows") -> NDArray[np.float32]:
     """Rows as a contiguous float32[n, dim]; raises RequestError naming the shape found and the one needed."""
     array = np.asarray(values)
@@ -37,7 +44,7 @@ def as_rows(values: ArrayLike, n: int, dim: int, what: str = "rows") -> NDArray[
         raise RequestError(f"{what} has shape {array.shape}; it must be ({n}, {dim})")
     if array.dtype.kind not in "fiu":
         raise RequestError(f"{what} has dtype {array.dtype}; it must be a number type")
-    return np.ascontiguousarray(array, np.float32)
+    return as_float32(array)
 
 
 def check_offsets(offsets: NDArray[np.int64], n: int, what: str = "offsets") -> None:
@@ -80,10 +87,10 @@ class RaggedIds:
             raise RequestError(f"offsets describe {len(bounds) - 1} bags, which {features} features cannot share")
         factors = None
         if weights is not None:
-            factors = np.ascontiguousarray(weights, np.float32)
+            factors = as_float32(weights)
             if factors.shape != checked.shape:
                 raise RequestError(f"weights has shape {factors.shape}; it must be {checked.shape}, one for each id")
             if not np.isfinite(factors).all():
                 at = int(np.flatnonzero(~np.isfinite(factors))[0])
-                raise RequestError(f"weights[{at}] is {factors[at]}; every weight must be finite")
+                raise RequestError(f"weights[{at}] is {factors[at]}; every weight must be a finite float32")
         return cls(checked, bounds, features, factors)

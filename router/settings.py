@@ -62,7 +62,7 @@ def _checked(one: Field[Any], value: Any, where: str) -> Any:
     if choices and value not in choices:
         raise ConfigError(f"{where}: {one.name} is {value!r}; it must be one of {', '.join(choices)}")
     if low is not None and not low <= value <= high:
-        raise ConfigError(f"{where}: {one.name} is {value!r}; it must be {low:g} to {high:g}")
+        raise ConfigError(f"{where}: {one.name} is {value!r}; it must be {low} to {high}")
     return value
 
 

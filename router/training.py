@@ -188,11 +188,13 @@ def _prepare(client: ps.Client, config: TrainConfig, run: Path, ledger: Ledger, 
 
 
 def _create(client: ps.Client, config: TrainConfig) -> None:
-    """Make the run's tables; one whose settings name no seed draws its own, so that equal ids lie apart."""
+    """Make the run's tables; one whose settings name no seed draws its own, so that equal ids lie apart. Of one whose
+    settings name no replicas the cluster keeps as many as of others."""
+    dense = config.dense_specs()
     for spec in config.specs():
+        settings = config.dense if spec in dense else config.tables.get(spec.name, {})
         plain = {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("name", "dim")}
-        if "seed" not in config.tables.get(spec.name, {}):
-            plain["seed"] = None
+        plain |= {key: None for key in ("seed", "replicas") if key not in settings}
         client.create_table(spec.name, spec.dim, **plain)
 
 

@@ -58,7 +58,7 @@ class DenseSettings:
     """[dense]: the tables that hold the head's weights."""
 
     optimizer: Mapping = section("Optimizer of the head's weights, by kind and settings; none is Adam(lr=0.001).")
-    replicas: int = setting(1, "Owners of each row of the head's weights.", 1, 64)
+    replicas: int = setting(1, "Owners of each row of the head's weights; the cluster's default where left out.", 1, 64)
 
 
 @dataclass(frozen=True)

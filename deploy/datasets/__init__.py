@@ -66,17 +66,24 @@ class Dataset:
         return take_rows(self.columns, rows), self.labels[rows]
 
 
+def check_source(source: str) -> tuple[str, str]:
+    """(name, path) of a data set; ConfigError, in one sentence, where there is none of the name."""
+    name, colon, path = source.partition(":")
+    if name not in _SOURCES:
+        raise ConfigError(f"data set {source!r} is unknown; there is {', '.join(_SOURCES)}")
+    needs_path = _SOURCES[name][1]
+    if needs_path != bool(path) or (colon and not path):
+        raise ConfigError(f"data set {source!r} {'needs' if needs_path else 'takes no'} path: give {usage(name)}")
+    return name, path
+
+
 def load(source: str, cache: Path | None = None) -> Dataset:
     """The data set that `source` names; ConfigError, in one sentence, where it cannot be had.
 
     cache: folder for what is fetched; None is ~/.cache/embring/data.
     """
-    name, colon, path = source.partition(":")
-    if name not in _SOURCES:
-        raise ConfigError(f"data set {source!r} is unknown; there is {', '.join(_SOURCES)}")
+    name, path = check_source(source)
     module, needs_path = _SOURCES[name]
-    if needs_path != bool(path) or (colon and not path):
-        raise ConfigError(f"data set {source!r} {'needs' if needs_path else 'takes no'} path: give {usage(name)}")
     reader = import_module(f"deploy.datasets.{module}")
     if needs_path:
         return reader.load(Path(path).expanduser())

@@ -251,6 +251,7 @@ def chain(storage: Storage, name: str | None) -> list[Manifest]:
 
     Raises CheckpointError where there is none, or where a link of the chain is missing or another one.
     """
+    storage.existing()
     if name is None:
         known = checkpoints(storage)
         if not known:

@@ -65,7 +65,7 @@ def save(
     began, now = time.monotonic(), datetime.now(UTC)
     view = newest_view(servers, access)
     parent = _parent(storage, view, fingerprint) if incremental else None
-    with Saving(storage, name or now.strftime("%Y-%m-%dT%H-%M-%S.%fZ")) as saving:
+    with Saving(storage, now.strftime("%Y-%m-%dT%H-%M-%S.%fZ") if name is None else name) as saving:
         try:
             work = _Work(view, parent, access, counter or Counter())
             lanes = work.lanes()

@@ -5,6 +5,7 @@ own disk both sync files and folders; elsewhere an upload that was answered coun
 """
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -109,6 +110,17 @@ class Storage:
                 os.mkdir(place, 0o755)
             else:
                 self._fs.makedirs(place, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot be written: {error.strerror or error}") from None
+
+    def check_writable(self) -> None:
+        """Make the folder of this host; CheckpointError where nothing can be written. Other places are not asked."""
+        if not self.local:
+            return
+        try:
+            _make_durable(Path(self.root))
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
         except OSError as error:
             raise CheckpointError(f"{self.root} cannot be written: {error.strerror or error}") from None
 

@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from hashring.view import Server
 from ps.client.batch import Bag
 from ps.client.connect import Seeds, Tls, prepare, where
-from ps.client.core import TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline
+from ps.client.core import CLOSED, TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
 from ps.client.ranges import PullRange
 from ps.client.request import Call
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
-from ps.errors import EmbringError, NotApplied, PerhapsApplied
+from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
 from ps.fabric.protocol import Hello, Traffic
@@ -94,6 +94,7 @@ class AsyncClient:
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
+        self._closed = False
         self._verbs.window.on_close = self._decided.set
 
     @classmethod
@@ -120,7 +121,10 @@ class AsyncClient:
     # -- driving
 
     async def _run(self, steps: Steps) -> Any:
+        if self._closed:
+            raise RequestError(CLOSED)
         outcome: Any = None
+        begun = time.monotonic()
         try:
             while True:
                 command: Command = steps.send(outcome)
@@ -133,6 +137,9 @@ class AsyncClient:
                     await self._one_decided(command.until)
         except StopIteration as stop:
             return stop.value
+        except EmbringError as error:
+            given_up(error, begun)
+            raise
         finally:
             steps.close()
 
@@ -248,17 +255,17 @@ class AsyncClient:
 
     async def flush(self, timeout: float | None = None) -> None:
         """As `Client.flush`."""
-        seconds = deadline(timeout, TIMEOUT_MAX) - time.monotonic()
+        until = deadline(timeout, TIMEOUT_MAX)
         tasks = list(self._pushes)
         if not tasks:
             return
-        done, pending = await asyncio.wait(tasks, timeout=seconds)
+        done, pending = await asyncio.wait(tasks, timeout=until - time.monotonic())
         self._pushes -= done
         for task in tasks:
             if task in done and not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if pending:
-            raise PerhapsApplied(f"{len(pending)} pushes were still open after {seconds:g} s")
+            raise PerhapsApplied(f"{len(pending)} pushes were still open after {timeout or TIMEOUT_MAX:g} s")
 
     async def assign(self, name: str, ids: ArrayLike, rows: ArrayLike, timeout: float | None = None) -> None:
         """As `Client.assign`."""
@@ -304,7 +311,7 @@ class AsyncClient:
         optimizer: Optimizer = ADAGRAD,
         initializer: Initializer = INITIALIZER,
         placement: Placement = "sharded",
-        replicas: int | Literal["all"] = 1,
+        replicas: int | Literal["all"] | None = None,
         seed: int | None = None,
         absent: Absent = "initial",
         default: Sequence[float] = (),
@@ -328,6 +335,10 @@ class AsyncClient:
     async def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
         """As `Client.alter_table`."""
         await self._run(self._verbs.alter_table(name, changes, timeout))
+
+    async def set_optimizer(self, name: str, optimizer: Optimizer, timeout: float | None = None) -> None:
+        """As `Client.set_optimizer`."""
+        await self.alter_table(name, timeout, optimizer=optimizer)
 
     async def truncate(self, name: str, timeout: float | None = None) -> None:
         """As `Client.truncate`."""
@@ -353,7 +364,11 @@ class AsyncClient:
         try:
             await self.flush()
         finally:
-            self._connections.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._connections.close()
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -364,4 +379,4 @@ class AsyncClient:
         if error is None:
             await self.close()
         else:
-            self._connections.close()
+            self._end()

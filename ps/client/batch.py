@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from ps.errors import RequestError
 from ps.kernels.batch import join_offsets
 from ps.kernels.merge import MAX, MEAN, SUM
-from ps.ragged import RaggedIds, as_ids, check_offsets
+from ps.ragged import RaggedIds, as_float32, as_ids, check_offsets
 from ps.spec import ABSENT_CODES
 
 MODES = {"sum": SUM, "mean": MEAN, "max": MAX}
@@ -133,12 +133,14 @@ def _weights(bags: Mapping[str, Bag], weighted: Sequence[str], counts: Sequence[
         if name not in weighted:
             parts.append(np.ones(n, np.float32))
             continue
-        weights = np.asarray(given[2], np.float32)
+        weights = as_float32(given[2])
         if weights.shape != (n,):
             raise RequestError(f"weights of table {name!r} have shape {weights.shape}; it must be ({n},)")
         if not np.isfinite(weights).all():
             at = int(np.argmin(np.isfinite(weights)))
-            raise RequestError(f"weights[{at}] of table {name!r} is {weights[at]}; every weight must be finite")
+            raise RequestError(
+                f"weights[{at}] of table {name!r} is {weights[at]}; every weight must be a finite float32"
+            )
         parts.append(weights)
     return np.concatenate(parts)
 

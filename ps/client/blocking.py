@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import Seeds, Tls, prepare, where
-from ps.client.core import TIMEOUT_MAX, Steps, deadline
+from ps.client.connect import Seeds, prepare
+from ps.client.core import CLOSED, TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.ranges import PullRange
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
@@ -75,6 +75,7 @@ class Client:
         self._tls = tls
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
+        self._closed = False
         self._connections = Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         _open.add(self)
         prepare()
@@ -86,8 +87,13 @@ class Client:
 
     # -- driving
 
+    def _flight(self, steps: Steps) -> Flight:
+        if self._closed:
+            raise RequestError(CLOSED)
+        return Flight(self._connections, self._finish_oldest, steps)
+
     def _run(self, steps: Steps) -> Any:
-        flight = Flight(self._connections, self._finish_oldest, steps)
+        flight = self._flight(steps)
         with self._turn:
             flight.start()
             flight.finish()
@@ -96,7 +102,7 @@ class Client:
         return flight.value
 
     def _launch(self, steps: Steps) -> PushHandle:
-        flight = Flight(self._connections, self._finish_oldest, steps)
+        flight = self._flight(steps)
         with self._turn:
             flight.start()
             if not flight.done or flight.error is not None:
@@ -136,8 +142,9 @@ class Client:
     ) -> NDArray[np.float32]:
         """The rows of ids: float32[n, dim], in the order of the ids.
 
-        ids: int64[n], any value, duplicates allowed. absent: what an id without a row answers, "initial", "zeros" or
-        "default"; None is what the table says. `last_absent` tells how many there were. A pull never makes a row.
+        ids: int64[n], any value, duplicates allowed; of uint64 the 64 bits are kept, so that 2**63 and above come back
+        negative from a range pull. absent: what an id without a row answers, "initial", "zeros" or "default"; None is
+        what the table says. `last_absent` tells how many there were. A pull never makes a row.
 
             >>> client.pull("item", [3, 5, 3]).shape
             (3, 32)
@@ -261,11 +268,12 @@ class Client:
             >>> client.flush()
         """
         until = deadline(timeout, TIMEOUT_MAX)
+        seconds = timeout or TIMEOUT_MAX
         with self._turn:
             flights = list(self._flights)
             for flight in flights:
                 if not flight.done and time.monotonic() >= until:
-                    raise PerhapsApplied(f"{len(self._flights)} pushes were still open after {timeout:g} s")
+                    raise PerhapsApplied(f"{len(self._flights)} pushes were still open after {seconds:g} s")
                 flight.finish()
                 self._landed(flight)
         error = next((flight.error for flight in flights if flight.error is not None), None)
@@ -346,7 +354,7 @@ class Client:
         optimizer: Optimizer = ADAGRAD,
         initializer: Initializer = INITIALIZER,
         placement: Placement = "sharded",
-        replicas: int | Literal["all"] = 1,
+        replicas: int | Literal["all"] | None = None,
         seed: int | None = None,
         absent: Absent = "initial",
         default: Sequence[float] = (),
@@ -354,7 +362,7 @@ class Client:
     ) -> None:
         """Make a table. The same specification again is a no-op; another one under the name is a RequestError.
 
-        The settings are those of `ps.TableSpec`; seed None takes the cluster's.
+        The settings are those of `ps.TableSpec`; replicas and seed None take the cluster's.
 
             >>> client.create_table("item", dim=32, optimizer=ps.RowWiseAdagrad(lr=0.05))
         """
@@ -390,6 +398,15 @@ class Client:
             >>> client.alter_table(["item", "user"], replicas=2)
         """
         self._run(self._verbs.alter_table(name, changes, timeout))
+
+    def set_optimizer(self, name: str, optimizer: Optimizer, timeout: float | None = None) -> None:
+        """Give a table's optimizer other settings, as the next learning rate of a schedule; its kind and state stay.
+
+        Every push that this client begins afterwards is made with them. A factor for one push alone is its lr_scale.
+
+            >>> client.set_optimizer("item", ps.RowWiseAdagrad(lr=0.01))
+        """
+        self.alter_table(name, timeout, optimizer=optimizer)
 
     def truncate(self, name: str, timeout: float | None = None) -> None:
         """Forget every row of a table.
@@ -441,11 +458,18 @@ class Client:
         return self._verbs.statistics_now()
 
     def close(self) -> None:
-        """Wait for open pushes, then close the connections; raises what `flush` raises, after closing."""
+        """Wait for open pushes, then close the connections; raises what `flush` raises, after closing.
+
+        A client that is closed refuses further calls with RequestError.
+        """
         try:
             self.flush()
         finally:
-            self._connections.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._connections.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -456,33 +480,7 @@ class Client:
         if error is None:
             self.close()
         else:
-            self._connections.close()
-
-
-def connect(
-    addresses: str | Sequence[str] | None = None,
-    token: str | None = None,
-    timeout: float = 10.0,
-    tls: Tls = None,
-    acks: Acks = "all",
-    in_place: bool = True,
-) -> Client:
-    """A `Client` of a running cluster.
-
-    addresses: "host:port,host:port", or a list of addresses ("tcp:HOST:PORT", "unix:/path"); any server knows the
-    others. None: $EMBRING_ADDRESS, else this user's cluster on this machine (what `embring up` wrote). token: None
-    is $EMBRING_TOKEN, else the token of that cluster. timeout: seconds for a call that gives none. tls: for servers
-    that speak TLS over TCP, the path of the authority (PEM) that signed their certificate, or an ssl.SSLContext; None
-    is $EMBRING_TLS_CA, else that of the cluster found here, else plain TCP. Unix sockets stay plain.
-    acks: who must hold a push before it is acknowledged, "all" owners or the "primary", whose death may then lose it.
-    in_place: whether rows are read from the memory of servers on this host, where that can be; else by messages alone.
-    Raises ConfigError where no cluster is known, or one side speaks TLS and the other does not; AuthError for a wrong
-    token or a certificate that is not trusted; NotApplied where nobody answers.
-
-        >>> client = ps.connect("localhost:7400", token="...")
-    """
-    found, secret, trust = where(addresses, token, tls)
-    return Client(found, secret, timeout, trust, acks, in_place)
+            self._end()
 
 
 def _after_fork() -> None:

@@ -55,6 +55,9 @@ PROBE_S = 0.5
 """Seconds that servers have to say which view they know."""
 
 
+CLOSED = "this client is closed: ps.connect() makes another"
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Make these calls at once, hand each reply to `absorb(key, reply)`; send back {key: error} of the rest."""
@@ -129,6 +132,12 @@ def deadline(timeout: float | None, default: float) -> float:
     if not isinstance(seconds, int | float) or not 0 < seconds <= TIMEOUT_MAX:
         raise RequestError(f"timeout is {seconds!r}; it must be above 0 and at most {TIMEOUT_MAX:g} seconds")
     return time.monotonic() + seconds
+
+
+def given_up(error: EmbringError, begun: float) -> None:
+    """Have an error that ends a call say how long the call took: it came of the last attempt, and names that one's."""
+    if isinstance(error, NotApplied | PerhapsApplied | WrongView):
+        error.args = (f"given up after {time.monotonic() - begun:.3g} s: {error}",)
 
 
 class Core:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hashring.view import Server
-from ps.client.core import Ask, Command, Full, Steps, Wait
+from ps.client.core import Ask, Command, Full, Steps, Wait, given_up
 from ps.client.request import Call
 from ps.errors import EmbringError, NotApplied
 from ps.fabric.address import pick
@@ -87,6 +87,7 @@ class Flight:
         self._ask: Ask | None = None
         self._sent: list[Sent] = []
         self._failures: dict[int, EmbringError] = {}
+        self._begun = time.monotonic()
         self.done = False
         self.value: Any = None
         self.error: BaseException | None = None
@@ -111,6 +112,7 @@ class Flight:
                 self.done, self.error = True, error
                 if not isinstance(error, EmbringError):
                     raise
+                given_up(error, self._begun)
                 return
             if isinstance(command, Ask):
                 self._send(command)

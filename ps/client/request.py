@@ -292,5 +292,6 @@ def check_finite(values: NDArray[np.float32], batch: Batch, features: Features, 
     f = int(np.searchsorted(where.places, at, side="right")) - 1
     row, column = divmod(at - int(where.places[f]), features.dim_list[f])
     raise RequestError(
-        f"{what} of table {batch.names[f]!r} has {values[at]} in row {row}, column {column}; every value must be finite"
+        f"{what} of table {batch.names[f]!r} has {values[at]} in row {row}, column {column}; "
+        "every value must be a finite float32"
     )

@@ -299,7 +299,7 @@ class Verbs(Core):
     def ranges(self, name: str, n: int, timeout: float | None) -> Steps:
         """[(start, stop)], stop=None at the ring's end."""
         if not isinstance(n, int) or n < 1:
-            raise RequestError(f"n is {n!r}; a table has at least one range")
+            raise RequestError(f"n, the number of ranges, is {n!r}; it must be a whole number from 1 on")
         yield from self.features((name,), deadline(timeout, self.default_timeout))
         bits = self.routing.table(name).bits
         n = min(n, 2**bits)
@@ -327,7 +327,7 @@ class Verbs(Core):
         optimizer: Optimizer,
         initializer: Initializer,
         placement: Placement,
-        replicas: int | Literal["all"],
+        replicas: int | Literal["all"] | None,
         seed: int | None,
         absent: Absent,
         default: Sequence[float],
@@ -335,16 +335,18 @@ class Verbs(Core):
     ) -> Steps:
         """Make a table, or find that it is there already."""
         until = deadline(timeout, self.default_timeout)
+        copies = 1 if replicas is None else replicas
         wanted = TableSpec(
-            name, dim, optimizer, initializer, seed or 0, placement, replicas, absent, tuple(map(float, default))
+            name, dim, optimizer, initializer, seed or 0, placement, copies, absent, tuple(map(float, default))
         ).check()
+        left = [key for key, value in (("seed", seed), ("replicas", replicas)) if value is None]  # to the cluster
         present = (yield from self.tables(timeout)).get(name)
         if present is None:
-            spec = {**wanted.to_plain(), "seed": seed}
+            spec = {**wanted.to_plain(), **dict.fromkeys(left)}
             yield from self.admin("create_table", {"spec": spec}, until, lambda now: name in now.tables)
             present = self.routing.table(name).spec
         have, want = present.to_plain(), wanted.to_plain()
-        different = [k for k in want if want[k] != have[k] and not (k == "seed" and seed is None)]
+        different = [k for k in want if want[k] != have[k] and k not in left]
         if different:
             key = different[0]
             raise RequestError(

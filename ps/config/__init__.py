@@ -65,6 +65,15 @@ class ServerConfig:
         256,
         "How many servers `embring up` starts. One for each core that may serve; a server uses one core.",
     )
+    replicas: int = _setting(
+        1,
+        "owners",
+        1,
+        64,
+        "Owners of each slot of tables that are created without a number, at most `servers`. With R, rows outlive R - 1"
+        " servers, take R times the memory, and a push costs up to R times as much. `embring table alter` changes a"
+        " table's own.",
+    )
     owners_min: int = _setting(
         1,
         "servers",
@@ -414,6 +423,11 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
         config = replace(config, **{name: replace(getattr(config, name), **typed)})
     if (config.checkpoint.every_s or config.checkpoint.restore_lost) and not config.checkpoint.directory:
         raise ConfigError("checkpoint.every_s and checkpoint.restore_lost need checkpoint.directory")
+    server = config.server
+    if server.replicas > server.servers:
+        raise ConfigError(
+            f"server.replicas is {server.replicas}; it must be 1 to {server.servers}, the number of servers"
+        )
     tls = config.tls
     if bool(tls.certificate) != bool(tls.key) or (tls.ca and not tls.certificate):
         raise ConfigError("tls.certificate and tls.key go together, and tls.ca needs both")
@@ -433,7 +447,8 @@ def _check(key: str, setting: Field, value: Any) -> None:
     if low is not None and not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{key} is {value!r}; it must be {low} to {high} ({setting.metadata['unit']})")
     if kind is str and not value and setting.default:
-        raise ConfigError(f"{key} is empty; it must be {setting.metadata['unit']}")
+        unit = setting.metadata["unit"]
+        raise ConfigError(f"{key} is empty; it must be {'an' if unit[0] in 'aeiou' else 'a'} {unit}")
 
 
 def load_config(path: str | Path | None) -> Config:

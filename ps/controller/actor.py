@@ -372,7 +372,7 @@ class Control:
         changed = [False]
 
         def wish(view: View) -> Change | None:
-            change = change_of(view, verb, fields, self.config.cluster.seed)
+            change = change_of(view, verb, fields, self.config.cluster.seed, self.config.server.replicas)
             changed[0] = change is not None
             return change
 

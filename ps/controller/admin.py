@@ -25,13 +25,14 @@ ALTERABLE = ("optimizer", "initializer", "absent", "default", "replicas")
 Change = CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable | Fail
 
 
-def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0) -> Change | None:
+def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0, replicas: int = 1) -> Change | None:
     """The change that a verb asks for, or None where the view is already so.
 
-    seed: the cluster's, of which tables that come without one draw theirs. Raises RequestError in one sentence.
+    seed: the cluster's, of which tables that come without one draw theirs. replicas: of those that name none.
+    Raises RequestError in one sentence.
     """
     if verb == "create_table":
-        return _create(view, fields.get("spec"), seed)
+        return _create(view, fields.get("spec"), seed, replicas)
     name = fields.get("name")
     if verb == "alter_table":
         names, changes = fields.get("names") or [name], fields.get("changes")
@@ -71,12 +72,11 @@ def seed_of(name: str, seed: int) -> int:
     return int(hash_strings(raw, np.array([0, len(raw)]))[0] ^ seed) & (2**63 - 1)
 
 
-def _create(view: View, plain: Any, seed: int) -> CreateTable | None:
+def _create(view: View, plain: Any, seed: int, replicas: int) -> CreateTable | None:
     if not isinstance(plain, Mapping):
         raise RequestError("create_table needs a field spec with the table's specification")
-    if plain.get("seed") is None:
-        plain = {**plain, "seed": seed_of(str(plain.get("name")), seed)}
-    spec = TableSpec.from_plain(dict(plain))
+    own = {"seed": seed_of(str(plain.get("name")), seed), "replicas": replicas}
+    spec = TableSpec.from_plain(own | {key: value for key, value in plain.items() if value is not None})
     if any(t.name == spec.name for t in view.tables):
         present = spec_of(view, spec.name)
         if present == spec:

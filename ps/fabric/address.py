@@ -54,6 +54,19 @@ def pick(addresses: Sequence[str]) -> list[str]:
     return here + [a for a in addresses if not a.startswith("unix:")]
 
 
+def check_free(host: str, port: int, why: str) -> None:
+    """ConfigError, naming the setting `why`, unless this process could listen there now (0: on any free port)."""
+    try:
+        for family, kind, protocol, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+    except OSError as error:
+        raise ConfigError(f"{why}: cannot listen on {host}:{port}: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{why}: cannot listen on {host}:{port}: no host can have that name") from None
+
+
 def widen(connected: socket.socket) -> None:
     """Let a Unix socket hold SEND_BUFFER bytes on their way. TCP is left alone: the kernel sizes its buffers itself."""
     if connected.family == socket.AF_UNIX:

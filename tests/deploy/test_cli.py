@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from deploy.cli import COMMANDS, app
+from ps.config import config_from_plain, load_config
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
@@ -49,10 +50,6 @@ def test_help_lists_every_command_and_imports_none(tmp_path):
     assert "LOADED []" in done.stdout
 
 
-WITHOUT_JSON = {"logs", "config", ""}
-"""Text is what they give: lines of log files, TOML."""
-
-
 def every_command() -> list[tuple[str, ...]]:
     """The words of every command, those of groups too, and of the groups themselves; () is `embring` itself."""
     found: list[tuple[str, ...]] = [()]
@@ -72,7 +69,7 @@ def test_every_command_has_help_with_an_example(command):
     assert re.search(rf"Example: +embring {' '.join(command)}", shown.output)
     assert "completion" not in shown.output
     if "COMMAND" not in shown.output:
-        assert ("--json" in shown.output) is (command[-1] not in WITHOUT_JSON)
+        assert "--json" in shown.output
 
 
 def test_help_fills_its_lines():
@@ -91,6 +88,12 @@ def test_help_fills_its_lines():
         (("logs",), 1, "there are no logs in"),
         (("up", "--config", "missing.toml"), 1, "the configuration missing.toml cannot be read"),
         (("up", "--servers", "0"), 1, "server.servers is 0; it must be 1 to 256 (processes)"),
+        (("up", "--replicas", "4"), 1, "server.replicas is 4; it must be 1 to 3, the number of servers"),
+        (
+            ("up", "--host", "192.0.2.1"),
+            1,
+            "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested address",
+        ),
         (("up", "--servers", "three"), 2, "Invalid value for '--servers'"),
         (("nonsense",), 2, "No such command 'nonsense'"),
         (("up", "--restore", "latest"), 2, "--restore needs the directory of [checkpoint]"),
@@ -98,6 +101,7 @@ def test_help_fills_its_lines():
         (("checkpoint", "verify", "missing"), 1, "missing is missing"),
         (("table", "import", "item", "rows.csv"), 1, "no cluster is running"),
         (("checkpoint", "list", "missing"), 1, "missing"),
+        (("demo", "--data", "foo"), 1, "data set 'foo' is unknown; there is movielens"),
     ],
 )
 def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_path):
@@ -110,9 +114,30 @@ def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_
         assert done.stderr.startswith("error: ")
 
 
+def test_a_damaged_checkpoint_is_listed_as_an_error_beside_the_others(tmp_path):
+    (tmp_path / "backups" / "broken").mkdir(parents=True)
+    (tmp_path / "backups" / "broken" / "manifest").write_bytes(b"EMBR")
+    for flags, shown in (((), ""), (("--json",), "[]\n")):
+        done = run("checkpoint", "list", "backups", *flags, home=tmp_path)
+        assert (done.returncode, done.stdout) == (1, shown)
+        assert re.fullmatch(r"error: .*/backups/broken/manifest is damaged, .*\n", done.stderr)
+
+
 def test_down_without_a_cluster_is_no_error(tmp_path):
     done = run("down", home=tmp_path)
     assert (done.returncode, done.stdout) == (0, "no cluster is running\n")
+
+
+def test_down_refuses_before_it_saves_where_nobody_can_be_asked(monkeypatch):
+    done = []
+    monkeypatch.setattr("ps.cluster.find", lambda: "a runtime")
+    monkeypatch.setattr("ps.cluster.stop", lambda runtime: done.append("stop") or 0)
+    monkeypatch.setattr("deploy.cli_checkpoint.save", lambda folder: done.append(f"save {folder}"))
+    refused = CliRunner().invoke(app, ["down", "--checkpoint", "backups"])
+    assert "say --yes where nobody can be asked" in str(refused.exception)
+    assert done == []
+    assert CliRunner().invoke(app, ["down", "--checkpoint", "backups", "--yes"]).exit_code == 0
+    assert done == ["save backups", "stop"]
 
 
 def test_config_prints_what_up_reads(tmp_path):
@@ -122,6 +147,37 @@ def test_config_prints_what_up_reads(tmp_path):
     assert "\nservers = 7\n" in printed.stdout
     (tmp_path / "all.toml").write_text(printed.stdout)
     assert run("config", "all.toml", home=tmp_path).stdout == printed.stdout
+    plain = json.loads(run("config", "all.toml", "--json", home=tmp_path).stdout)
+    assert config_from_plain(plain) == load_config(tmp_path / "mine.toml")
+
+
+def test_logs_of_one_process_or_of_all_as_text_and_as_json(tmp_path):
+    folder = tmp_path / ".local" / "state" / "embring" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "ray.log").write_text("started\n")
+    (folder / "server-0.log").write_text("one\ntwo\nthree\n")
+    assert run("logs", "-n", "2", home=tmp_path).stdout == "ray: started\nserver-0: two\nserver-0: three\n"
+    assert run("logs", "server-0", "-n", "1", home=tmp_path).stdout == "three\n"
+    told = json.loads(run("logs", "-n", "2", "--json", home=tmp_path).stdout)
+    assert told == {"ray": ["started"], "server-0": ["two", "three"]}
+
+
+def test_lines_that_come_later_are_followed_as_text_and_as_json(monkeypatch, tmp_path):
+    log = tmp_path / "logs" / "ray.log"
+    log.parent.mkdir()
+    monkeypatch.setattr("ps.cluster.last_state", lambda: tmp_path)
+
+    def sleep(_):
+        if "new" in log.read_text():
+            raise KeyboardInterrupt
+        log.write_text("old\nnew\n")
+
+    monkeypatch.setattr("deploy.logs.time.sleep", sleep)
+    log.write_text("old\n")
+    assert CliRunner().invoke(app, ["logs", "--follow"]).stdout == "old\nnew\n"
+    log.write_text("old\n")
+    shown = CliRunner().invoke(app, ["logs", "--follow", "--json"]).stdout.splitlines()
+    assert [json.loads(line) for line in shown] == [{"ray": ["old"]}, {"ray": ["new"]}]
 
 
 def test_doctor_reports_each_thing_and_fails_on_an_error(tmp_path):

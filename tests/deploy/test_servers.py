@@ -41,6 +41,8 @@ def test_a_plan_is_told_in_a_line_and_in_a_table() -> None:
     assert "2.0 KiB -> 1.0 KiB" in table
     assert "no limit" in table
     assert "50 MiB/s a server" in table_of({**PLAN, "bytes_per_s": 50 * 2**20})
+    assert "1,048,576 MiB/s a server" in table_of({**PLAN, "bytes_per_s": 2**40})
+    assert "some 12,345,678 s" in line_of({**PLAN, "seconds": 12345678.0})
 
 
 def test_the_stage_names_who_is_not_well() -> None:

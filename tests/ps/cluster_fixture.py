@@ -69,7 +69,7 @@ class LocalCluster:
 
     async def _control(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         """On a server's thread: what the controller would do."""
-        change = change_of(self.view, verb, fields)
+        change = change_of(self.view, verb, fields, replicas=self.config.server.replicas)
         if change is not None:
             self.view = plan(self.view, change)
             for member in self.members.values():

@@ -221,12 +221,14 @@ BAD: list[tuple[str, Any, dict[str, str], str]] = [
     ("a.npy", lambda path: np.save(path, np.zeros(3, np.float32)), {}, r"has shape \[3\]; rows are a matrix"),
     ("a.npy", lambda path: np.save(path, np.zeros((3, 2), np.float32)), {"ids": "none.npy"}, r"none.npy is missing"),
     ("a.npy", lambda path: np.save(path, np.array([{}, {}])), {}, r"cannot be read as \.npy"),
+    ("a.npy", lambda path: np.save(path, np.full((3, 2), 1e39)), {}, r"has inf in row 0, column 0; .* finite float32"),
     ("a.npy", lambda path: None, {}, r"a\.npy is missing"),
     ("a.pt", lambda path: None, {}, r"is a pickle, and reading it runs code"),
     ("a.csv", lambda path: None, {}, r"has suffix '\.csv'; it must be one of \.npy, \.safetensors, \.parquet"),
 ]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("name", "make", "options", "sentence"), BAD, ids=range(len(BAD)))
 def test_a_bad_file_is_one_sentence(
     tmp_path: Path, name: str, make: Any, options: dict[str, str], sentence: str

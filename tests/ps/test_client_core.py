@@ -599,7 +599,7 @@ def test_ranges_are_aligned_to_slots_and_cover_the_ring():
         assert ranges[-1][1] is None
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
         assert all(start % 2**58 == 0 for start, _ in ranges)
-    with pytest.raises(RequestError, match="n is 0"):
+    with pytest.raises(RequestError, match="is 0; it must be a whole number"):
         world.drive(verbs.ranges("a", 0, None))
 
 

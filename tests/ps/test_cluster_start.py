@@ -1,5 +1,7 @@
 """Starting a cluster, without one: what is tried again, what is waited for, what the user is told."""
 
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -9,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from ps import cluster, rayhead
+from ps.checkpoint.storage import CheckpointError
 from ps.config import Config, RayConfig
 from ps.errors import ConfigError
 from ps.rayhead import Head, StartError, ray_environment, start_head
 
 HEAD = Head(1, 2, "127.0.0.1:3")
+TAKEN = -1
+"""A port that somebody else listens on."""
 
 
 @pytest.mark.parametrize(("lasted_s", "tries"), [(rayhead.RAYS_OWN_S + 1, 2), (1.0, 1)])
@@ -102,7 +107,16 @@ class Controller:
         ({"address": "unix:/ray"}, "address 'unix:/ray' is no Ray's; write HOST:PORT"),
         ({"address": "127.0.0.1:1"}, "no Ray answers at 127.0.0.1:1: Connection refused"),
         ({"state": Path("/proc/x")}, "state folder /proc/x cannot be made"),
-        ({"scratch": "/nonexistent"}, "ray.scratch is '/nonexistent', where nothing can be made"),
+        ({"ray": {"scratch": "/nonexistent"}}, "ray.scratch is '/nonexistent', where nothing can be made"),
+        ({"server": {"host": "192.0.2.1"}}, "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested"),
+        ({"server": {"host": "a..b"}}, "server.host: cannot listen on a..b:0: no host can have that name"),
+        ({"server": {"port": TAKEN}}, "server.port: cannot listen on 127.0.0.1:{taken}: Address already in use"),
+        ({"server": {"host": "node", "port": TAKEN}}, "server.port: cannot listen on 0.0.0.0:{taken}: Address already"),
+        ({"ray": {"port": TAKEN}}, "ray.port: cannot listen on 0.0.0.0:{taken}: Address already in use"),
+        ({"control": {"metrics_port": TAKEN}}, "control.metrics_port: cannot listen on 127.0.0.1:{taken}: Address"),
+        ({"router": {"models": "m", "http_port": TAKEN}}, "router.http_port: cannot listen on 127.0.0.1:{taken}"),
+        ({"checkpoint": {"directory": "/proc/x", "every_s": 60}}, "/proc/x cannot be written: No such file"),
+        ({"checkpoint": {"directory": "nowhere://x"}}, "nowhere://x cannot be reached: Protocol not known"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_started(monkeypatch, tmp_path, given, message):
@@ -110,9 +124,29 @@ def test_what_cannot_work_is_refused_before_anything_is_started(monkeypatch, tmp
         raise AssertionError("something was started")
 
     monkeypatch.setattr(cluster, "_warm_up", nothing)
-    config = Config().with_settings("ray", scratch=given.pop("scratch", str(tmp_path)))
-    with pytest.raises(ConfigError, match=message):
-        cluster.start(config, runtime_file=tmp_path / "cluster.json", **{"state": tmp_path / "state", **given})
+    config, options = Config().with_settings("ray", scratch=str(tmp_path)), {"state": tmp_path / "state"}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        for key, value in given.items():
+            if isinstance(value, dict):
+                config = config.with_settings(key, **{k: taken if v == TAKEN else v for k, v in value.items()})
+            else:
+                options[key] = value
+        with pytest.raises((ConfigError, CheckpointError), match=re.escape(message.format(taken=taken))):
+            cluster.start(config, runtime_file=tmp_path / "cluster.json", **options)
+
+
+def test_what_is_free_or_not_asked_for_is_no_reason_to_refuse(monkeypatch, tmp_path):
+    """A folder that is only restored from may be read-only; what other hosts of a Ray listen on is theirs."""
+    monkeypatch.setattr(cluster, "_reach", lambda address: None)
+    archive = Config().with_settings("checkpoint", directory="/proc/x")
+    cluster._refuse_what_cannot_work(archive, None)
+    elsewhere = archive.with_settings("server", host="192.0.2.1")
+    cluster._refuse_what_cannot_work(elsewhere, "10.0.0.1:6379")
+    folder = tmp_path / "new" / "backups"
+    saving = Config().with_settings("checkpoint", directory=str(folder), every_s=60)
+    cluster._refuse_what_cannot_work(saving, None)
+    assert list(folder.iterdir()) == []
 
 
 def test_each_server_that_is_up_is_told_of(monkeypatch):

@@ -94,7 +94,7 @@ I8 = np.array([1, 2], "<i8").tobytes()
         ([Tensor("x", "INT32", (2,), b"")], "INT32"),
         ([Tensor("x", "", (2,), b"")], "none"),
         ([Tensor("x", "INT64", (3,), I8)], "16 bytes.*takes 24"),
-        ([Tensor("x", "INT64", (), I8)], r"shape \[\]"),
+        ([Tensor("x", "INT64", (), I8)], r"shape \[\]; one of INT64 has \[rows\]"),
         ([Tensor("x", "INT64", (1, 2), I8)], "offsets"),
         ([Tensor("x", "FP32", (1, 1, 4), I8)], r"shape \[1, 1, 4\]"),
         ([Tensor("x", "INT64", (-2,), I8)], r"shape \[-2\]"),

@@ -1,6 +1,7 @@
 """The parts of training: rows and batches, the ledger, shared dense weights, settings."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dense_head import HeadFeature, HeadSpec, TrainStep, build
 from ps.errors import ConfigError, NotApplied, RequestError
+from router import training
 from router.training_config import TrainConfig
 from router.training_data import Batches, PreparedRows
 from router.training_dense import DENSE_DIM, SharedDense, TableBags
@@ -204,6 +206,15 @@ def test_settings_give_tables() -> None:
     assert TrainConfig.from_plain(config.to_plain()) == config
 
 
+def test_tables_leave_seed_and_replicas_that_nobody_named_to_the_cluster() -> None:
+    made: dict[str, dict] = {}
+    client = SimpleNamespace(create_table=lambda name, dim, **plain: made.update({name: plain}))
+    plain = {**GOOD, "dense": {**GOOD["dense"], "replicas": 3}}
+    training._create(client, TrainConfig.from_plain(plain))  # type: ignore[arg-type]
+    left = {name: (plain["seed"], plain["replicas"]) for name, plain in made.items()}
+    assert left == {"tag": (3, None), "run.dense": (None, 3), "run.buffers": (None, 3)}
+
+
 def test_the_fingerprint_is_of_what_is_computed() -> None:
     base = TrainConfig.from_plain(GOOD).fingerprint()
     for same in ({"prefetch": 3}, {"threads": 2}, {"timeout_s": 9}):
@@ -216,7 +227,7 @@ def test_the_fingerprint_is_of_what_is_computed() -> None:
     ("change", "says"),
     [
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"batch": 0}, "batch is 0; it must be 1 to"),
+        ({"batch": 0}, "batch is 0; it must be 1 to 1048576$"),
         ({"head": {"kind": "mlp"}}, r"\[head\]: features of a head are None"),
         ({"data": {}}, "either a folder or a function"),
         ({"data": {"folder": "a", "function": "b:c"}}, "either a folder or a function"),

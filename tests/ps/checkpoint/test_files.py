@@ -68,8 +68,9 @@ def test_what_was_saved_comes_back_from_any_place(place: Storage) -> None:
     assert problems(place) == []
     with pytest.raises(CheckpointError, match="first exists already"):
         cluster.save(place, "first")
-    with pytest.raises(CheckpointError, match="must be 1 to 100 letters"):
-        cluster.save(place, "../x")
+    for name in ("../x", ""):
+        with pytest.raises(CheckpointError, match="must be 1 to 100 letters"):
+            cluster.save(place, name)
     with pytest.raises(CheckpointError, match="it has no manifest"):
         read_manifest(place, "missing")
 
@@ -80,8 +81,12 @@ def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         source().save(Storage(tmp_path / "file" / "folder"))
+    for name in (None, "first"):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path}/missing is missing$"):
+            chain(Storage(tmp_path / "missing"), name)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
-        chain(Storage(tmp_path / "missing"), None)
+        chain(Storage(tmp_path / "empty"), None)
 
 
 def test_nothing_stays_of_a_save_that_fails(place: Storage) -> None:

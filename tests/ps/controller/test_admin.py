@@ -43,6 +43,12 @@ def test_tables_without_a_seed_draw_different_ones_from_the_clusters(view):
     assert change.spec["seed"] == 0
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, 2), ({"replicas": None}, 2), ({"replicas": 1}, 1)])
+def test_a_table_without_a_number_of_replicas_has_the_clusters(view, given, kept):
+    change = change_of(view, "create_table", {"spec": {"name": "user", "dim": 4, **given}}, replicas=2)
+    assert (change.replicas, change.spec["replicas"]) == (kept, kept)
+
+
 def test_altering(view):
     change = change_of(view, "alter_table", {"name": "item", "changes": {"absent": "zeros"}})
     assert isinstance(change, AlterTable)
