@@ -38,8 +38,8 @@ class Changes:
         self.rate = 1.5 if aimed else rng.choice((0.3, 0.6, 1.2))
         self.names: list[str] = []
         self.tables: list[str] = []
-        self.starting: set[str] = set()
-        """Servers whose processes run, and that are in no view yet."""
+        self.starting: dict[str, int] = {}
+        """Servers whose processes were started, as these incarnations, and that are in no view yet."""
         self._made = 0
         self.active = bool(self.kinds) and not calm
 
@@ -92,21 +92,21 @@ class Changes:
             names.append(left[0])
             self.names = [*(n for n in self.names if n != left[0]), left[0]]
         if names:
-            self.starting |= set(names)
             entries = tuple(self.cluster.start(name).entry for name in names)
+            self.starting |= {entry.name: entry.incarnation for entry in entries}
             self.world.at(rng.choice((0.0, rng.uniform(0.0, 0.5))), self._started, tuple(names), entries)
         return bool(names)
 
     def _started(self, names: tuple[str, ...], entries: tuple[Any, ...]) -> None:
         self.wish(Begin(Move("join", names), entries), "join")
-        self.world.at(1.0, self._settled, names)
+        self.world.at(1.0, self._settled, entries)
 
-    def _settled(self, names: tuple[str, ...]) -> None:
-        """Processes whose wish came to nothing are ended."""
-        self.starting -= set(names)
-        for name in names:
-            if name not in self._present():
-                self.cluster.end(name)
+    def _settled(self, entries: tuple[Any, ...]) -> None:
+        """Processes whose wish came to nothing are ended, unless their names are used by another wish since."""
+        for entry in entries:
+            if self.starting.get(entry.name) == entry.incarnation:
+                del self.starting[entry.name]
+                self.cluster.end(entry.name)
 
     def _leave(self) -> bool:
         rng, names = self.world.rng, self._present()
