@@ -19,6 +19,7 @@ from ps.errors import EmbringError, NotApplied
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
+from ps.rayhead import marked
 from ps.runtime import Runtime, read_token
 from ps.wire import Message, view_of
 
@@ -158,6 +159,15 @@ def watching(runtime: Runtime) -> Iterator[Servers]:
             yield servers
         finally:
             servers.close()
+
+
+def controller_pid(runtime: Runtime) -> int:
+    """The process of a cluster's controller, which Ray starts again; NotApplied where there is none just now."""
+    for pid in marked(Path(runtime.scratch).name):
+        with contextlib.suppress(OSError):
+            if "ray::Controller" in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+    raise NotApplied("the cluster has no controller at the moment")
 
 
 def cpu_seconds(pid: int) -> float:

@@ -218,20 +218,23 @@ def rebalance(
 
 @app.command()
 def chaos(
-    changes: Annotated[str, typer.Option(help="Of join, leave, failover.")] = "join,leave,failover",
+    changes: Annotated[str, typer.Option(help="Of join, leave, failover, checkpoint.")] = (
+        "join,leave,failover,checkpoint"
+    ),
     rounds: Annotated[int, typer.Option(min=1, help="How often each of them is gone through.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.0, help="No round begins later than this; 0: no limit.")] = 0.0,
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the table.")] = 100_000,
     rate: Annotated[float, typer.Option(min=1.0, help="Requests a second meanwhile.")] = 100.0,
     output: JsonOption = None,
 ) -> None:
-    """Servers killed and paused at the steps of a join, a leave and a failover, under load; broken promises counted.
+    """Processes killed and paused at the steps of joins, leaves, failovers and checkpoints, under load; broken promises
+    counted.
 
     Example:  embring bench chaos --changes join --rounds 2
     """
     from benchmarks.suites import chaos as suite
 
-    chosen = _chosen("--changes", changes, ("join", "leave", "failover"))
+    chosen = _chosen("--changes", changes, suite.CHANGES)
     settings = suite.Settings(changes=chosen, rounds=rounds, seconds=seconds, rows=rows, rate=rate)
     _finish(suite.run(settings, _say), output)
 

@@ -1,15 +1,18 @@
-"""Kills and pauses at the steps of a join, a leave and a failover, on real processes under load (R5, and R1 for them).
+"""Kills and pauses at the steps of a join, a leave, a failover and a checkpoint, on real processes under load (R5, R1).
 
 A round begins a change, waits until it is at a step, kills or pauses a server, and waits until the cluster has settled:
-it must be in the old or in the new membership, whole, and no acknowledged push may be lost or applied twice.
+it must be in the old or in the new membership, whole, and no acknowledged push may be lost or applied twice. Of
+checkpoints every one that was committed must stand every checksum.
 """
 
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -17,7 +20,8 @@ import uvloop
 import ps
 from benchmarks.counted import PUSH_S, Counted, make_table
 from benchmarks.report import Findings
-from benchmarks.servers import Servers, moving, watching
+from benchmarks.saves import Saves
+from benchmarks.servers import Servers, controller_pid, moving, watching
 from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from ps.errors import EmbringError, NotApplied
 from ps.runtime import Runtime, read_token
@@ -34,8 +38,8 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Round:
-    """change: join, leave or failover. step: see STEPS. fault: kill or pause. victim: old (a server that was there
-    before and stays) or new (who joins, leaves, or came back)."""
+    """change: see CHANGES. step: see STEPS. fault: kill or pause. victim: old (a server that was there before and
+    stays), new (who joins, leaves, or came back), the controller, or the process that saves."""
 
     change: str
     step: str
@@ -64,14 +68,23 @@ ROUNDS = (  # a leave after a join, so that the cluster mostly has the size that
     Round("leave", "ending", "kill", "old"),
     Round("join", "ending", "kill", "new"),
     Round("failover", "copying", "pause", "old"),
+    Round("join", "copying", "kill", "controller"),
+    Round("leave", "copying", "kill", "controller"),
+    Round("failover", "starting", "kill", "controller"),
+    Round("checkpoint", "saving", "kill", "old"),
+    Round("checkpoint", "saving", "kill", "saver"),
+    Round("checkpoint", "saving", "pause", "old"),
+    Round("checkpoint", "saving", "kill", "controller"),
 )
+
+CHANGES = ("join", "leave", "failover", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done. rate: requests a second. changes: of join, leave, failover. seconds: no round begins after"""
+    """What is done. rate: requests a second. changes: of CHANGES. seconds: no round begins after"""
 
-    changes: Sequence[str] = ("join", "leave", "failover")
+    changes: Sequence[str] = CHANGES
     rounds: int = 1
     seconds: float = 0.0
     rows: int = 100_000
@@ -91,19 +104,22 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         make_table(client, settings.rows, settings.dim, settings.replicas)
-        bench = Chaos(settings, runtime, servers, report)
-        done = runner.run(bench.go())
+        with tempfile.TemporaryDirectory(prefix="embring-chaos-") as folder:
+            bench = Chaos(settings, runtime, servers, Saves(Path(folder), runtime, servers, config), report)
+            done = runner.run(bench.go())
+            saves = bench.saves.check()
         report("comparing rows with what was acknowledged")
         with servers.fresh_client() as fresh:
             kept = bench.load.check(fresh)
         differ = servers.slots_that_differ()
     broken = kept["lost"] + kept["doubled"] + kept["unseen"] + differ
-    findings.equal = broken == 0 and all(r["ended"] in ("old", "new") for r in done)
+    findings.equal = broken == 0 and not saves["damaged"] and all(r["ended"] in ("old", "new") for r in done)
     findings.figures["chaos"] = {
         "rounds": done,
         "rounds_at_their_step": sum(r["reached"] for r in done),
         "rows": kept,
         "slots_that_differ": differ,
+        "checkpoints": saves,
         "requests": len(bench.load.trace.ok),
         "failed": len(bench.load.trace.ok) - sum(bench.load.trace.ok),
         "errors": bench.load.trace.errors[:20],
@@ -114,8 +130,8 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
 class Chaos:
     """The rounds, under one load."""
 
-    def __init__(self, settings: Settings, runtime: Runtime, servers: Servers, report: Report) -> None:
-        self.settings, self.servers, self.report = settings, servers, report
+    def __init__(self, settings: Settings, runtime: Runtime, servers: Servers, saves: Saves, report: Report) -> None:
+        self.settings, self.servers, self.saves, self.report = settings, servers, saves, report
         self.load = Counted(servers.view(), settings.rows, settings.dim)
         self._runtime = runtime
 
@@ -134,6 +150,7 @@ class Chaos:
                     done.append(await self._round(one))
                     self.report(f"{one.change} {one.step} {one.fault} {one.victim}: {done[-1]}")
         finally:
+            self.saves.close()
             stop.set()
             await load
             await client.close()
@@ -152,14 +169,16 @@ class Chaos:
         victim = await self._victim(one.victim, names, old)
         moment = time.perf_counter()
         await self._strike(victim, one.fault)
+        saved = one.change == "checkpoint" and await asyncio.to_thread(self.saves.end)
         record = await self._settled()
         end = {s["name"] for s in record["servers"]}
+        ended = "new" if end == new else "old" if end == old else str(sorted(end))
         failed = self.load.trace.between(moment, time.perf_counter())["failed"]
         return {
             **asdict(one),
             "server": victim["name"] if victim else "",
             "reached": reached and victim is not None,
-            "ended": "new" if end == new else "old" if end == old else sorted(end),
+            "ended": "old" if one.change == "checkpoint" and ended == "new" and not saved else ended,
             "settled_s": round(time.perf_counter() - moment, 2),
             "requests_failed": failed,
         }
@@ -167,6 +186,9 @@ class Chaos:
     async def _begin(self, change: str, before: Record) -> tuple[list[str], set[str]]:
         """Begin a change: (who joins, leaves or is lost; who is there when it is done)."""
         old = {s["name"] for s in before["servers"]}
+        if change == "checkpoint":
+            await asyncio.to_thread(self.saves.begin)
+            return [], old
         if change == "join":
             names = (await self._ask("move", kind="join", names=[], bytes_per_s=0))["names"]
             return names, old | set(names)
@@ -183,6 +205,12 @@ class Chaos:
     async def _at_step(self, step: str) -> bool:
         """Wait until the change is at a step; whether it came there before it was over."""
         until = time.monotonic() + STEP_S
+        while step == "saving":
+            if self.saves.over() or time.monotonic() > until:
+                return False
+            if self.saves.writing():
+                return True
+            await asyncio.sleep(0.001)
         while time.monotonic() < until:
             record = await self._status()
             if STEPS[step](record):
@@ -197,6 +225,10 @@ class Chaos:
 
         Whoever returns after a death is waited for, as long as the change goes on.
         """
+        if which == "saver":
+            return {"name": which, "pid": self.saves.pid}
+        if which == "controller":
+            return {"name": which, "pid": controller_pid(self._runtime)}
         while True:
             record = await self._status()
             living = [s for s in record["servers"] if s["state"] in ("alive", "ending") and s["pid"]]

@@ -6,7 +6,7 @@ request   a batch split into calls to servers, replies merged into the answer
 window    client id and sequences
 core      when to retry, where, and when to give up; learning newer views
 verbs     each verb, as a generator of commands;  ranges: the range pull
-connect   where the cluster is;  `connect` itself is here
+places    where the cluster is;  `connect` itself is here
 blocking  Client, driven by flight        aio  AsyncClient
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ps.client.aio import AsyncClient
 from ps.client.blocking import Client, PushHandle
-from ps.client.connect import Tls, where
+from ps.client.places import Tls, where
 from ps.client.verbs import ClientStatistics, RowRange
 from ps.share import Acks
 

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.connect import Seeds, Tls, prepare, where
 from ps.client.core import CLOSED, TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
+from ps.client.places import Seeds, Tls, prepare, where
 from ps.client.ranges import PullRange
 from ps.client.request import Call
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs

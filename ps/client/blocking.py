@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.connect import Seeds, prepare
 from ps.client.core import CLOSED, TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
+from ps.client.places import Seeds, prepare
 from ps.client.ranges import PullRange
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
 from ps.client.window import Window

@@ -8,7 +8,7 @@ import pytest
 
 import ps
 from ps.client.batch import absent_code, bags_batch, modes_of, ragged_batch, rows_batch
-from ps.client.connect import where
+from ps.client.places import where
 from ps.errors import ConfigError, RequestError
 from ps.kernels.merge import MAX, MEAN, SUM
 from ps.runtime import Runtime, runtime_path, write_runtime

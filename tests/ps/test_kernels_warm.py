@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ps.client
-from ps.client.connect import prepare
+from ps.client.places import prepare
 from ps.kernels import batch, merge, plan, pool, split, warmup
 from tests.ps.cluster_fixture import local_cluster
 
