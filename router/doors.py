@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import Counter, Histogram
 
 from ps import EmbringError, Overloaded, PerhapsApplied, RequestError
-from router.errors import DeadlineExceeded, UnknownModel
+from router.errors import DeadlineExceeded, NonFiniteScore, UnknownModel
 
 SERVER_NAME = "embring"
 EXTENSIONS = ("binary_tensor_data",)
@@ -51,6 +51,8 @@ def answer(error: BaseException) -> tuple[int, str, str]:
             return 503, "RESOURCE_EXHAUSTED", message
         case PerhapsApplied():
             return 504, "DEADLINE_EXCEEDED", message
+        case NonFiniteScore():
+            return 500, "INTERNAL", message
         case EmbringError():
             return 503, "UNAVAILABLE", message
     _log.error("a request failed unexpectedly", exc_info=error)

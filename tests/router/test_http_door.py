@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ps import NotApplied, Overloaded, PerhapsApplied, RequestError
+from router.errors import NonFiniteScore
 from router.http_door import serve_http
 from router.oip_codec import Limits
 from tests.router.doors_fake import Beside, FakeRouter
@@ -154,6 +155,7 @@ def test_metrics(address: str) -> None:
     [
         (RequestError("input 'x' is odd"), 400),
         (Overloaded("the queue holds 9 requests; 9 are the most"), 503),
+        (NonFiniteScore("model 'ctr' version 2 gave row 0 the score nan"), 500),
         (NotApplied("no server answers"), 503),
         (PerhapsApplied("no answer in 1 s"), 504),
         (TimeoutError("too late"), 504),
