@@ -151,7 +151,8 @@ def _shape(tensor: Tensor, limits: Limits) -> tuple[int, ...]:
     shape, wide = tensor.shape, tensor.datatype == FP32
     if len(shape) not in (1, 2) or min(shape) < 0 or (len(shape) == 2 and shape[1] != 1 and not wide):
         allowed = "[rows], [rows, 1]" + (" or [rows, width]" if wide else "; multi-values come with offsets")
-        raise RequestError(f"input {tensor.name!r} has shape {list(shape)}; a {tensor.datatype} input has {allowed}")
+        kind = f"{'a' if tensor.datatype == BYTES else 'an'} {tensor.datatype}"
+        raise RequestError(f"input {tensor.name!r} has shape {list(shape)}; {kind} input has {allowed}")
     if math.prod(shape) > limits.values_max:
         raise RequestError(
             f"input {tensor.name!r} has {math.prod(shape)} values; {limits.values_max} are the most allowed"

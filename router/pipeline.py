@@ -213,7 +213,7 @@ class Router:
     def _find(self, name: str, version: str | None) -> LoadedModel:
         versions = self._models.get(name)
         if versions is None:
-            raise UnknownModel(f"model {name!r} is unknown; there is {', '.join(self._models)}")
+            raise UnknownModel(f"there is no model {name!r}; there are: {', '.join(self._models)}")
         chosen = version or next(reversed(versions))
         if chosen not in versions:
             raise UnknownModel(f"model {name!r} has no version {chosen!r}; it has {', '.join(versions)}")

@@ -44,8 +44,10 @@ class FakeRouter:
         return self.is_ready
 
     def metadata(self, model: str, version: str | None) -> ModelMetadata:
-        if model != "ctr" or version not in (None, "1", "2"):
-            raise UnknownModel(f"there is no model {model!r} version {version or 'any'}; there is ctr 1, 2")
+        if model != "ctr":
+            raise UnknownModel(f"there is no model {model!r}; there are: ctr")
+        if version not in (None, "1", "2"):
+            raise UnknownModel(f"model {model!r} has no version {version!r}; it has 1, 2")
         inputs = (
             TensorMetadata("user", "BYTES", (-1,)),
             TensorMetadata("item", "INT64", (-1,)),

@@ -127,10 +127,13 @@ def test_health_and_metadata(address: str, fake: FakeRouter) -> None:
             fake.is_ready = ready
             assert get(path).status_code == status
     assert get("/v2/health/live").json() == {"live": True}
-    for path in ("/v2/models/nope", "/v2/models/nope/ready", "/v2/models/ctr/versions/9"):
-        reply = get(path)
-        assert reply.status_code == 404
-        assert "there is no model" in reply.json()["error"]
+    for path, says in (
+        ("nope", "there is no model 'nope'; there are: ctr"),
+        ("nope/ready", "there is no model 'nope'; there are: ctr"),
+        ("ctr/versions/9", "model 'ctr' has no version '9'; it has 1, 2"),
+    ):
+        reply = get(f"/v2/models/{path}")
+        assert (reply.status_code, reply.json()["error"]) == (404, says)
     for path in ("/", "/v2/nothing"):
         assert get(path).status_code == 404
         assert path in get(path).json()["error"]

@@ -190,7 +190,7 @@ def test_versions_the_latest_by_number_and_unknown_ones_by_name(tmp_path: Path) 
         assert (await router.predict("ctr", None, columns(2))).version == "10"
         old = await router.predict("ctr", "2", columns(2))
         np.testing.assert_allclose(old.scores, expected(tmp_path, columns(2), 2), atol=1e-6)
-        with pytest.raises(UnknownModel, match="model 'ctx' is unknown; there is ctr"):
+        with pytest.raises(UnknownModel, match=r"there is no model 'ctx'; there are: ctr$"):
             await router.predict("ctx", None, columns(1))
         with pytest.raises(UnknownModel, match="no version '3'; it has 2, 10"):
             router.metadata("ctr", "3")
