@@ -16,6 +16,9 @@ DIGITS_MAX = 19
 """Of a number in text: those of the largest int64. Python refuses to read numbers of thousands of digits."""
 MICROSECONDS_MAX = 10**15
 
+MESSAGE_MAX = 500
+"""Characters of an error. gRPC sends it in a trailer, of which clients take 8 KB, and up to 12 bytes a character."""
+
 _log = logging.getLogger("embring.router")
 
 REQUESTS = Counter("embring_door_requests", "Requests answered at a front door", ("door", "method", "status"))
@@ -37,7 +40,7 @@ def server_version() -> str:
 
 def answer(error: BaseException) -> tuple[int, str, str]:
     """(HTTP status, name of the gRPC status, one sentence) for an error; its trace goes to the log, never to users."""
-    message = str(error)
+    message = str(error)[:MESSAGE_MAX]
     match error:
         case UnknownModel():
             return 404, "NOT_FOUND", message

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from ps import RequestError
 from router.columns import FP32
 from router.doors import EXTENSIONS, REQUESTS, SECONDS, SERVER_NAME, answer, seconds_of, server_version, whole
-from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, warmup
+from router.oip_codec import NUMBERS, OUTPUT, Limits, Tensor, check_outputs, columns, shown, warmup
 from router.pipeline import Router
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -114,17 +114,20 @@ class _Door:
         parameters = _field(header, "parameters", dict, "the request")
         outputs = _field(header, "outputs", list, "the request")
         check_outputs(_field(output, "name", str, "an output") for output in outputs)
-        timeout = seconds_of(parameters.get("timeout"))
+        binary_output = _field(parameters, "binary_data_output", bool, "the request's parameters")
+        for wanted in (_field(output, "parameters", dict, "an output") for output in outputs):
+            binary_output = _field(
+                {"binary_data": binary_output, **wanted}, "binary_data", bool, "an output's parameters"
+            )
+        timeout, request_id = seconds_of(parameters.get("timeout")), _field(header, "id", str, "the request")
         given = columns(tensors(header, binary), self.limits)
         found = await self.router.predict(model, version, given, timeout)
-        wanted = [_field(output, "parameters", dict, "an output") for output in outputs]
-        asked = (wanted[0] if wanted else {}).get("binary_data", parameters.get("binary_data_output", False))
         output: dict[str, Any] = {"name": OUTPUT, "datatype": FP32, "shape": [len(found.scores)]}
         reply: dict[str, Any] = {"model_name": found.model, "model_version": found.version}
         if "id" in header:
-            reply["id"] = header["id"]
+            reply["id"] = request_id
         reply.update(parameters={"absent": found.absent}, outputs=[output])
-        if not asked:
+        if not binary_output:
             output["data"] = found.scores.tolist()
             return web.json_response(reply)
         raw = np.ascontiguousarray(found.scores, NUMBERS[FP32]).tobytes()
@@ -194,13 +197,17 @@ def tensors(header: dict[str, Any], binary: memoryview) -> list[Tensor]:
         where = f"input {name!r}"
         shape = tuple(_field(tensor, "shape", list, where))
         if not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
-            raise RequestError(f"{where} has shape {list(shape)}; it must be a list of whole numbers")
+            raise RequestError(f"{where} has shape {shown(list(shape))}; it must be a list of whole numbers")
         size = _field(tensor, "parameters", dict, where).get("binary_data_size")
         data: Any
         if size is None:
-            data = _flat(_field(tensor, "data", list, where), depth=2)
+            data = _flat(_field(tensor, "data", list, where), shape, where)
         elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary) - at:
-            raise RequestError(f"{where} has binary_data_size {size!r}; {len(binary) - at} bytes are left in the body")
+            raise RequestError(
+                f"{where} has binary_data_size {shown(size)}; {len(binary) - at} bytes are left in the body"
+            )
+        elif "data" in tensor:
+            raise RequestError(f"{where} has data beside binary_data_size; it may have one of them")
         else:
             data, at = binary[at : at + size], at + size
         found.append(Tensor(name, _field(tensor, "datatype", str, where), shape, data))
@@ -209,24 +216,31 @@ def tensors(header: dict[str, Any], binary: memoryview) -> list[Tensor]:
     return found
 
 
-def _flat(values: list[Any], depth: int) -> list[Any]:
-    """A nested list of at most `depth` levels as a flat one."""
-    if depth == 1 or not any(isinstance(value, list) for value in values):
+def _flat(values: list[Any], shape: tuple[int, ...], where: str) -> list[Any]:
+    """Values end to end, which come so or, in two dimensions, as a list for each row."""
+    if not any(isinstance(value, list) for value in values):
         return values
-    return [inner for value in values for inner in (value if isinstance(value, list) else [value])]
+    if len(shape) != 2 or not all(isinstance(row, list) and len(row) == shape[1] for row in values):
+        raise RequestError(f"{where} has nested data that its shape {shown(list(shape))} does not have")
+    return [value for row in values for value in row]
 
 
-_KINDS: dict[type, tuple[Any, str]] = {dict: ({}, "an object"), list: ([], "a list"), str: ("", "a string")}
+_KINDS: dict[type, tuple[Any, str]] = {
+    dict: ({}, "an object"),
+    list: ([], "a list"),
+    str: ("", "a string"),
+    bool: (False, "true or false"),
+}
 
 
 def _field(holder: Any, key: str, kind: type, where: str) -> Any:
     """holder[key], empty where it is missing; RequestError where it, or its holder, is of another kind."""
     if not isinstance(holder, dict):
-        raise RequestError(f"{where} is {holder!r}; it must be an object")
+        raise RequestError(f"{where} is {shown(holder)}; it must be an object")
     empty, described = _KINDS[kind]
     value = holder.get(key, empty)
     if not isinstance(value, kind):
-        raise RequestError(f"{key!r} of {where} is {value!r:.80}; it must be {described}")
+        raise RequestError(f"{key!r} of {where} is {shown(value)}; it must be {described}")
     return value
 
 
