@@ -135,9 +135,8 @@ def check_outputs(names: Iterable[str]) -> None:
 
 def _values(tensor: Tensor, limits: Limits) -> NDArray[np.int64] | NDArray[np.float32] | BytesColumn:
     if tensor.datatype not in DTYPES:
-        raise RequestError(
-            f"input {tensor.name!r} has datatype {tensor.datatype or 'none'}; it must be one of {', '.join(DTYPES)}"
-        )
+        datatype = shown(tensor.datatype) if tensor.datatype else "none"
+        raise RequestError(f"input {tensor.name!r} has datatype {datatype}; it must be one of {', '.join(DTYPES)}")
     shape = _shape(tensor, limits)
     n = math.prod(shape)
     raw = isinstance(tensor.data, bytes | memoryview)

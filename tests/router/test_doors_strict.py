@@ -53,7 +53,7 @@ def refused(doors: Doors, answer: tuple[int | str, str], says: str) -> None:
         ([("user", "INT64", [2**62], [1, 2]), WORDS, PRICE], "'user' has shape [4611686018427387904]; 4000 values"),
         ([USER, WORDS, ("price", "FP32", [0, 2**62], [])], "'price' has shape [0, 4611686018427387904]; 4000 values"),
         ([("user", "INT64", [1001], [1] * 1001), WORDS, PRICE], "input 'user' has 1001 rows; 1000 are"),
-        ([("user", "INT32", [2], [1, 2]), WORDS, PRICE], "input 'user' has datatype INT32; it must be one of"),
+        ([("user", "INT32", [2], [1, 2]), WORDS, PRICE], "input 'user' has datatype 'INT32'; it must be one of"),
         ([("user", "", [2], [1, 2]), WORDS, PRICE], "input 'user' has datatype none"),
         ([("user", "FP32", [2], [1.0, 2.0]), WORDS, PRICE], "input 'user' has datatype FP32; it must be INT64"),
         ([USER, WORDS, ("price", "FP32", [2], [1.0, float("inf")])], "input 'price' is infinite in row 1"),

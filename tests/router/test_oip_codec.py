@@ -91,7 +91,8 @@ I8 = np.array([1, 2], "<i8").tobytes()
     [
         ([], "no inputs"),
         ([Tensor("x", "INT64", (2,), I8)] * 2, "'x' is given twice"),
-        ([Tensor("x", "INT32", (2,), b"")], "INT32"),
+        ([Tensor("x", "INT32", (2,), b"")], "datatype 'INT32'; it must be"),
+        ([Tensor("x", "INT\n", (2,), b"")], "datatype 'INT.n'; it must be"),
         ([Tensor("x", "", (2,), b"")], "none"),
         ([Tensor("x", "INT64", (3,), I8)], "16 bytes.*takes 24"),
         ([Tensor("x", "INT64", (), I8)], r"shape \[\]"),
