@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import Counter, Histogram
 
 from ps import EmbringError, Overloaded, PerhapsApplied, RequestError
-from router.errors import DeadlineExceeded, UnknownModel
+from router.errors import DeadlineExceeded, NonFiniteScore, UnknownModel
 
 SERVER_NAME = "embring"
 EXTENSIONS = ("binary_tensor_data",)
@@ -15,6 +15,9 @@ EXTENSIONS = ("binary_tensor_data",)
 DIGITS_MAX = 19
 """Of a number in text: those of the largest int64. Python refuses to read numbers of thousands of digits."""
 MICROSECONDS_MAX = 10**15
+
+MESSAGE_MAX = 500
+"""Characters of an error. gRPC sends it in a trailer, of which clients take 8 KB, and up to 12 bytes a character."""
 
 _log = logging.getLogger("embring.router")
 
@@ -37,7 +40,7 @@ def server_version() -> str:
 
 def answer(error: BaseException) -> tuple[int, str, str]:
     """(HTTP status, name of the gRPC status, one sentence) for an error; its trace goes to the log, never to users."""
-    message = str(error)
+    message = str(error)[:MESSAGE_MAX]
     match error:
         case UnknownModel():
             return 404, "NOT_FOUND", message
@@ -51,6 +54,8 @@ def answer(error: BaseException) -> tuple[int, str, str]:
             return 503, "RESOURCE_EXHAUSTED", message
         case PerhapsApplied():
             return 504, "DEADLINE_EXCEEDED", message
+        case NonFiniteScore():
+            return 500, "INTERNAL", message
         case EmbringError():
             return 503, "UNAVAILABLE", message
     _log.error("a request failed unexpectedly", exc_info=error)

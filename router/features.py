@@ -169,8 +169,12 @@ class FeaturePrep:
             bags[spec.name] = (checked.values, _offsets(checked))  # type: ignore[assignment]
         if not self.dense_width:
             return Prepared(bags, np.empty((rows, 0), np.float32))
-        dense = _values(wanted[DENSE], columns[DENSE], rows).values
-        return Prepared(bags, np.asarray(dense, np.float32).reshape(rows, self.dense_width))
+        dense = np.asarray(_values(wanted[DENSE], columns[DENSE], rows).values, np.float32)
+        dense = dense.reshape(rows, self.dense_width)
+        if not np.isfinite(dense).all():
+            at = int(np.isfinite(dense).all(axis=1).argmin())
+            raise RequestError(f"input {DENSE!r} is not finite in row {at}; prepared values are finite")
+        return Prepared(bags, dense)
 
 
 def _same_names(columns: Mapping[str, Column], wanted: Mapping[str, InputSpec]) -> None:
@@ -278,4 +282,11 @@ def _dense(spec: FeatureSpec, column: Column) -> NDArray[np.float32]:
         at = int(np.flatnonzero(np.isinf(numbers).any(axis=1))[0])
         raise RequestError(f"input {spec.inputs[0]!r} is infinite in row {at}; it must be finite, or NaN where missing")
     out = np.log1p(np.maximum(numbers, 0.0)) if spec.kind == "log" else (numbers - spec.shift) * spec.scale
-    return np.nan_to_num(out, nan=0.0).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scaled = np.nan_to_num(out, nan=0.0).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        at = int(np.isfinite(scaled).all(axis=1).argmin())
+        raise RequestError(
+            f"input {spec.inputs[0]!r} is too large in row {at}; scaled by {spec.scale:g} it must be within float32"
+        )
+    return scaled

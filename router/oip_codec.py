@@ -8,6 +8,7 @@ The one output is `scores`, FP32[rows]. BYTES travel raw as a little-endian uint
 """
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,10 @@ class Limits:
     values_max: int = 4_194_304
     inputs_max: int = 1_024
     bytes_max: int = 64 << 20
+
+
+shown = reprlib.repr
+"""A client's value as an error shows it: short, whatever its length and depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,9 @@ def raw_strings(raw: bytes | memoryview, n: int, name: str) -> BytesColumn:
 def columns(tensors: Iterable[Tensor], limits: Limits) -> dict[str, Column]:
     """Checked columns by name; RequestError names the input and what is allowed."""
     found: dict[str, Column] = {}
-    for tensor in tensors:
+    for number, tensor in enumerate(tensors, start=1):
+        if not tensor.name:
+            raise RequestError(f"input {number} of the request has no name; the model's metadata names its inputs")
         if tensor.name in found:
             raise RequestError(f"input {tensor.name!r} is given twice; each input comes once")
         if len(found) == limits.inputs_max:
@@ -118,17 +125,18 @@ def columns(tensors: Iterable[Tensor], limits: Limits) -> dict[str, Column]:
 
 
 def check_outputs(names: Iterable[str]) -> None:
-    """RequestError where a requested output is not `scores`."""
-    for name in names:
+    """RequestError where a requested output is not `scores`, or is asked for twice."""
+    for number, name in enumerate(names, start=1):
         if name != OUTPUT:
             raise RequestError(f"output {name!r} is unknown; the model gives {OUTPUT!r}")
+        if number > 1:
+            raise RequestError(f"output {name!r} is asked for twice; each output comes once")
 
 
 def _values(tensor: Tensor, limits: Limits) -> NDArray[np.int64] | NDArray[np.float32] | BytesColumn:
     if tensor.datatype not in DTYPES:
-        raise RequestError(
-            f"input {tensor.name!r} has datatype {tensor.datatype or 'none'}; it must be one of {', '.join(DTYPES)}"
-        )
+        datatype = shown(tensor.datatype) if tensor.datatype else "none"
+        raise RequestError(f"input {tensor.name!r} has datatype {datatype}; it must be one of {', '.join(DTYPES)}")
     shape = _shape(tensor, limits)
     n = math.prod(shape)
     raw = isinstance(tensor.data, bytes | memoryview)
@@ -151,10 +159,11 @@ def _shape(tensor: Tensor, limits: Limits) -> tuple[int, ...]:
     shape, wide = tensor.shape, tensor.datatype == FP32
     if len(shape) not in (1, 2) or min(shape) < 0 or (len(shape) == 2 and shape[1] != 1 and not wide):
         allowed = "[rows], [rows, 1]" + (" or [rows, width]" if wide else "; multi-values come with offsets")
-        raise RequestError(f"input {tensor.name!r} has shape {list(shape)}; one of {tensor.datatype} has {allowed}")
-    if math.prod(shape) > limits.values_max:
+        kind = f"{'a' if tensor.datatype == BYTES else 'an'} {tensor.datatype}"
+        raise RequestError(f"input {tensor.name!r} has shape {shown(list(shape))}; {kind} input has {allowed}")
+    if math.prod(shape) > limits.values_max or max(shape) > limits.values_max:  # 0 x 2**80 is none, and no array either
         raise RequestError(
-            f"input {tensor.name!r} has {math.prod(shape)} values; {limits.values_max} are the most allowed"
+            f"input {tensor.name!r} has shape {shown(list(shape))}; {limits.values_max} values are the most allowed"
         )
     return shape[:1] if shape[1:] == (1,) else shape
 
@@ -170,7 +179,7 @@ def _strings(tensor: Tensor, n: int) -> BytesColumn:
     _count(tensor, n)
     for value in tensor.data:
         if not isinstance(value, str | bytes):
-            raise RequestError(f"input {tensor.name!r} holds {value!r}; a BYTES input holds strings")
+            raise RequestError(f"input {tensor.name!r} holds {shown(value)}; a BYTES input holds strings")
     try:
         return BytesColumn.of(tensor.data)  # type: ignore[arg-type]
     except UnicodeEncodeError as error:
@@ -187,9 +196,8 @@ def _numbers(tensor: Tensor, n: int) -> NDArray[np.int64] | NDArray[np.float32]:
     allowed = (int,) if whole else (int, float)
     for value in tensor.data:
         if isinstance(value, bool) or not isinstance(value, allowed):
-            raise RequestError(
-                f"input {tensor.name!r} holds {value!r}; {tensor.datatype} takes {'whole ' if whole else ''}numbers"
-            )
+            numbers = "whole numbers" if whole else "numbers"
+            raise RequestError(f"input {tensor.name!r} holds {shown(value)}; {tensor.datatype} takes {numbers}")
     try:
         with np.errstate(over="ignore"):
             return np.array(tensor.data, NUMBERS[tensor.datatype])

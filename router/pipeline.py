@@ -30,7 +30,7 @@ from ps.errors import ConfigError, EmbringError, NotApplied, RequestError
 from router.batcher import Batcher
 from router.columns import Column
 from router.config import RouterSettings, find_models
-from router.errors import DeadlineExceeded, UnknownModel
+from router.errors import DeadlineExceeded, NonFiniteScore, UnknownModel
 from router.feature_kernels import warmup
 from router.features import Prepared
 from router.metrics import RouterMetrics
@@ -138,7 +138,8 @@ class Router:
         """Scores of a batch of raw columns, or of prepared ids (router.features says how they are named).
 
         version None or "": the latest. timeout in seconds, None: the model's own. UnknownModel, RequestError for a bad
-        batch, Overloaded where the queue is full, DeadlineExceeded naming the stage, else what the pull raised.
+        batch, Overloaded where the queue is full, DeadlineExceeded naming the stage, NonFiniteScore naming a row, else
+        what the pull raised.
         """
         start = time.perf_counter()
         try:
@@ -212,7 +213,7 @@ class Router:
     def _find(self, name: str, version: str | None) -> LoadedModel:
         versions = self._models.get(name)
         if versions is None:
-            raise UnknownModel(f"model {name!r} is unknown; there is {', '.join(self._models)}")
+            raise UnknownModel(f"there is no model {name!r}; there are: {', '.join(self._models)}")
         chosen = version or next(reversed(versions))
         if chosen not in versions:
             raise UnknownModel(f"model {name!r} has no version {chosen!r}; it has {', '.join(versions)}")
@@ -259,12 +260,14 @@ class Router:
         gauge.set(batcher.queued_rows + rows)
         try:
             async with asyncio.timeout_at(deadline):
-                return await batcher.submit(request, rows)
+                prediction = await batcher.submit(request, rows)
         except TimeoutError:
             late = f"model {model.name!r}: the deadline of {timeout * 1e3:.0f} ms passed in stage {request.stage}"
             raise DeadlineExceeded(late) from None
         finally:
             gauge.set(batcher.queued_rows)
+        _check_finite(prediction)
+        return prediction
 
     async def _answer(self, model: LoadedModel, requests: list[_Request]) -> list[Prediction]:
         """One batch: every request's scores, from one pull and one run of the head."""
@@ -306,3 +309,18 @@ class Router:
                 return await loop.run_in_executor(self._threads, model.predictor.predict, *arguments)
         except HeadError as error:
             raise RequestError(f"model {model.name!r}: {error}") from None
+
+
+def _check_finite(prediction: Prediction) -> None:
+    """NonFiniteScore names the first row whose score is NaN or infinite.
+
+    Asked of each request, so that nobody fails who merely travelled with such a row; and before any door, so that the
+    answer is the same over all: JSON has no NaN, and binary outputs would carry what cannot be ranked.
+    """
+    finite = np.isfinite(prediction.scores)
+    if not finite.all():
+        row = int(finite.argmin())
+        raise NonFiniteScore(
+            f"model {prediction.model!r} version {prediction.version} gave row {row} the score "
+            f"{prediction.scores[row]}; it must be finite"
+        )

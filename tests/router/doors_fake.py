@@ -45,7 +45,7 @@ class FakeRouter:
 
     def metadata(self, model: str, version: str | None) -> ModelMetadata:
         if model != "ctr":
-            raise UnknownModel(f"model {model!r} is unknown; there is ctr")
+            raise UnknownModel(f"there is no model {model!r}; there are: ctr")
         if version not in (None, "1", "2"):
             raise UnknownModel(f"model {model!r} has no version {version!r}; it has 1, 2")
         inputs = (

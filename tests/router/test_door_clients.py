@@ -124,7 +124,7 @@ def test_strings_that_are_no_utf8(kind: str) -> None:
     ("error", "meets"),
     [
         (RequestError("price of row 3 is bad"), RequestError),
-        (UnknownModel("model 'x' is unknown; there is ctr"), RequestError),
+        (UnknownModel("there is no model 'x'; there are: ctr"), RequestError),
         (NotApplied("the servers are away"), NotApplied),
         (Overloaded("16384 rows wait already"), NotApplied),
         (PerhapsApplied("no answer within 1 s"), EmbringError),

@@ -239,6 +239,22 @@ def test_bad_requests_meet_one_sentence(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_that_scaling_takes_out_of_float32_is_refused() -> None:
+    spec = {"name": "x", "kind": "dense", "inputs": ["x"], "scale": 2.0}
+    prep = FeaturePrep.from_plain({"input": [{"name": "x", "dtype": "FP32"}], "feature": [spec]})
+    assert prep.prepare({"x": Column.of(np.array([1.5, np.nan], np.float32))}).dense.tolist() == [[3], [0]]
+    with pytest.raises(RequestError, match="'x' is too large in row 1; scaled by 2 it must be within float32"):
+        prep.prepare({"x": Column.of(np.array([1, -3e38], np.float32))})
+
+
+def test_prepared_values_are_finite() -> None:
+    prepared = PREP.prepare(good_columns())
+    columns = {f"ids:{name}": Column.of(*bags) for name, bags in prepared.bags.items()}
+    prepared.dense[1, 0] = np.nan
+    with pytest.raises(RequestError, match="input 'dense' is not finite in row 1"):
+        PREP.prepare({**columns, "dense": Column.of(prepared.dense)})
+
+
 @pytest.mark.parametrize(
     ("values", "offsets", "message"),
     [

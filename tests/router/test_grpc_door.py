@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from ps import NotApplied, Overloaded, PerhapsApplied, RequestError
 from router import oip
 from router.doors import SERVER_NAME
+from router.errors import NonFiniteScore
 from router.grpc_door import serve_grpc
 from router.oip_codec import Limits
 from tests.router.doors_fake import Beside, FakeRouter
@@ -116,6 +117,7 @@ def test_reflection_describes_every_service(address: str) -> None:
     [
         (RequestError("input 'x' is odd"), "INVALID_ARGUMENT"),
         (Overloaded("the queue holds 9 requests; 9 are the most"), "RESOURCE_EXHAUSTED"),
+        (NonFiniteScore("model 'ctr' version 2 gave row 0 the score nan"), "INTERNAL"),
         (NotApplied("no server answers"), "UNAVAILABLE"),
         (PerhapsApplied("no answer in 1 s"), "DEADLINE_EXCEEDED"),
         (TimeoutError(), "DEADLINE_EXCEEDED"),

@@ -1,15 +1,19 @@
 """The HTTP door, seen through unmodified tritonclient, requests, curl and a raw socket."""
 
+import gzip
 import json
+import logging
 import shutil
 import socket
 import subprocess
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from ps import NotApplied, Overloaded, PerhapsApplied, RequestError
+from router.errors import NonFiniteScore
 from router.http_door import serve_http
 from router.oip_codec import Limits
 from tests.router.doors_fake import Beside, FakeRouter
@@ -123,10 +127,13 @@ def test_health_and_metadata(address: str, fake: FakeRouter) -> None:
             fake.is_ready = ready
             assert get(path).status_code == status
     assert get("/v2/health/live").json() == {"live": True}
-    nope, version = "model 'nope' is unknown; there is ctr", "model 'ctr' has no version '9'; it has 1, 2"
-    for path, sentence in (("nope", nope), ("nope/ready", nope), ("ctr/versions/9", version)):
+    for path, says in (
+        ("nope", "there is no model 'nope'; there are: ctr"),
+        ("nope/ready", "there is no model 'nope'; there are: ctr"),
+        ("ctr/versions/9", "model 'ctr' has no version '9'; it has 1, 2"),
+    ):
         reply = get(f"/v2/models/{path}")
-        assert (reply.status_code, reply.json()["error"]) == (404, sentence)
+        assert (reply.status_code, reply.json()["error"]) == (404, says)
     for path in ("/", "/v2/nothing"):
         assert get(path).status_code == 404
         assert path in get(path).json()["error"]
@@ -151,6 +158,7 @@ def test_metrics(address: str) -> None:
     [
         (RequestError("input 'x' is odd"), 400),
         (Overloaded("the queue holds 9 requests; 9 are the most"), 503),
+        (NonFiniteScore("model 'ctr' version 2 gave row 0 the score nan"), 500),
         (NotApplied("no server answers"), 503),
         (PerhapsApplied("no answer in 1 s"), 504),
         (TimeoutError("too late"), 504),
@@ -213,7 +221,15 @@ def item(**changes: object) -> dict[str, object]:
         ({**item(), "parameters": {"timeout": "9" * 5000}}, {}, "'timeout' is '9999"),
         (item(), {"Inference-Header-Content-Length": "-1"}, "'-1'"),
         (item(), {"Inference-Header-Content-Length": "9" * 5000}, "Inference-Header-Content-Length is '9999"),
-        (item(), {"Content-Encoding": "gzip"}, "the request's body cannot be read"),
+        (item(), {"Content-Encoding": "gzip"}, "cannot be read as gzip"),
+        (b"", {"Content-Encoding": "gzip"}, "as gzip: it must be one whole stream"),
+        (gzip.compress(b"{}", mtime=0)[:-1], {"Content-Encoding": "gzip"}, "as gzip: it must be one whole stream"),
+        (gzip.compress(b"{}", mtime=0) * 2, {"Content-Encoding": "gzip"}, "as gzip: it must be one whole stream"),
+        (b"x" * 40, {"Content-Encoding": "deflate"}, "cannot be read as deflate"),
+        (item(), {"Content-Encoding": "zstd"}, "Content-Encoding is 'zstd'; it must be gzip, deflate or identity"),
+        (item(), {"Content-Encoding": "br"}, "Content-Encoding is 'br'; it must be gzip, deflate or identity"),
+        (item(), {"Content-Encoding": "gzip, gzip"}, "'gzip, gzip'; it must be"),
+        (item(), {"Content-Encoding": "snappy"}, "'snappy'; it must be"),
         (
             json.dumps(item()).encode() + b"xy",
             {"Inference-Header-Content-Length": str(len(json.dumps(item())))},
@@ -228,10 +244,86 @@ def test_bad_requests_meet_one_sentence(address: str, content: object, headers: 
     assert "Traceback" not in reply.text
 
 
-def test_a_body_beyond_the_limit_is_refused(address: str) -> None:
-    reply = post(address, bytes(2 << 20))
+def test_bodies_in_every_encoding_that_is_accepted(address: str) -> None:
+    plain = json.dumps(body()).encode()
+    bare = zlib.compressobj(wbits=-15)
+    for encoding, data in (
+        ("identity", plain),
+        ("GZIP", gzip.compress(plain)),
+        ("deflate", zlib.compress(plain)),
+        ("deflate", bare.compress(plain) + bare.flush()),
+    ):
+        assert post(address, data, **{"Content-Encoding": encoding}).json()["outputs"][0]["data"] == EXPECTED
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_a_body_beyond_the_limit_is_refused(address: str, encoding: str) -> None:
+    data = bytes(2 << 20) if encoding == "identity" else gzip.compress(bytes(2 << 20))
+    reply = post(address, data, **{"Content-Encoding": encoding})
     assert reply.status_code == 413
-    assert "1048576 bytes" in reply.json()["error"]
+    assert "1048576 bytes are the most allowed" in reply.json()["error"]
+
+
+def raw(address: str, sent: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what the door answers to these bytes, until it closes."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT) as wire:
+        wire.sendall(sent)
+        answered = b"".join(iter(lambda: wire.recv(1 << 16), b""))
+    head, _, body = answered.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+INFER = "POST /v2/models/ctr/infer"
+
+
+@pytest.mark.parametrize(
+    ("first", "rest", "status", "says"),
+    [
+        (INFER, "Content-Length: 0\r\nContent-Encoding: zstd\r\n\r\n", 400, "'zstd'; it must be gzip"),
+        (INFER, "Content-Length: 0\r\nExpect: a miracle\r\n\r\n", 417, "a miracle"),
+        ("GET /v3", "Expect: a miracle\r\n\r\n", 417, "a miracle"),
+        ("GET /v3", "\r\n", 404, "there is nothing at '/v3'"),
+        ("GET /v2/a%0Ab", "\r\n", 404, "there is nothing at '/v2/a\\nb'"),
+        ("GET /v2/models/ctr/infer", "\r\n", 405, "GET is not allowed at '/v2/models/ctr/infer'; it takes POST"),
+        ("DELETE /v2", "\r\n", 405, "it takes GET, HEAD"),
+        ("OPTIONS *", "\r\n", 404, "'*'"),
+        ("GET /v2/" + "a" * 9000, "\r\n", 400, "8190 bytes"),
+        ("GET http://[::1/v2", "\r\n", 400, "http://[::1/v2"),
+        ("F(OO /v2", "\r\n", 400, "F(OO"),
+        (INFER, "X-A: " + "a" * 9000 + "\r\n\r\n", 400, "8190 bytes"),
+        (INFER, "X Y: 1\r\n\r\n", 400, "X Y: 1"),
+        (INFER, "Content-Length: x\r\n\r\n", 400, "Content-Length: x"),
+        (INFER, "Content-Length: 1\r\nContent-Length: 1\r\n\r\n1", 400, "Content-Length: 1"),
+        (INFER, "Transfer-Encoding: gzip\r\n\r\nx", 400, "Transfer-Encoding"),
+        (INFER, "Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "zz"),
+        (INFER, "Transfer-Encoding: chunked\r\n\r\n200000\r\n" + "x" * 0x200000 + "\r\n0\r\n\r\n", 413, "1048576"),
+    ],
+)
+def test_what_the_http_library_refuses_is_json_too(
+    address: str, caplog: pytest.LogCaptureFixture, first: str, rest: str, status: int, says: str
+) -> None:
+    sent = f"{first} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{rest}".encode()
+    found, headers, answered = raw(address, sent)
+    assert (found, headers["Content-Type"]) == (status, "application/json; charset=utf-8"), answered
+    assert set(json.loads(answered)) == {"error"}
+    message = json.loads(answered)["error"]
+    assert says in message
+    assert "\n" not in message
+    assert len(message) < 400
+    assert status != 405 or headers["Allow"] in message
+    assert not caplog.records
+
+
+def test_a_client_that_leaves_in_mid_body_is_no_failure_of_ours(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for rest in (b"Content-Length: 500\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as wire:
+            wire.sendall(f"{INFER} HTTP/1.1\r\nHost: x\r\n".encode() + rest)
+    assert post(address, body()).status_code == 200
+    assert not caplog.records
 
 
 def test_other_protocols_do_not_stop_it(address: str) -> None:

@@ -91,17 +91,22 @@ I8 = np.array([1, 2], "<i8").tobytes()
     [
         ([], "no inputs"),
         ([Tensor("x", "INT64", (2,), I8)] * 2, "'x' is given twice"),
-        ([Tensor("x", "INT32", (2,), b"")], "INT32"),
+        ([Tensor("x", "INT32", (2,), b"")], "datatype 'INT32'; it must be"),
+        ([Tensor("x", "INT\n", (2,), b"")], "datatype 'INT.n'; it must be"),
         ([Tensor("x", "", (2,), b"")], "none"),
         ([Tensor("x", "INT64", (3,), I8)], "16 bytes.*takes 24"),
-        ([Tensor("x", "INT64", (), I8)], r"shape \[\]; one of INT64 has \[rows\]"),
-        ([Tensor("x", "INT64", (1, 2), I8)], "offsets"),
+        ([Tensor("x", "INT64", (), I8)], r"shape \[\]"),
+        ([Tensor("x", "INT64", (1, 2), I8)], "an INT64 input has .*offsets"),
+        ([Tensor("x", "BYTES", (1, 2), I8)], "a BYTES input has .*offsets"),
         ([Tensor("x", "FP32", (1, 1, 4), I8)], r"shape \[1, 1, 4\]"),
         ([Tensor("x", "INT64", (-2,), I8)], r"shape \[-2\]"),
-        ([Tensor("x", "FP32", (2, 2**62), I8)], "400 are the most"),
+        ([Tensor("x", "FP32", (2, 2**62), I8)], "400 values are the most"),
         ([Tensor("x", "FP32", (-1, -4), I8)], r"shape \[-1, -4\]"),
         ([Tensor("x", "INT64", (101,), list(range(101)))], "101 rows; 100"),
-        ([Tensor("x", "INT64", (401,), list(range(401)))], "401 values; 400"),
+        ([Tensor("x", "INT64", (401,), list(range(401)))], r"shape \[401\]; 400 values"),
+        ([Tensor("x", "FP32", (0, 2**80), b"")], "400 values are the most"),
+        ([Tensor("x", "FP32", (10**3000, 10**3000), b"")], "400 values are the most"),
+        ([Tensor("x", "INT64", (2,), I8), Tensor("", "INT64", (2,), I8)], "input 2 of the request has no name"),
         ([Tensor("x", "INT64", (2,), [1, 2.0])], "2.0"),
         ([Tensor("x", "INT64", (1,), [True])], "True"),
         ([Tensor("x", "INT64", (1,), [2**63])], "range"),
@@ -130,3 +135,5 @@ def test_only_scores_can_be_asked_for() -> None:
     check_outputs(["scores"])
     with pytest.raises(RequestError, match=r"'probability'.*'scores'"):
         check_outputs(["scores", "probability"])
+    with pytest.raises(RequestError, match="'scores' is asked for twice"):
+        check_outputs(["scores", "scores"])

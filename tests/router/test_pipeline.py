@@ -14,7 +14,7 @@ from prometheus_client import generate_latest
 from dense_head import HeadFeature, HeadSpec, Predictor, build, save
 from ps.errors import ConfigError, NotApplied, Overloaded, RequestError
 from router.columns import Column, take_rows
-from router.errors import DeadlineExceeded, UnknownModel
+from router.errors import DeadlineExceeded, NonFiniteScore, UnknownModel
 from router.features import FeaturePrep
 from router.pipeline import Router
 
@@ -71,6 +71,7 @@ class FakeClient:
         self.gate.set()
         self.called = asyncio.Event()
         self.error: Exception | None = None
+        self.rows: dict[int, NDArray[np.float32]] = {}
 
     async def describe(self, name: str) -> SimpleNamespace:
         if name not in self.dims:
@@ -89,7 +90,7 @@ class FakeClient:
         for table, (ids, offsets) in bags.items():
             pooled = np.zeros((len(offsets) - 1, DIM), np.float32)
             for b in range(len(pooled)):
-                rows = [row_of(table, int(i)) for i in ids[offsets[b] : offsets[b + 1]]]
+                rows = [self.rows.get(int(i), row_of(table, int(i))) for i in ids[offsets[b] : offsets[b + 1]]]
                 if rows:
                     pooled[b] = np.mean(rows, axis=0) if mode[table] == "mean" else np.sum(rows, axis=0)
             self.last_absent += int((ids % 7 == 0).sum())
@@ -189,7 +190,7 @@ def test_versions_the_latest_by_number_and_unknown_ones_by_name(tmp_path: Path) 
         assert (await router.predict("ctr", None, columns(2))).version == "10"
         old = await router.predict("ctr", "2", columns(2))
         np.testing.assert_allclose(old.scores, expected(tmp_path, columns(2), 2), atol=1e-6)
-        with pytest.raises(UnknownModel, match="model 'ctx' is unknown; there is ctr"):
+        with pytest.raises(UnknownModel, match=r"there is no model 'ctx'; there are: ctr$"):
             await router.predict("ctx", None, columns(1))
         with pytest.raises(UnknownModel, match="no version '3'; it has 2, 10"):
             router.metadata("ctr", "3")
@@ -288,6 +289,30 @@ def test_what_the_pull_raises_reaches_the_caller(tmp_path: Path) -> None:
             await router.predict("ctr", None, columns(1))
         client.error = None
         assert len((await router.predict("ctr", None, columns(1))).scores) == 1
+
+    run(tmp_path, test)
+
+
+def test_a_score_that_is_not_finite_fails_its_own_request_alone(tmp_path: Path) -> None:
+    publish(tmp_path, model_toml="batches_max = 1\n")
+
+    async def test(router: Router, client: FakeClient) -> None:
+        client.rows[16] = np.full(DIM, np.nan, np.float32)
+        client.gate.clear()
+        first = asyncio.create_task(router.predict("ctr", None, columns(1)))
+        await client.called.wait()
+        tasks = [asyncio.create_task(router.predict("ctr", None, columns(4, start))) for start in (8, 13, 20)]
+        await asyncio.sleep(0)
+        client.gate.set()
+        good, bad, other = await asyncio.gather(*tasks, return_exceptions=True)
+        assert len((await first).scores) == 1
+        assert len(client.calls) == 2  # they travelled together
+        for answer, start in ((good, 8), (other, 20)):
+            np.testing.assert_allclose(answer.scores, expected(tmp_path, columns(4, start)), atol=1e-6)
+        assert type(bad) is NonFiniteScore
+        assert str(bad) == "model 'ctr' version 1 gave row 3 the score nan; it must be finite"
+        value = router.metrics.registry.get_sample_value
+        assert value("embring_router_errors_total", {"model": "ctr", "code": "non_finite"}) == 1
 
     run(tmp_path, test)
 
