@@ -146,7 +146,7 @@ def test_errors_come_back_in_the_routers_words(kind: str, error: Exception, meet
 @clients
 def test_an_unknown_model_is_the_callers_fault(kind: str) -> None:
     async def test(client: Client) -> None:
-        with pytest.raises(RequestError, match="model 'nope' is unknown; there is ctr"):
+        with pytest.raises(RequestError, match="there is no model 'nope'; there are: ctr"):
             await client.infer("nope", columns(1))
 
     through(kind, FakeRouter(), test)
@@ -157,7 +157,7 @@ def test_metadata_over_http() -> None:
         told = await client.metadata("ctr")
         assert [one["name"] for one in told["inputs"]] == ["user", "item", "item.offsets"]
         assert told["versions"] == ["1", "2"]
-        with pytest.raises(RequestError, match="model 'nope' is unknown; there is ctr"):
+        with pytest.raises(RequestError, match="there is no model 'nope'; there are: ctr"):
             await client.metadata("nope")
 
     through("http", FakeRouter(), test)
