@@ -5,7 +5,7 @@ the one it leads to (`last`), the client entries and the lineage; then one secti
 grouped by slot through offsets. Optimizers and widths appear only as the section's key.
 
 Invariants, checked by `RowBlock.check` where a block enters, and trusted inside:
-  1. slots are distinct and not negative; every per-slot array has one entry a slot.
+  1. slots are distinct, 0 to 2**31 - 1; every per-slot array has one entry a slot.
   2. every offsets array has one entry more than there are slots, begins with 0, never falls, ends with its length.
   3. last >= base; part >= 0; a slot that is not full has base > 0 or begins the slot's history.
 """
@@ -154,7 +154,7 @@ class RowBlock:
             _shape(name, getattr(self, name), (s,))
         rule = replicate.rule_of(self.slots, self.base, self.last, self.part)
         if rule == replicate.BAD_SLOTS:
-            raise RequestError("slots of a row block must be distinct and not negative")
+            raise RequestError("slots of a row block must be distinct, from 0 to 2**31 - 1")
         if rule == replicate.LEADS_BACK:
             raise RequestError("a row block must not lead back: base >= 0, last >= base and part >= 0")
         _offsets("lineage_offsets", self.lineage_offsets, s, len(self.lineage))

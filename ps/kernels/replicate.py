@@ -32,6 +32,9 @@ this copy does not stand at the block's base (or may not be replaced)."""
 GOOD, BAD_SLOTS, LEADS_BACK = 0, 1, 2
 """Rules of a block's slots (ps.rowblock)."""
 
+SLOTS_END = 2**31
+"""Above every slot: a server's arrays of them have as many entries."""
+
 
 @inline
 def _ask(values: NDArray[np.float32], state: NDArray[np.float32], meta: NDArray[np.int64], row: int) -> None:
@@ -187,20 +190,19 @@ def scatter(
 
 @kernel
 def rule_of(slots: NDArray[np.int64], base: NDArray[np.int64], last: NDArray[np.int64], part: NDArray[np.int32]) -> int:
-    """The first rule that a block's slots break: BAD_SLOTS (negative, or named twice), LEADS_BACK; else GOOD."""
-    size = 4
-    while size < 2 * len(slots):
-        size *= 2
-    seen = np.full(size, -1, np.int64)
+    """The first rule that a block's slots break: BAD_SLOTS (negative, 2**31 or more, or named twice), LEADS_BACK; else
+    GOOD."""
+    highest = np.int64(0)
     for slot in slots:
-        if slot < 0:
+        if not 0 <= slot < SLOTS_END:
             return BAD_SLOTS
-        at = np.uint64(slot) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20) & np.uint64(size - 1)
-        while seen[at] >= 0:
-            if seen[at] == slot:
-                return BAD_SLOTS
-            at = at + np.uint64(1) & np.uint64(size - 1)
-        seen[at] = slot
+        highest = max(highest, slot)
+    seen = np.zeros((highest >> 3) + 1, np.uint8)
+    for slot in slots:
+        bit = np.uint8(1 << (slot & 7))
+        if seen[slot >> 3] & bit:
+            return BAD_SLOTS
+        seen[slot >> 3] |= bit
     for i in range(len(slots)):
         if last[i] < base[i] or base[i] < 0 or part[i] < 0:
             return LEADS_BACK
