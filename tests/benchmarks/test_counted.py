@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.counted import PROBED, TABLE, Counted, Trace, make_table
-from benchmarks.suites.chaos import ROUNDS, STEPS
+from benchmarks.suites.chaos import CHANGES, ROUNDS, STEPS
 from ps.client import AsyncClient
 from ps.errors import NotApplied
 
@@ -82,7 +82,8 @@ def test_figures_are_of_the_requests_that_were_due_between_two_moments() -> None
 
 def test_every_round_of_chaos_names_a_step_that_a_status_can_be_at() -> None:
     calm = {"starting": (), "servers": [{"state": "alive"}], "slots_left": 0, "slots_learning": 0, "move": None}
-    assert {one.step for one in ROUNDS} == set(STEPS)
+    assert {one.step for one in ROUNDS} == {*STEPS, "saving"}
+    assert {one.change for one in ROUNDS} == set(CHANGES)
     assert not STEPS["starting"](calm)
     assert not STEPS["copying"](calm)
     assert STEPS["copying"]({**calm, "slots_left": 3})
