@@ -205,6 +205,10 @@ class Keeper(Process):
             self.restored_at[slot] = self.world.now
         self.world.counts["restores"] += 1
         self.cluster.checks.restored(slots, self.saved.floor)
+        if self._saving is not None:  # of these it may have what was restored, not what was there when it began
+            here = self.cluster.checks.slot_of
+            kept = {key: columns for key, columns in self._saving.floor.items() if here[key] not in slots}
+            self._saving.floor = kept | {key: c for key, c in self.saved.floor.items() if here[key] in slots}
         self.cluster.subscriber.forget(slots)
         if self.losses:
             self.world.at(self.world.rng.uniform(0.5, 3.0), self.save)
