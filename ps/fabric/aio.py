@@ -5,6 +5,7 @@ import os
 import ssl
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
 PING_S = 10.0
+
+LOOK_S = 0.005
+"""Seconds for a loop that was busy to read what has come."""
 """A connection with nothing to say pings this often: servers close silent ones after 30 s."""
 
 _open: "weakref.WeakSet[AsyncConnection]" = weakref.WeakSet()
@@ -97,7 +101,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         The arrays are not copied: leave them alone until this returns or raises. Raises the error that the reply
         carries; NotApplied where the request was not sent; PerhapsApplied where no answer came.
         """
-        until = self._loop.time() + timeout
+        until = monotonic() + timeout
         if not self._writable.is_set():
             await self._writing(timeout)
         if self.closed:
@@ -105,7 +109,7 @@ class AsyncConnection(asyncio.BufferedProtocol):
         number, frame = self._session.request(op, fields, arrays or {}, max(1, int(timeout * 1000)))
         answer = self._waiting[number] = self._loop.create_future()
         self._write(frame)
-        timer = self._loop.call_at(until, self._expire, number, timeout)
+        timer = self._loop.call_later(timeout, self._expire, number, timeout, until)
         try:
             return result_of(await answer)
         except (asyncio.CancelledError, PerhapsApplied):
@@ -153,9 +157,17 @@ class AsyncConnection(asyncio.BufferedProtocol):
         if len(frame) > 1 and self._transport is not None and self._transport.get_write_buffer_size():
             self._transport.abort()
 
-    def _expire(self, number: int, timeout: float) -> None:
+    def _expire(self, number: int, timeout: float, until: float | None) -> None:
+        """No answer in time; or none that was looked at yet: a loop that was busy runs its timers before it reads what
+        has come meanwhile. Such a reply would be called late, and asked for again, by whoever has too much to do
+        already. until: None once the loop has had its look.
+        """
         answer = self._waiting.get(number)
-        if answer is not None and not answer.done():
+        if answer is None or answer.done():
+            return
+        if until is not None and monotonic() - until > LOOK_S:
+            self._loop.call_later(LOOK_S, self._expire, number, timeout, None)
+        else:
             answer.set_exception(PerhapsApplied(f"{self.address} did not answer within {timeout:g} s"))
 
     def _keep(self) -> None:

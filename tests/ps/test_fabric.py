@@ -152,6 +152,39 @@ def test_no_answer_in_time(shell):
         connection.close()
 
 
+def spin(seconds: float) -> None:
+    """Keep this thread busy."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+def test_a_reply_that_came_while_the_caller_was_busy_is_not_late():
+    """uvloop runs the timers that fell due before it reads what came while it handled another event."""
+
+    async def ask():
+        connection = await AsyncConnection.connect(server.unix, HELLO, WAIT_S)
+        there = connection._transport.get_extra_info("socket").fileno()
+        event, trigger = os.pipe()
+
+        def busy():
+            asyncio.get_running_loop().remove_reader(event)
+            server.release()
+            assert select.select([there], [], [], WAIT_S)[0]
+            spin(0.2)
+
+        asyncio.get_running_loop().add_reader(event, busy)
+        request = asyncio.ensure_future(connection.request("hold", {}, timeout=0.15))
+        await asyncio.sleep(0)
+        os.write(trigger, b"x")
+        await request
+        connection.close()
+        os.close(event), os.close(trigger)
+
+    with echo_server() as server:
+        uvloop.run(ask())
+
+
 @shells
 def test_a_server_that_goes_leaves_requests_undecided_and_refuses_later_ones(shell):
     with echo_server() as server:

@@ -103,6 +103,9 @@ class Changes:
 
     def _settled(self, entries: tuple[Any, ...]) -> None:
         """Processes whose wish came to nothing are ended, unless their names are used by another wish since."""
+        if any(c.alive and (c.mind.appending or c.mind._wishes) for c in self.cluster.controllers):
+            self.world.at(0.5, self._settled, entries)  # it may still be granted: by one that is paused, say
+            return
         for entry in entries:
             if self.starting.get(entry.name) == entry.incarnation:
                 del self.starting[entry.name]
