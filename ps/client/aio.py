@@ -1,6 +1,7 @@
 """`AsyncClient`: for coroutines of one event loop. The router uses it."""
 
 import asyncio
+import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -94,8 +95,10 @@ class AsyncClient:
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
         self._decided = asyncio.Event()
+        self._views = asyncio.Event()
         self._closed = False
         self._verbs.window.on_close = self._decided.set
+        self._verbs.on_views = self._viewed
 
     @classmethod
     async def connect(
@@ -132,7 +135,7 @@ class AsyncClient:
                 if isinstance(command, Ask):
                     outcome = await self._ask(command)
                 elif isinstance(command, Wait):
-                    await asyncio.sleep(command.seconds)
+                    await self._pause(command)
                 elif isinstance(command, Full):
                     await self._one_decided(command.until)
         except StopIteration as stop:
@@ -158,6 +161,19 @@ class AsyncClient:
         except EmbringError as error:
             return error
         return None
+
+    async def _pause(self, wait: Wait) -> None:
+        if wait.views_until is None:
+            await asyncio.sleep(wait.seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, wait.views_until - time.monotonic())):
+                await self._views.wait()
+
+    def _viewed(self) -> None:
+        """Wake who waits for views; whoever waits from now on waits for the next."""
+        self._views.set()
+        self._views = asyncio.Event()
 
     async def _one_decided(self, until: float) -> None:
         self._decided.clear()

@@ -70,9 +70,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Do nothing for so many seconds."""
+    """Do nothing for so many seconds. views_until: another request asks for views; a shell that can wait until it has
+    (`Core.on_views`) waits for that instead, until then at the longest."""
 
     seconds: float
+    views_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Core:
         self._load = np.zeros(0)
         self._suspects: dict[int, float] = {}
         self._refreshing = False
+        self.on_views: Callable[[], None] = lambda: None
         self._caught_up = 0.0
         self._random = random.Random()
 
@@ -244,7 +247,7 @@ class Core:
         if attempt == 0 and not moved and not any(isinstance(e, Overloaded) for e in failures.values()):
             return  # another owner first: to ask around for a newer view could take all the time that is left
         if not all(isinstance(e, Overloaded) for e in failures.values()):
-            yield from self.refresh(routing.epoch, until, told)
+            yield from self.refresh(routing.epoch, until, told, shared=not told)
         if self.routing.epoch == routing.epoch:
             pause = min(PAUSE_MAX, PAUSE_FIRST * 2 ** min(attempt, 10)) * self._random.uniform(0.5, 1.0)
             yield Wait(max(0.0, min(pause, until - time.monotonic())))
@@ -269,11 +272,13 @@ class Core:
             self._caught_up = now
             yield from self.fetch_view(routing.servers, server, now + CATCH_UP_S)
 
-    def refresh(self, epoch: int, until: float, told: dict[int, int]) -> Steps:
-        """Try to learn a view newer than `epoch`. told: servers that are known to have one."""
+    def refresh(self, epoch: int, until: float, told: dict[int, int], shared: bool = False) -> Steps:
+        """Try to learn a view newer than `epoch`. told: servers that are known to have one. shared: where another
+        request tries already, what comes of that will do; many that fail together would else ask one after another."""
+        waited = self._refreshing
         while self._refreshing and self.routing.epoch <= epoch and time.monotonic() < until:
-            yield Wait(PAUSE_FIRST)
-        if self.routing.epoch > epoch:
+            yield Wait(PAUSE_FIRST, until)
+        if self.routing.epoch > epoch or (waited and shared):
             return
         self._refreshing = True
         servers = self.routing.servers  # those that all numbers here mean: another request may learn a view meanwhile
@@ -292,6 +297,7 @@ class Core:
                         return
         finally:
             self._refreshing = False
+            self.on_views()
 
     def _fetched(self, servers: Sequence[Server], s: int, epoch: int, until: float) -> Generator[Command, Any, bool]:
         """Ask one server for its view: whether a view newer than `epoch` is known now."""

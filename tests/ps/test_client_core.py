@@ -1,5 +1,6 @@
 """The client's decisions without a socket: its generators are driven against a plain cluster that fails at will."""
 
+import asyncio
 import itertools
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hashring.planner import AlterTable, CreateTable, Fail, Join, Leave, Recover, Renew, TruncateTable, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
+from ps.client import AsyncClient
 from ps.client.core import Ask, Full, Wait
 from ps.client.ranges import PullRange
 from ps.client.verbs import Verbs
@@ -328,6 +330,50 @@ def test_a_view_with_fewer_servers_that_another_request_learns_meanwhile_is_no_e
     verbs.adopt(world.view)
     with pytest.raises(StopIteration):
         steps.send({})
+
+
+def test_of_many_requests_that_fail_together_one_looks_for_a_newer_view():
+    verbs = World().verbs()
+    told = []
+    verbs.on_views = lambda: told.append(True)
+    epoch, until = verbs.routing.epoch, time.monotonic() + 60
+    first = verbs.refresh(epoch, until, {}, shared=True)
+    asked = first.send(None)
+    others = [verbs.refresh(epoch, until, {}, shared=True) for _ in range(3)]
+    for steps in others:
+        assert steps.send(None).views_until == until
+    for call in asked.calls:
+        asked.absorb(call.key, Message("ok", 1, {"epoch": epoch}))
+    with pytest.raises(StopIteration):
+        first.send({})
+    assert told == [True]
+    for steps in others:  # nobody knows more: they do not ask again
+        with pytest.raises(StopIteration):
+            steps.send(None)
+    own = verbs.refresh(epoch, until, {})  # who must know by itself does
+    assert own.send(None).calls
+    own.close()
+    assert told == [True, True]
+
+
+def test_the_asynchronous_shell_sleeps_until_the_one_that_looks_has_looked():
+    async def work() -> list[str]:
+        client = AsyncClient(["h0:1"])
+        order: list[str] = []
+
+        def steps(name):
+            yield Wait(0.001, time.monotonic() + 60)
+            order.append(name)
+
+        waiting = [asyncio.ensure_future(client._run(steps(name))) for name in "ab"]
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        order.append("looked")
+        client._verbs.on_views()
+        await asyncio.gather(*waiting)
+        return order
+
+    assert asyncio.run(work()) == ["looked", "a", "b"]
 
 
 def test_an_attempt_of_a_long_request_ends_early_enough_for_others_to_take_over():
