@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -94,10 +95,10 @@ class AsyncClient:
         self._verbs.configure(timeout, acks, in_place)
         self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
         self._pushes: set[asyncio.Task[None]] = set()
-        self._decided = asyncio.Event()
+        self._line: deque[asyncio.Future[None]] = deque()
         self._views = asyncio.Event()
         self._closed = False
-        self._verbs.window.on_close = self._decided.set
+        self._verbs.window.on_close = self._next_in_line
         self._verbs.on_views = self._viewed
 
     @classmethod
@@ -127,17 +128,21 @@ class AsyncClient:
         if self._closed:
             raise RequestError(CLOSED)
         outcome: Any = None
-        begun = time.monotonic()
+        begun, waited = time.monotonic(), False
         try:
             while True:
                 command: Command = steps.send(outcome)
                 outcome = None
+                if waited and not isinstance(command, Full):
+                    waited = False
+                    self._next_in_line()
                 if isinstance(command, Ask):
                     outcome = await self._ask(command)
                 elif isinstance(command, Wait):
                     await self._pause(command)
                 elif isinstance(command, Full):
-                    await self._one_decided(command.until)
+                    first, waited = waited, True
+                    await self._in_line(command.until, first)
         except StopIteration as stop:
             return stop.value
         except EmbringError as error:
@@ -145,6 +150,8 @@ class AsyncClient:
             raise
         finally:
             steps.close()
+            if waited:
+                self._next_in_line()
 
     async def _ask(self, ask: Ask) -> dict[int, EmbringError]:
         if len(ask.calls) == 1:
@@ -175,13 +182,27 @@ class AsyncClient:
         self._views.set()
         self._views = asyncio.Event()
 
-    async def _one_decided(self, until: float) -> None:
-        self._decided.clear()
+    async def _in_line(self, until: float, first: bool) -> None:
+        """Wait for room in the window. first: before all others, since another took the place that was for this one."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.appendleft(turn) if first else self._line.append(turn)
         try:
             async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                await self._decided.wait()
+                await turn
         except TimeoutError:
             raise NotApplied("64 pushes are undecided, and none was decided in time") from None
+        finally:
+            with contextlib.suppress(ValueError):  # who was woken is in line no more
+                self._line.remove(turn)
+
+    def _next_in_line(self) -> None:
+        """Where the window has room, whoever waits longest may begin, who then wakes the next. To wake all, of whom one
+        finds room, would take a turn of each for every push."""
+        while self._line and not self._verbs.window.full:
+            turn = self._line.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
     def _launch(self, steps: Steps) -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run(steps))

@@ -376,6 +376,51 @@ def test_the_asynchronous_shell_sleeps_until_the_one_that_looks_has_looked():
     assert asyncio.run(work()) == ["looked", "a", "b"]
 
 
+def test_who_waits_for_room_in_the_window_is_woken_in_turn_and_no_more_than_find_room():
+    async def work() -> None:
+        client = AsyncClient(["h0:1"])
+        window, begun, woken = client._verbs.window, [], []
+
+        def push(k: int, until: float):
+            while window.full:
+                yield Full(until)
+                woken.append(k)
+            begun.append((k, window.open()))
+            yield Wait(0.0)
+
+        def wait(k: int, seconds: float = 60.0):
+            return asyncio.ensure_future(client._run(push(k, time.monotonic() + seconds)))
+
+        async def settle() -> None:
+            for _ in range(500):
+                await asyncio.sleep(0)
+
+        held = [window.open() for _ in range(64)]
+        tasks = [wait(k) for k in range(100)]
+        late = wait(100, 0.01)
+        await settle()
+        for sequence in held[1:40]:  # the oldest is still undecided: there is no room
+            window.close(sequence)
+        await settle()
+        assert (begun, woken) == ([], [])
+        tasks[1].cancel()
+        window.close(held[0])
+        await settle()
+        assert [k for k, _ in begun] == [0, *range(2, 41)]
+        assert len(woken) <= len(begun) + 1  # the one that was cancelled wakes another, in case that it had been woken
+        with pytest.raises(NotApplied, match="64 pushes are undecided"):
+            await late
+        for _ in range(2):
+            for sequence in [*held[40:], *(s for _, s in begun)]:
+                window.close(sequence)
+            await settle()
+        assert len(begun) == 99
+        assert not client._line
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(work())
+
+
 def test_an_attempt_of_a_long_request_ends_early_enough_for_others_to_take_over():
     """A server hangs: the first attempt gets a second, later ones twice as long each, and never above a third."""
     verbs = World().verbs()
