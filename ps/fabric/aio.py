@@ -17,10 +17,10 @@ from ps.fabric.tls import refusal, unwelcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message
 
 PING_S = 10.0
+"""A connection with nothing to say pings this often: servers close silent ones after 30 s."""
 
 LOOK_S = 0.005
 """Seconds for a loop that was busy to read what has come."""
-"""A connection with nothing to say pings this often: servers close silent ones after 30 s."""
 
 _open: "weakref.WeakSet[AsyncConnection]" = weakref.WeakSet()
 

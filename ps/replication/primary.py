@@ -269,14 +269,14 @@ class Primary:
     def taken(self, link: Link, flight: Flight, verdicts: NDArray[np.uint8] | None, view: View) -> None:
         """A block was answered; without verdicts all of it was taken."""
         m, slots, positions = self.members, flight.slots, flight.positions
-        good = None if verdicts is None else verdicts == TAKEN
-        if good is not None:
+        if verdicts is not None:
+            good = verdicts == TAKEN
             slots, positions = slots[good], positions[good]
         link.refusals = 0
         if flight.complete:
             replicate.confirm(slots, positions, link.index, m.peers, m.acked)
             self._advance(link, slots)
-        if verdicts is not None and good is not None and not good.all():
+        if verdicts is not None and len(slots) < len(flight.slots):
             self._set_back(link, flight.slots[~good])
             if (verdicts == BEHIND).any():
                 self.send_view(link, view)
