@@ -217,6 +217,8 @@ class Service:
 
     def _tidy(self) -> None:
         self._tidying = None
+        self.replication.flush()
+        self._perform()
         if self.store.compact():
             self._tidy_soon()
 

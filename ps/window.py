@@ -6,7 +6,7 @@ slot's own table is a column across the clients, read only when the slot travels
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,10 +100,12 @@ class ClientTable:
             if len(self._windows) >= self._clients_max and not self._windows[client].last.any():
                 del self._windows[client], self._used[client]
 
-    def entries(self, slots: NDArray[np.int64]) -> ClientEntries:
-        """The windows of some slots."""
+    def entries(self, slots: NDArray[np.int64], names: Collection[int] | None = None) -> ClientEntries:
+        """The windows of some slots; names: those of these clients alone."""
         where, clients, lasts, masks = [], [], [], []
         for client, window in self._windows.items():
+            if names is not None and client not in names:
+                continue
             last = window.last[slots]
             held = np.flatnonzero(last)
             where.append(held)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ps.kernels import inline, kernel, prefetch
 from ps.kernels.pool import LINE
-from ps.kernels.window import NEW
 
 _AHEAD = 8
 
@@ -49,60 +48,38 @@ def _ask(values: NDArray[np.float32], state: NDArray[np.float32], meta: NDArray[
 
 @kernel
 def count_peers(
-    touched: NDArray[np.int64],
-    verdicts: NDArray[np.uint8],
-    peers: NDArray[np.int16],
-    modes: NDArray[np.uint8],
-    counts: NDArray[np.int64],
+    slots: NDArray[np.int64], peers: NDArray[np.int16], modes: NDArray[np.uint8], counts: NDArray[np.int64]
 ) -> None:
-    """counts int64[P]: how many of the touched slots that are NEW are streamed to each peer."""
-    for i in range(len(touched)):
-        slot = touched[i]
-        if verdicts[slot] == NEW:
-            for c in range(peers.shape[1]):
-                if peers[slot, c] >= 0 and modes[slot, c] == STREAM:
-                    counts[peers[slot, c]] += 1
-
-
-@kernel
-def stand(
-    slots: NDArray[np.int64],
-    positions: NDArray[np.int64],
-    last: NDArray[np.int64],
-    mask: NDArray[np.uint64],
-    out_base: NDArray[np.int64],
-    out_last: NDArray[np.int64],
-    out_mask: NDArray[np.uint64],
-) -> None:
-    """Where slots stood one change ago, and what a client's window (last, mask) has of them."""
-    for i in range(len(slots)):
-        slot = slots[i]
-        out_base[i] = positions[slot] - 1
-        out_last[i], out_mask[i] = last[slot], mask[slot]
+    """counts int64[P]: how many of the slots are streamed to each peer."""
+    for slot in slots:
+        for c in range(peers.shape[1]):
+            if peers[slot, c] >= 0 and modes[slot, c] == STREAM:
+                counts[peers[slot, c]] += 1
 
 
 @kernel
 def choose(
-    touched: NDArray[np.int64],
-    verdicts: NDArray[np.uint8],
+    slots: NDArray[np.int64],
+    before: NDArray[np.int64],
     peers: NDArray[np.int16],
     modes: NDArray[np.uint8],
     peer: int,
     local: NDArray[np.int32],
     out: NDArray[np.int64],
+    base: NDArray[np.int64],
+    n: int,
 ) -> int:
-    """The touched slots that are NEW and streamed to `peer`, into out int64[<= k]; local[slot] = its place there, or
-    -1. Returns how many."""
-    n = 0
-    for i in range(len(touched)):
-        slot = touched[i]
-        local[slot] = -1
-        if verdicts[slot] == NEW:
-            for c in range(peers.shape[1]):
-                if peers[slot, c] == peer and modes[slot, c] == STREAM:
-                    local[slot] = np.int32(n)
-                    out[n] = slot
-                    n += 1
+    """Add the slots that are streamed to `peer` to the n in out int64[], unless they are in it (local[slot] >= 0, its
+    place there; else -1), and where they stood before to base. Returns how many there are then."""
+    for i in range(len(slots)):
+        slot = slots[i]
+        if local[slot] >= 0:
+            continue
+        for c in range(peers.shape[1]):
+            if peers[slot, c] == peer and modes[slot, c] == STREAM:
+                local[slot] = np.int32(n)
+                out[n], base[n] = slot, before[i]
+                n += 1
     return n
 
 
@@ -332,11 +309,11 @@ def forks(
 
 def warmup() -> None:
     """Compile this module's kernels."""
-    one, slots, verdicts = np.zeros(1, np.int64), np.zeros(1, np.int32), np.ones(1, np.uint8)
+    one, slots = np.zeros(1, np.int64), np.zeros(1, np.int32)
     peers, modes, acked = np.zeros((1, 1), np.int16), np.ones((1, 1), np.uint8), np.zeros((1, 1), np.int64)
     values, meta, offsets = np.zeros((1, 1), np.float32), np.zeros((1, 2), np.int64), np.zeros(2, np.int64)
-    count_peers(one, verdicts, peers, modes, one.copy())
-    choose(one, verdicts, peers, modes, 0, slots, one.copy())
+    count_peers(one, peers, modes, one.copy())
+    choose(one, one, peers, modes, 0, slots, one.copy(), one.copy(), 0)
     group(slots, slots, offsets, slots.copy())
     cut(
         slots, slots, slots, one, slots, values, values, meta,
@@ -344,7 +321,6 @@ def warmup() -> None:
     )  # fmt: skip
     scatter(slots, slots, values, values, meta, values.copy(), values.copy(), meta.copy())
     begun, flag = np.zeros(1, np.int32), np.zeros(1, np.uint8)
-    stand(one, one, one, one.view(np.uint64), one.copy(), one.copy(), np.zeros(1, np.uint64))
     rule_of(one, one, one, begun)
     even(np.zeros(1, np.int64), 0)
     judge(one, one, 0, one, peers, flag.copy())

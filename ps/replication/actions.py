@@ -20,6 +20,8 @@ class ReplicationLimits:
 
     queue_bytes_max: changes on their way to one peer; a push that would pass it is refused before it is applied. More
     rides out a longer pause of a backup, and takes that much memory for each peer.
+    blocks_max: blocks of changes on their way to one peer; what is pushed meanwhile leaves as one block once an answer
+    comes, or at block_bytes_max bytes. More shortens the wait of single pushes, fewer save work under many.
     bulk_bytes_max: copies to a learner on their way to one peer; live changes wait behind them.
     silent_s: a peer that owes an answer for so long is complained of (or, as a learner, dropped).
     tick_max_s: what one tick adds to the clock at most, however long the process was stopped.
@@ -32,6 +34,8 @@ class ReplicationLimits:
     """
 
     queue_bytes_max: int = 64 * 2**20
+    blocks_max: int = 1
+    block_bytes_max: int = 4 * 2**20
     bulk_bytes_max: int = 2**20
     silent_s: float = 0.5
     tick_max_s: float = 0.1

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.rowblock import RowBlock
+from ps.store.changes import Applied
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,11 @@ class Flight:
     token: object = None
     acks: str = "all"
 
+    @property
+    def streamed(self) -> bool:
+        """Whether it is a block of changes."""
+        return self.op == "replicate" and not self.bulk
+
 
 NO_SLOTS = np.empty(0, np.int64)
 
@@ -33,6 +39,7 @@ NO_SLOTS = np.empty(0, np.int64)
 class Link:
     """One peer. index: its number in `Members`. number: of the connection, which rises whenever one broke.
 
+    streaming: blocks of changes on their way; unsent: pushes that wait behind them, about so many bytes.
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
     """
 
@@ -43,6 +50,9 @@ class Link:
     flights: dict[int, Flight] = field(default_factory=dict)
     bytes: int = 0
     bulk_bytes: int = 0
+    streaming: int = 0
+    unsent: list[Applied] = field(default_factory=list)
+    unsent_bytes: int = 0
     resting: bool = False
     untidy: bool = False
     silent: float = 0.0
@@ -50,6 +60,11 @@ class Link:
     epoch: int = 0
     asked_for: int = 0
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
+
+    @property
+    def owed(self) -> int:
+        """Bytes of changes that the peer has not confirmed."""
+        return self.bytes + self.unsent_bytes
 
     def depart(self, flight: Flight) -> int:
         """Note a request as sent; its number."""
@@ -59,6 +74,7 @@ class Link:
             self.bulk_bytes += flight.bytes
         else:
             self.bytes += flight.bytes
+        self.streaming += flight.streamed
         return self.requests
 
     def arrive(self, number: int) -> Flight | None:
@@ -70,6 +86,7 @@ class Link:
                 self.bulk_bytes -= flight.bytes
             else:
                 self.bytes -= flight.bytes
+            self.streaming -= flight.streamed
         return flight
 
     def cut(self) -> list[Flight]:
@@ -77,7 +94,8 @@ class Link:
         lost = list(self.flights.values())
         self.flights = {}
         self.number += 1
-        self.bytes = self.bulk_bytes = 0
+        self.bytes = self.bulk_bytes = self.streaming = self.unsent_bytes = 0
+        self.unsent = []
         self.resting = self.untidy = True
         self.copies = []
         self.asked_for = 0

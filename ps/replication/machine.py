@@ -7,6 +7,7 @@ The shell calls a method for each event, in the order in which they happen, on t
     request(op, fields, arrays)          a peer's replicate, repair, fork, digest: the reply
     replied(peer, link, number, ...)     a peer's reply               broken(peer, link)          a connection ended
     learn(slots, learner, epoch)         the controller's command     standing()                  for its pings
+    flush()                              before rows move in memory
     hold(token, slots, positions)        an export that leaves when all owners hold it
     verify(token, slots, start, repair)  copies are to be compared
     tick(now)                            about every 50 ms
@@ -136,6 +137,7 @@ class Replication:
         primary, store, old = self._primary, self.store, self.store.view
         if old is not None and view.epoch <= old.epoch:
             return
+        primary.flush()
         before = store.held.slots.positions[: view.slots_total].copy()
         store.install(view)
         same = np.zeros(view.slots_total, np.bool_)
@@ -238,6 +240,10 @@ class Replication:
                 self._primary.forward(self._primary.links[peer], _Part(parts), share, some, acks)
         return True
 
+    def flush(self) -> None:
+        """Send what waits to be sent, before rows move in memory: until then it is told by their numbers."""
+        self._primary.flush()
+
     def hold(self, token: Hashable, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Answer `token` once every owner holds these slots at these positions: an export may leave then."""
         self._primary.hold(token, slots, positions, {})
@@ -309,6 +315,7 @@ class Replication:
             self.install(view)
         if known.epoch > self.store.epoch:
             self._primary.fetch_view(known)
+        self._primary.go_on(known)
 
     def _failed(self, link: Link, flight: Flight, error: EmbringError) -> None:
         if flight.token is not None:

@@ -11,6 +11,7 @@ from hashring.view import View
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
 from ps.kernels import replicate
 from ps.kernels.replicate import BEHIND, TAKEN
+from ps.kernels.window import NEW
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
 from ps.replication.links import NO_SLOTS, Flight, Link
 from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
@@ -18,6 +19,7 @@ from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
 from ps.slots import PRIMARY
 from ps.store import Store
+from ps.store.changes import Applied
 from ps.store.fork import Undone, tellable
 
 _SLOT_BYTES = 128
@@ -64,9 +66,11 @@ class Primary:
             reply = self.store.push(share)
             self.answer(token, {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new})
             return
+        if share.kind == "delete":
+            self.flush()  # rows of what is deleted may be taken by others before a block tells of them
         self._estimate = len(share.ids) * (self._row_bytes() + _SLOT_BYTES)
         applied = self.store.apply(share, self._admit, only)
-        if applied.written or applied.erased:
+        if len(applied.slots):
             self._stream(applied)
         reply = applied.reply
         fields = {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}
@@ -86,23 +90,51 @@ class Primary:
             if owners.min() < self.limits.owners_min:
                 slot = touched[owners.argmin()]
                 raise NotApplied(f"slot {slot} has {owners.min()} owners; pushes need {self.limits.owners_min}")
-        full = [n for n in self.by_index if n.bytes and n.bytes + self._estimate > self.limits.queue_bytes_max]
+        full = [n for n in self.by_index if n.owed and n.owed + self._estimate > self.limits.queue_bytes_max]
         if full:
             for link in full:
                 self.drop_learner(link)  # no push waits for who has fallen so far behind
             counts = np.zeros(len(self.by_index), np.int64)
-            replicate.count_peers(touched, verdicts, self.members.peers, self.members.modes, counts)
+            slots = touched[verdicts[touched] == NEW]
+            replicate.count_peers(slots, self.members.peers, self.members.modes, counts)
             for link in full:
                 if counts[link.index]:
-                    raise Overloaded(f"{link.bytes} bytes of changes are on their way to another owner; try again")
+                    raise Overloaded(f"{link.owed} bytes of changes are on their way to another owner; try again")
 
-    def _stream(self, applied: Any) -> None:
+    def _stream(self, applied: Applied) -> None:
+        """Send what a push changed to each peer that is not busy with blocks of earlier ones."""
         counts = np.zeros(len(self.by_index), np.int64)
-        replicate.count_peers(applied.touched, applied.verdicts, self.members.peers, self.members.modes, counts)
+        replicate.count_peers(applied.slots, self.members.peers, self.members.modes, counts)
         for index in np.flatnonzero(counts):
-            block = self.store.cut(applied, self.members, int(index))
-            if block is not None:
-                self._send_block(self.by_index[index], block)
+            link = self.by_index[index]
+            link.unsent.append(applied)
+            link.unsent_bytes += self._estimate
+            if applied.erased or link.unsent_bytes > self.limits.block_bytes_max:
+                self._flush(link)
+            else:
+                self.go_on(link)
+
+    def go_on(self, link: Link) -> None:
+        """Send what waits for a peer, as soon as that has taken what it was sent before."""
+        if link.streaming < self.limits.blocks_max:
+            self._flush(link)
+
+    def flush(self) -> None:
+        """Send all that waits for a peer."""
+        for link in self.by_index:
+            self._flush(link)
+
+    def _flush(self, link: Link) -> None:
+        """One block of all that pushes changed since the last: rows and slots of several are in it once.
+
+        Before anything else that speaks of the same slots: blocks come in the order of positions.
+        """
+        if not link.unsent:
+            return
+        pushes, link.unsent, link.unsent_bytes = link.unsent, [], 0
+        block = self.store.cut(pushes, self.members, link.index)
+        if block is not None:
+            self._send_block(link, block)
 
     def hold(
         self, token: Hashable, slots: NDArray[np.int64], positions: NDArray[np.int64], fields: dict[str, Any]
@@ -134,6 +166,7 @@ class Primary:
     def forget_idle(self) -> None:
         """Forget idle clients, as a change that is streamed like any other."""
         clients = self.store.held.clients.idle()
+        self.flush()
         block = self.store.forget(clients).block if clients else None
         if block is None:
             return
@@ -146,7 +179,8 @@ class Primary:
     # -- sending
 
     def send(self, link: Link, op: str, flight: Flight, fields: dict[str, Any], arrays: Arrays) -> None:
-        """Send a request, behind all that was sent before."""
+        """Send a request, behind all that was sent before, or waits to be."""
+        self._flush(link)
         number = link.depart(flight)
         fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
         self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
@@ -162,7 +196,8 @@ class Primary:
         self.send(link, op, flight, {"block": fields}, arrays)
 
     def send_view(self, link: Link, view: View) -> None:
-        """Hand a view on, behind all that was sent before."""
+        """Hand a view on, behind all that was sent before, or waits to be."""
+        self._flush(link)
         number = link.depart(Flight("install", NO_SLOTS, NO_SLOTS))
         self.out.append(SendView(link.incarnation, link.number, number, view))
 
@@ -200,6 +235,7 @@ class Primary:
         m = self.members
         if link.resting:
             return
+        self._flush(link)
         link.untidy = False
         slots, columns = m.where(link.index)
         idle = m.modes[slots, columns] == IDLE
@@ -238,6 +274,8 @@ class Primary:
     def pump(self, link: Link) -> None:
         """Send parts of copies while not too much of them is on its way."""
         m = self.members
+        if link.copies:
+            self._flush(link)
         while link.copies and link.bulk_bytes < self.limits.bulk_bytes_max and not link.resting:
             if self._rate() and self._allowance <= 0:
                 return
@@ -319,6 +357,7 @@ class Primary:
 
     def forked(self, link: Link, flight: Flight, arrays: Arrays, view: View) -> None:
         """A fork was told: repair what can be repaired, copy to learners what cannot."""
+        self._flush(link)
         m, slots, verdicts = self.members, flight.slots, arrays["verdicts"]
         columns = m.column_of(slots, link.index)
         named = self.store.held.slots.named[slots] == PRIMARY

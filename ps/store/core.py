@@ -5,7 +5,7 @@ no lock. Nothing here knows of sockets, Ray or other servers.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ps.share import TABLE, PullReply, PullShare, PushReply, PushShare
 from ps.shared import Latch
 from ps.slots import NONE, OWNER, PRIMARY, SlotTable, Tombstones
 from ps.store import absorption, fork, stream, transfer
-from ps.store.changes import NOTHING_APPLIED, Applied, Changed, Forgotten, Streams
+from ps.store.changes import NO_SLOTS, NOTHING_APPLIED, Applied, Changed, Forgotten, Streams
 from ps.store.holdings import Holdings
 from ps.store.registry import Planned, Registry
 from ps.window import ClientTable, ClientWindow
@@ -189,7 +189,7 @@ class Store:
         admit: Callable[[NDArray[np.int64], NDArray[np.uint8]], None] | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> Applied:
-        """`push`, with what it changed: valid until the next one.
+        """`push`, with what it changed.
 
         admit: called with the touched slots and their verdicts (by slot number) before anything is changed, where
         anything will be; may raise. only: slots int64[k] to be decided here; every other one is left alone (another
@@ -211,12 +211,14 @@ class Store:
             )
         if not new:
             self._counts["pushes_seen"] += 1
-            return Applied(PushReply(0, len(touched), 0), touched, self._verdicts, [], [])
+            return Applied(PushReply(0, len(touched), 0), touched, NO_SLOTS, NO_SLOTS, [], [])
         if admit is not None:
             admit(touched, self._verdicts)
         changes = [self._change(a, work, slots, rows) for a in work.arenas]
         if share.kind != "delete":
             self._check_memory(changes)
+        changed = touched if new == len(touched) else touched[self._verdicts[touched] == win.NEW]
+        before = self.held.slots.positions[changed]
         win.number(touched, share.sequence, self._verdicts, window.last, window.mask, self.held.slots.positions)
         with self.held.latch:
             made = sum(self._apply(change, share, work, values) for change in changes)
@@ -225,7 +227,7 @@ class Store:
         self._counts["rows_new"] += made
         reply = PushReply(new, len(touched) - new, made)
         rows_kept, gone = (changes, []) if share.kind != "delete" else ([], changes)
-        return Applied(reply, touched, self._verdicts, rows_kept, gone, share.client)
+        return Applied(reply, touched, changed, before, rows_kept, gone, share.client)
 
     def _window(self, client: int) -> ClientWindow:
         """The client's windows; idle clients make room where there is none (Overloaded where none is idle)."""
@@ -265,8 +267,9 @@ class Store:
         u = update.dedupe(plan, work.ids, slots, self._verdicts, scratch, inverse, first, codes)
         first = first[:u]
         return Changed(
-            self.held.registry.arenas[number], plan, inverse, codes[:u], work.ids[first], slots[first], rows[first]
-        )
+            self.held.registry.arenas[number], plan, inverse, codes[:u], work.ids[first], slots[first], rows[first],
+            np.empty(u, np.int64),
+        )  # fmt: skip
 
     def _check_memory(self, changes: list[Changed]) -> None:
         new = [int(np.count_nonzero(c.rows < 0)) for c in changes]
@@ -293,6 +296,7 @@ class Store:
             sums = _summed(change, work, values)
             arena.rule.step(change.rows, change.codes, sums, arena.settings, share.lr_scale, arena.values, arena.state)
         arena.stamp(change.rows, change.slots, positions, now, int(share.kind == "push"))
+        np.take(positions, change.slots, out=change.versions)
         return len(absent)
 
     # -- slots
@@ -312,9 +316,9 @@ class Store:
 
     # -- replication
 
-    def cut(self, applied: Applied, members: Streams, peer: int) -> RowBlock | None:
-        """What a push changed, for one peer that it is streamed to: see `ps.store.stream.cut`."""
-        return stream.cut(self.held, applied, members, peer, self._local)
+    def cut(self, pushes: Sequence[Applied], members: Streams, peer: int) -> RowBlock | None:
+        """What the last pushes changed, for one peer that it is streamed to: see `ps.store.stream.cut`."""
+        return stream.cut(self.held, pushes, members, peer, self._local)
 
     def opening(self, slots: NDArray[np.int64], base: NDArray[np.int64]) -> RowBlock:
         """The empty block that opens the slots' terms: from where they stood to where they stand, with the lineage."""

@@ -1,10 +1,12 @@
-"""Blocks that tell other owners of a change: what a push changed, a term that begins, clients that are forgotten."""
+"""Blocks that tell other owners of a change: what pushes changed, a term that begins, clients that are forgotten."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ps.arena import Arena
 from ps.kernels import replicate
 from ps.rowblock import RowBlock, Section
 from ps.slots import PRIMARY
@@ -47,30 +49,72 @@ def opening(held: Holdings, slots: NDArray[np.int64], base: NDArray[np.int64]) -
     return block_of(held, slots, base, ClientEntries.none(len(slots)), lineage=True)
 
 
-def cut(held: Holdings, applied: Applied, to: Streams, peer: int, local: NDArray[np.int32]) -> RowBlock | None:
-    """The rows that a push changed in the slots that are streamed to `peer`, as they now stand; None without any.
+def cut(held: Holdings, pushes: Sequence[Applied], to: Streams, peer: int, local: NDArray[np.int32]) -> RowBlock | None:
+    """What pushes changed, as it now stands, in the slots that are streamed to `peer`; None without any.
 
-    Each slot moves by one position. local int32[slots]: scratch. Costs what the rows of that peer cost to copy.
+    pushes: those since the last block for that peer, in order; one that deletes ids comes alone. A row that several of
+    them wrote is in the block once. local int32[slots]: scratch. Costs what the rows of that peer cost to copy.
     """
-    slots = np.empty(len(applied.touched), np.int64)
-    k = replicate.choose(applied.touched, applied.verdicts, to.peers, to.modes, peer, local, slots)
+    slots, base, k = _chosen(pushes, to, peer, local)
     if not k:
         return None
-    slots = slots[:k]
-    window = held.clients.of(applied.client)
-    base, last, mask = np.empty(k, np.int64), np.empty(k, np.int64), np.empty(k, np.uint64)
-    replicate.stand(slots, held.slots.positions, window.last, window.mask, base, last, mask)
-    clients = ClientEntries(np.full(k, applied.client, np.uint64), last, mask, np.arange(k + 1))
-    written = [_written(change, local, k) for change in applied.written]
-    erased = [_erased(held, change, local, k) for change in applied.erased]
-    sections = tuple(s for s in (*written, *erased) if len(s.ids) or len(s.gone_ids))
-    return block_of(held, slots, base, clients, sections)
+    clients = _windows(held, slots, {applied.client for applied in pushes})
+    written: dict[Arena, list[Changed]] = {}
+    for applied in pushes:
+        for change in applied.written:
+            written.setdefault(change.arena, []).append(change)
+    sections = [_written(arena, *_merged(arena, changes), local, k) for arena, changes in written.items()]
+    sections += [_erased(held, change, local, k) for applied in pushes for change in applied.erased]
+    return block_of(held, slots, base, clients, tuple(s for s in sections if len(s.ids) or len(s.gone_ids)))
 
 
-def _written(change: Changed, local: NDArray[np.int32], k: int) -> Section:
-    arena, u = change.arena, len(change.ids)
-    offsets, order = np.empty(k + 1, np.int64), np.empty(u, np.int32)
-    n = replicate.group(change.slots, local, offsets, order)
+def _chosen(
+    pushes: Sequence[Applied], to: Streams, peer: int, local: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """The changed slots that are streamed to a peer, where each stood before, and how many they are."""
+    for applied in pushes:
+        local[applied.slots] = -1
+    most = sum(len(applied.slots) for applied in pushes)
+    slots, base, k = np.empty(most, np.int64), np.empty(most, np.int64), 0
+    for applied in pushes:
+        k = replicate.choose(applied.slots, applied.before, to.peers, to.modes, peer, local, slots, base, k)
+    return slots[:k], base[:k], k
+
+
+def _windows(held: Holdings, slots: NDArray[np.int64], names: set[int]) -> ClientEntries:
+    """What some clients' windows have of slots."""
+    if len(names) > 1:
+        return held.clients.entries(slots, names)
+    (name,) = names
+    window, k = held.clients.of(name), len(slots)
+    return ClientEntries(np.full(k, name, np.uint64), window.last[slots], window.mask[slots], np.arange(k + 1))
+
+
+def _merged(
+    arena: Arena, changes: list[Changed]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """(slots, rows, codes, ids) of the rows that changes wrote; each is told by the last one that wrote it."""
+    if len(changes) == 1:
+        return changes[0].slots, changes[0].rows, changes[0].codes, changes[0].ids
+    rows = np.concatenate([change.rows for change in changes])
+    last = np.flatnonzero(arena.meta[rows, 0] == np.concatenate([change.versions for change in changes]))
+    slots, codes, ids = (
+        np.concatenate([getattr(c, name) for c in changes])[last] for name in ("slots", "codes", "ids")
+    )
+    return slots, rows[last], codes, ids
+
+
+def _written(
+    arena: Arena,
+    slots: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    codes: NDArray[np.int32],
+    ids: NDArray[np.int64],
+    local: NDArray[np.int32],
+    k: int,
+) -> Section:
+    offsets, order = np.empty(k + 1, np.int64), np.empty(len(ids), np.int32)
+    n = replicate.group(slots, local, offsets, order)
     section = Section(
         dim=arena.key.dim,
         optimizer=arena.key.optimizer,
@@ -86,7 +130,7 @@ def _written(change: Changed, local: NDArray[np.int32], k: int) -> Section:
         gone_offsets=np.zeros(k + 1, np.int64),
     )
     replicate.cut(
-        order, change.rows, change.codes, change.ids, arena.numbers, arena.values, arena.state, arena.meta,
+        order, rows, codes, ids, arena.numbers, arena.values, arena.state, arena.meta,
         section.ids, section.tables, section.values, section.state, section.meta,
     )  # fmt: skip
     return section
@@ -97,9 +141,8 @@ def _erased(held: Holdings, change: Changed, local: NDArray[np.int32], k: int) -
     offsets, order = np.empty(k + 1, np.int64), np.empty(len(there), np.int32)
     n = replicate.group(change.slots[there], local, offsets, order)
     gone = there[order[:n]]
-    nothing = replace(change, slots=_NO_ROWS, codes=_NO_ROWS, ids=np.empty(0, np.int64), rows=_NO_ROWS)
     return replace(
-        _written(nothing, local, k),
+        _written(change.arena, _NO_ROWS, _NO_ROWS, _NO_ROWS, np.empty(0, np.int64), local, k),
         gone_ids=change.ids[gone],
         gone_tables=change.arena.numbers[change.codes[gone]],
         gone_versions=held.slots.positions[change.slots[gone]],

@@ -85,17 +85,34 @@ def test_accept_and_advance(stood: list[int], block: dict[int, tuple[int, int, i
     assert positions.tolist() == [block[s][4] if s in block else stood[s] for s in range(SLOTS)]
 
 
-@given(
-    st.lists(st.integers(0, SLOTS - 1), unique=True),
-    st.lists(st.integers(1, 9), min_size=SLOTS, max_size=SLOTS),
-)
-def test_stand(slots: list[int], positions: list[int]) -> None:
-    last, mask = np.arange(SLOTS, dtype=np.int64), np.arange(SLOTS, dtype=np.uint64) + np.uint64(2**63)
-    out = np.empty(len(slots), np.int64), np.empty(len(slots), np.int64), np.empty(len(slots), np.uint64)
-    replicate.stand(ints(slots), ints(positions), last, mask, *out)
-    assert out[0].tolist() == [positions[s] - 1 for s in slots]
-    assert out[1].tolist() == slots
-    assert out[2].tolist() == [s + 2**63 for s in slots]
+@given(st.lists(st.lists(st.integers(0, SLOTS - 1), unique=True), max_size=4), st.data())
+def test_choose_and_count_peers(pushes: list[list[int]], data: st.DataObject) -> None:
+    """Each push moves its slots by one; a slot is chosen once, from where the first of them met it."""
+    table = st.lists(st.permutations([-1, 0, 1]), min_size=SLOTS, max_size=SLOTS)
+    peers = np.array(data.draw(table), np.int16)
+    modes = np.array(
+        data.draw(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=SLOTS, max_size=SLOTS)),
+        np.uint8,
+    )
+    streamed = [
+        {int(p) for p, mode in zip(peers[s], modes[s], strict=True) if p >= 0 and mode == replicate.STREAM}
+        for s in range(SLOTS)
+    ]
+    local, n = np.full(SLOTS, -1, np.int32), 0
+    out, base = np.empty(sum(map(len, pushes)), np.int64), np.empty(sum(map(len, pushes)), np.int64)
+    stood, wanted = [10] * SLOTS, {}
+    for slots in pushes:
+        n = replicate.choose(ints(slots), ints([stood[s] for s in slots]), peers, modes, 1, local, out, base, n)
+        for slot in slots:
+            if 1 in streamed[slot]:
+                wanted.setdefault(slot, stood[slot])
+            stood[slot] += 1
+        counts = np.zeros(2, np.int64)
+        replicate.count_peers(ints(slots), peers, modes, counts)
+        assert counts.tolist() == [sum(peer in streamed[s] for s in slots) for peer in (0, 1)]
+    assert out[:n].tolist() == list(wanted)
+    assert base[:n].tolist() == list(wanted.values())
+    assert local.tolist() == [list(wanted).index(s) if s in wanted else -1 for s in range(SLOTS)]
 
 
 @given(

@@ -260,10 +260,44 @@ def deletions_not_streamed(patch: Patch) -> None:
     """Blocks of changes leave deleted ids out."""
     real = ps.store.stream.cut
 
-    def cut(held: Any, applied: Any, *arguments: Any) -> Any:
-        return real(held, replace(applied, erased=[]), *arguments)
+    def cut(held: Any, pushes: Any, *arguments: Any) -> Any:
+        return real(held, [replace(applied, erased=[]) for applied in pushes], *arguments)
 
     patch(ps.store.stream, "cut", cut)
+
+
+@plant
+def rows_of_the_last_push_alone(patch: Patch) -> None:
+    """A block of several pushes brings the rows of the last one."""
+    real = ps.store.stream.cut
+
+    def cut(held: Any, pushes: Any, *arguments: Any) -> Any:
+        return real(held, [*(replace(applied, written=[]) for applied in pushes[:-1]), pushes[-1]], *arguments)
+
+    patch(ps.store.stream, "cut", cut)
+
+
+@plant
+def window_of_the_last_client_alone(patch: Patch) -> None:
+    """A block of several clients' pushes brings the window of the last one."""
+    real = ps.store.stream.cut
+
+    def cut(held: Any, pushes: Any, *arguments: Any) -> Any:
+        return real(held, [replace(applied, client=pushes[-1].client) for applied in pushes], *arguments)
+
+    patch(ps.store.stream, "cut", cut)
+
+
+@plant
+def deletion_behind_what_waits(patch: Patch) -> None:
+    """Ids are deleted while a block with their rows waits to be cut, and wait with it."""
+    real = Primary._flush
+
+    def flush(self: Any, link: Any) -> None:
+        if link.streaming < self.limits.blocks_max:
+            real(self, link)
+
+    patch(Primary, "_flush", flush)
 
 
 @plant

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TICK_S = 0.1
 LIMITS = ReplicationLimits(
     queue_bytes_max=64 * 1024,
+    block_bytes_max=8000,
     bulk_bytes_max=1000,
     repair_slots=3,
     copy_bytes=1000,

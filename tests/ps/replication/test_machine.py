@@ -227,6 +227,74 @@ def test_full_queues_refuse_before_anything_is_applied() -> None:
     assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 0}
 
 
+def test_what_is_pushed_while_a_backup_is_busy_leaves_as_one_block() -> None:
+    trio = Trio()
+    trio.sent.clear()
+    trio.down = {2}
+    tokens = [trio.push(1, sequence, IDS[:sequence]) for sequence in range(1, 6)]
+    assert [action.op for _, action in trio.sent] == ["replicate"]
+    trio.down = set()
+    trio.deliver()
+    blocks = [action.arrays for _, action in trio.sent]
+    assert len(blocks) == 2
+    assert len(blocks[1]["0.ids"]) == 5  # each row once, of the four pushes that waited
+    assert (blocks[1]["last"] - blocks[1]["base"]).max() == 4
+    assert all(trio.answers[token]["applied"] for token in tokens)
+    trio.equal(1, 2)
+
+
+def test_deletions_and_big_pushes_do_not_wait() -> None:
+    trio = Trio(ReplicationLimits(block_bytes_max=1000))
+    trio.sent.clear()
+    trio.down = {2}
+    trio.push(1, 1, IDS[:2])
+    trio.push(1, 2, IDS[:2])
+    assert len(trio.sent) == 1
+    trio.machines[1].push("gone", push_share(3, [1], [IDS[:1]], np.empty((0, 2)), "delete"))
+    trio.collect()
+    assert len(trio.sent) == 3
+    trio.push(1, 4, IDS)
+    assert len(trio.sent) == 4
+    trio.down = set()
+    trio.deliver()
+    trio.equal(1, 2)
+
+
+def test_what_waits_leaves_before_rows_move_and_before_the_next_view() -> None:
+    trio = Trio()
+    trio.sent.clear()
+    trio.down = {2}
+    for sequence in (1, 2):
+        trio.push(1, sequence, IDS)
+    trio.machines[1].flush()
+    trio.collect()
+    assert len(trio.sent) == 2
+    trio.push(1, 3, IDS)
+    trio.install(plan(trio.view, Renew(np.arange(4))), 1)
+    assert [getattr(action, "op", "view") for _, action in trio.sent] == ["replicate"] * 3 + ["view", "replicate"]
+    trio.down = set()
+    trio.deliver()
+    trio.equal(1, 2)
+
+
+def test_a_broken_connection_forgets_what_waited_for_it() -> None:
+    trio = Trio()
+    trio.down = {2}
+    tokens = [trio.push(1, sequence, IDS) for sequence in (1, 2)]
+    link = trio.machines[1]._primary.by_index[0]
+    assert link.unsent
+    assert link.owed > link.bytes
+    trio.wires.clear()
+    trio.machines[1].broken(2, link.number)
+    assert not link.unsent
+    assert link.owed == 0
+    trio.down = set()
+    trio.tick(1)
+    trio.deliver()
+    assert all(trio.answers[token]["applied"] == 4 for token in tokens)
+    trio.equal(1, 2)
+
+
 def test_below_owners_min_pushes_are_refused() -> None:
     trio = Trio(ReplicationLimits(owners_min=2))
     trio.install(plan(trio.view, Withdraw({"s1": np.array([2])})), 1, 2)

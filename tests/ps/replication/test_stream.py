@@ -69,30 +69,64 @@ def test_backups_follow_push_by_push(pushes: list) -> None:
         share = push_share(n + 1, [1, 2, 3], [a, b, w], np.arange(floats) % 7 - 3.0, kind, client)
         applied = primary.apply(share)
         for peer, backup in enumerate(backups):
-            block = primary.cut(applied, members, peer)
+            block = primary.cut([applied], members, peer)
             if block is not None:
                 assert backup.absorb(travelled(block)).all()
             equal(primary, backup)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(PUSH, st.booleans()), min_size=2, max_size=8), st.integers(0, 7))
+def test_pushes_that_leave_together_are_one_change(pushes: list, some: int) -> None:
+    """Blocks of any number of pushes, to two peers at different times; every third slot is streamed to one alone."""
+    primary, backups, members = trio()
+    members.modes[some % 4 :: 3, 1] = 0
+    waiting: list[list] = [[], []]
+
+    def send(peer: int) -> None:
+        block = primary.cut(waiting[peer], members, peer) if waiting[peer] else None
+        waiting[peer] = []
+        if block is not None:
+            assert len(np.unique(block.slots)) == len(block.slots)
+            told = [(t, i) for s in block.sections for t, i in zip(s.tables.tolist(), s.ids.tolist(), strict=True)]
+            assert len(set(told)) == len(told)
+            assert backups[peer].absorb(travelled(block)).all()
+
+    for n, ((a, b, w, kind, client), together) in enumerate(pushes):
+        if kind == "delete":
+            send(0), send(1)
+        floats = 0 if kind == "delete" else 3 * len(a) + 2 * len(b) + 3 * len(w)
+        share = push_share(n + 1, [1, 2, 3], [a, b, w], np.arange(floats) % 7 - 3.0, kind, client)
+        applied = primary.apply(share)
+        for peer in (0, 1):
+            waiting[peer].append(applied)
+            if kind == "delete" or not together or n % 3 == peer:
+                send(peer)
+    send(0), send(1)
+    equal(primary, backups[0])
+    both = every_slot(primary)[members.modes[every_slot(primary), 1] > 0]
+    assert (primary.watermark(both) == backups[1].watermark(both)).all()
+    assert (primary.digest(both) == backups[1].digest(both)).all()
 
 
 def test_only_slots_that_are_streamed_to_a_peer_are_in_its_block() -> None:
     primary, _, members = trio()
     applied = primary.apply(push_share(1, [1], [list(range(40))], np.ones((40, 3))))
     members.modes[1, 0] = 0
-    block, whole = primary.cut(applied, members, 0), primary.cut(applied, members, 1)
+    block, whole = primary.cut([applied], members, 0), primary.cut([applied], members, 1)
     assert block is not None
     assert whole is not None
     assert sorted(whole.slots.tolist()) == [0, 1, 2, 3]
     assert sorted(block.slots.tolist()) == [0, 2, 3]
     assert block.rows < whole.rows
     members.modes[:] = 0
-    assert primary.cut(applied, members, 0) is None
+    assert primary.cut([applied], members, 0) is None
 
 
 def test_a_block_is_taken_once_and_only_at_its_base() -> None:
     primary, (backup, other), members = trio()
-    first = primary.cut(primary.apply(push_share(1, [1], [[4]], np.ones((1, 3)))), members, 0)
-    second = primary.cut(primary.apply(push_share(2, [1], [[4]], np.ones((1, 3)))), members, 0)
+    first = primary.cut([primary.apply(push_share(1, [1], [[4]], np.ones((1, 3))))], members, 0)
+    second = primary.cut([primary.apply(push_share(2, [1], [[4]], np.ones((1, 3))))], members, 0)
     assert first is not None
     assert second is not None
     assert not other.absorb(second).any()
@@ -105,7 +139,7 @@ def test_a_block_is_taken_once_and_only_at_its_base() -> None:
 def test_forgetting_a_client_is_a_change_that_backups_take() -> None:
     primary, (backup, _), members = trio()
     for client in (5, 6):
-        block = primary.cut(primary.apply(push_share(1, [1], [[4, 9]], np.ones((2, 3)), client=client)), members, 0)
+        block = primary.cut([primary.apply(push_share(1, [1], [[4, 9]], np.ones((2, 3)), client=client))], members, 0)
         assert block is not None
         backup.absorb(block)
     told = primary.forget([5]).block
@@ -119,7 +153,7 @@ def test_forgetting_a_client_is_a_change_that_backups_take() -> None:
 def test_part_of_a_block_is_a_block() -> None:
     primary, (backup, other), members = trio()
     share = push_share(1, [1, 2], [list(range(20)), [3]], np.ones(62))
-    block = primary.cut(primary.apply(share), members, 0)
+    block = primary.cut([primary.apply(share)], members, 0)
     assert block is not None
     keep = np.arange(len(block.slots)) % 2 == 0
     assert backup.absorb(block.select(keep)).all()
@@ -130,7 +164,7 @@ def test_part_of_a_block_is_a_block() -> None:
 
 def test_a_row_outside_its_slot_is_refused() -> None:
     primary, (backup, _), members = trio()
-    block = primary.cut(primary.apply(push_share(1, [1], [list(range(20))], np.ones((20, 3)))), members, 0)
+    block = primary.cut([primary.apply(push_share(1, [1], [list(range(20))], np.ones((20, 3))))], members, 0)
     assert block is not None
     block.sections[0].ids[0] = 10**6
     with pytest.raises(RequestError, match="does not belong to slot"):
