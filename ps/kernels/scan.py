@@ -18,7 +18,7 @@ from ps.kernels.index import (
     token_of,
     warm_index,
 )
-from ps.kernels.segments import erase, insert, node_free, row_free, row_new, segment_free, set_word
+from ps.kernels.segments import FILL_MAX, erase, fill, insert, node_free, row_free, row_new, segment_free, set_word
 
 _STACK = 16 * 18
 """Words that a walk may have to remember: 16 children on each level that 64 bits allow."""
@@ -149,12 +149,26 @@ def erase_many(
 def insert_many(
     slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], index: Index, rows: NDArray[np.int32]
 ) -> None:
-    """Give a new row to each (code, id) whose rows[i] is -1; the pairs are distinct. Contents are undefined."""
-    for i in range(len(ids)):
-        if rows[i] < 0:
+    """Give a new row to each (code, id) whose rows[i] is -1; the pairs are distinct. Contents are undefined.
+
+    What stands behind one another for an empty slot is put into a segment of its size at once: growing class by class
+    would move every entry of a slot that comes whole some six times.
+    """
+    i = 0
+    while i < len(ids):
+        if rows[i] >= 0:
+            i += 1
+            continue
+        slot, end = np.int64(slots[i]), i + 1
+        if index.directory[slot] == 0:
+            while end < len(ids) and slots[end] == slot and rows[end] < 0 and end - i < FILL_MAX:
+                end += 1
+            fill(index, slot, i, end, codes, ids, rows)
+        else:
             row = row_new(index.heap, index.free_rows)
-            insert(index, np.int64(slots[i]), np.int64(codes[i]), ids[i], row)
+            insert(index, slot, np.int64(codes[i]), ids[i], row)
             rows[i] = np.int32(row)
+        i = end
 
 
 @inline

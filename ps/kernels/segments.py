@@ -35,6 +35,9 @@ from ps.kernels.index import (
     token_of,
 )
 
+FILL_MAX = int(LIMIT[LAST_CLASS]) // 2
+"""Entries that one segment holds before it may be split."""
+
 
 @inline
 def _move(entries: NDArray[np.int64], source: int, target: int) -> None:
@@ -243,6 +246,30 @@ def insert(index: Index, slot: int, code: int, id_: int, row: int) -> None:
             break
     _append(index, where, token, id_, (code + 1) << 32 | row)
     index.codes[code, ROWS] += 1
+
+
+@inline
+def fill(
+    index: Index,
+    slot: int,
+    start: int,
+    end: int,
+    codes: NDArray[np.int32],
+    ids: NDArray[np.int64],
+    rows: NDArray[np.int32],
+) -> None:
+    """Put entries start to end (FILL_MAX at most) into an empty slot, with new rows."""
+    class_ = 1
+    while LIMIT[class_] < end - start:
+        class_ += 1
+    base, capacity = _segment_new(index, class_), CAPACITY[class_]
+    for i in range(start, end):
+        code = np.int64(codes[i])
+        row = row_new(index.heap, index.free_rows)
+        _put(index, base, capacity, token_of(ids[i], index.codes[code, SEED]), ids[i], (code + 1) << 32 | row)
+        index.codes[code, ROWS] += 1
+        rows[i] = np.int32(row)
+    set_word(index, slot, (base // GRANULE) << 22 | (end - start) << 6 | class_)
 
 
 @inline

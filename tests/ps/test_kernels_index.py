@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ps.kernels import index as ix
-from ps.kernels import scan
+from ps.kernels import scan, segments
 from tests.ps.naive_store import MASK, mix64
 
 SEEDS = (11, 2**63 + 5)
@@ -238,6 +238,44 @@ def test_leaves_that_fill_alike_are_split_one_by_one() -> None:
     assert nodes[-1] == 17  # the slot's own node, and one for each of its leaves
     assert max(np.diff(nodes)) <= 4
     check_invariants(index, 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 60, segments.FILL_MAX, segments.FILL_MAX + 1, 3 * segments.FILL_MAX])
+def test_a_slot_that_comes_whole_equals_one_that_grew(n: int) -> None:
+    pairs = [(i & 1, i - n // 2) for i in range(n)]
+    whole, grown = new_index(1, 0), new_index(1, 0)
+    add(whole, pairs)
+    for pair in pairs[:1] if n > 60 else pairs:
+        add(grown, [pair])
+    add(grown, pairs)
+    rows = find(whole, pairs)
+    assert sorted(rows) == list(range(n))
+    assert sorted(held(whole, 1, 0)) == sorted(held(grown, 1, 0)) == sorted(pairs)
+    assert whole.codes[:, ix.ROWS].tolist() == [-(-n // 2), n // 2]
+    assert whole.directory[0] & 63 == grown.directory[0] & 63  # no more memory than one that grew
+    check_invariants(whole, 1)
+    add(whole, [(0, 10**9 + i) for i in range(100)])
+    assert remove(whole, pairs) == [True] * n
+    assert len(held(whole, 1, 0)) == 100
+    check_invariants(whole, 1)
+
+
+def test_rows_that_are_there_stay_where_slots_come_whole() -> None:
+    """A slot that holds something is added to; the run of one slot ends where the next one's begins."""
+    index = new_index(4, 2)
+    add(index, [(0, i) for i in range(40)])
+    before = find(index, [(0, i) for i in range(40)])
+    slots, codes, ids = arrays(index, [(1, i) for i in range(300)] + [(0, i) for i in range(40)])
+    numbers = np.argsort(slots, kind="stable")
+    remove(index, [(int(c), int(i)) for s, c, i in zip(slots, codes, ids, strict=True) if s == 2 and c == 0])
+    rows = np.empty(len(ids), np.int32)
+    ix.find_pairs(slots[numbers], codes[numbers], ids[numbers], index, rows)
+    scan.insert_many(slots[numbers], codes[numbers], ids[numbers], index, rows)
+    assert len(set(rows.tolist())) == 340
+    kept = [i for i in range(40) if slots[300 + i] != 2]
+    assert find(index, [(0, i) for i in kept]) == [before[i] for i in kept]
+    assert len(held(index, 4, 2)) == 340
+    check_invariants(index, 4)
 
 
 def test_equal_ids_of_tables_with_equal_seeds_do_not_crowd_one_place():
