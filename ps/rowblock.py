@@ -109,8 +109,7 @@ class RowBlock:
     def select(self, keep: NDArray[np.bool_]) -> "RowBlock":
         """The same block with only some of its slots, bool[s]."""
         c = self.clients
-        clients, offsets = ragged_select(c.clients, c.offsets, keep)
-        last, mask = (ragged_select(values, c.offsets, keep)[0] for values in (c.last, c.mask))
+        at, offsets = _kept(c.offsets, keep)
         lineage, lineage_offsets = ragged_select(self.lineage, self.lineage_offsets, keep)
         own = {name: getattr(self, name)[keep] for name in ("slots", "base", "last", "full", "part", "final")}
         return replace(
@@ -118,7 +117,7 @@ class RowBlock:
             **own,
             lineage=lineage,
             lineage_offsets=lineage_offsets,
-            clients=ClientEntries(clients, last, mask, offsets),
+            clients=ClientEntries(c.clients[at], c.last[at], c.mask[at], offsets),
             sections=tuple(_select_section(section, keep) for section in self.sections),
         )
 
@@ -194,10 +193,16 @@ def ragged_select(
     values: NDArray[Any], offsets: NDArray[np.int64], keep: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The values of the kept lists, and their offsets."""
+    at, out = _kept(offsets, keep)
+    return values.take(at, 0), out
+
+
+def _kept(offsets: NDArray[np.int64], keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the values of the kept lists stand, and their offsets. (`take` by these is twice as fast as a mask.)"""
     counts = np.diff(offsets)
     out = np.zeros(int(keep.sum()) + 1, np.int64)
     np.cumsum(counts[keep], out=out[1:])
-    return values[np.repeat(keep, counts)], out
+    return np.flatnonzero(np.repeat(keep, counts)), out
 
 
 def _select_section(section: Section, keep: NDArray[np.bool_]) -> Section:
@@ -206,8 +211,9 @@ def _select_section(section: Section, keep: NDArray[np.bool_]) -> Section:
         ("offsets", ("ids", "tables", "values", "state", "meta")),
         ("gone_offsets", ("gone_ids", "gone_tables", "gone_versions")),
     ):
+        at, kept[offsets] = _kept(getattr(section, offsets), keep)
         for name in names:
-            kept[name], kept[offsets] = ragged_select(getattr(section, name), getattr(section, offsets), keep)
+            kept[name] = getattr(section, name).take(at, 0)
     return replace(section, **kept)
 
 

@@ -95,10 +95,10 @@ def check_fingerprint(storage: Storage, manifest: Manifest, ask: Ask) -> None:
 class Translation:
     """From a checkpoint's numbers to a cluster's.
 
-    slots int64[count]: slot of the checkpoint -> slot here, -1 where it is not wanted. tables int32: tables likewise.
-    homes int64[len(tables), 2]: first slot (of the checkpoint) of each table, and the one behind its last: rows that a
-    table left behind in other slots, when it moved, are not its own. owners int16[count]: index into servers. term: of
-    the slots here, until the restore ends.
+    slots int64[count]: slot of the checkpoint -> slot here, -1 where it is not wanted. tables int32: tables likewise,
+    and at last -1 for those that the checkpoint does not name. homes int64[2, len(tables)]: first slot (of the
+    checkpoint) of each table, and the one behind its last: rows that a table left behind in other slots, when it moved,
+    are not its own. owners int16[count]: index into servers. term: of the slots here, until the restore ends.
     """
 
     cluster: int
@@ -123,11 +123,11 @@ class Translation:
             slots[there : there + count] = np.where(here_owners[numbers] >= 0, numbers, -1)
         owners = np.where(slots >= 0, here_owners[np.maximum(slots, 0)], -1) if len(here_owners) else slots
         highest = max((entry[0] for entry in manifest.tables), default=0)
-        tables, homes = np.full(highest + 1, -1, np.int32), np.zeros((highest + 1, 2), np.int64)
+        tables, homes = np.full(highest + 2, -1, np.int32), np.zeros((2, highest + 2), np.int64)
         for there, here in answer["tables"]:
             tables[there] = here
         for number, _, group, _ in manifest.tables:
-            homes[number] = first_of[group], first_of[group] + count_of[group]
+            homes[:, number] = first_of[group], first_of[group] + count_of[group]
         servers = tuple(Server(n, i, h, z, tuple(a)) for n, i, h, z, a in answer["servers"])
         return cls(int(answer["cluster"]), int(answer["term"]), slots, tables, homes, owners.astype(np.int16), servers)
 
@@ -169,10 +169,10 @@ class Translation:
     ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
         """Which rows are wanted, and the numbers of their tables here."""
         known = np.minimum(tables, len(self.tables) - 1)
-        numbers = np.where(tables < len(self.tables), self.tables[known], np.int32(-1)).astype(np.int32)
+        numbers = self.tables.take(known)
         at = np.repeat(slots, np.diff(offsets))
-        home = self.homes[known]
-        return (numbers >= 0) & (at >= home[:, 0]) & (at < home[:, 1]), numbers
+        first, end = self.homes
+        return (numbers >= 0) & (at >= first.take(known)) & (at < end.take(known)), numbers
 
 
 def _some(
