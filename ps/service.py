@@ -61,6 +61,10 @@ TICK_S = 0.05
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
 
+REUSE_S = 0.5
+"""Seconds for which memory that a view freed is kept for rows to come, counted from the last block of a restore: one
+that replaces a table would else have the system hand out anew, page by page, what it was given back just before."""
+
 
 class Service:
     """Answers the fabric's requests from one store; everything but the constructor runs on the data thread."""
@@ -140,7 +144,7 @@ class Service:
             self.view = view
             self._newer.set()
             self._newer = asyncio.Event()
-            self._tidy_soon()
+            self._tidy_soon(REUSE_S)
 
     # -- replication
 
@@ -210,10 +214,10 @@ class Service:
         self._perform()
         return {}, {}
 
-    def _tidy_soon(self) -> None:
+    def _tidy_soon(self, seconds: float = TIDY_S) -> None:
         """Give freed memory back, in bounded steps between requests: called where rows may have been freed."""
         if self._tidying is None:
-            self._tidying = asyncio.get_running_loop().call_later(TIDY_S, self._tidy)
+            self._tidying = asyncio.get_running_loop().call_later(seconds, self._tidy)
 
     def _tidy(self) -> None:
         self._tidying = None
@@ -357,6 +361,10 @@ class Service:
         return self._outcome(token)
 
     def _absorb(self, request: Message) -> Result:
+        if self._tidying is not None:
+            self._tidying.cancel()
+            self._tidying = None
+            self._tidy_soon(REUSE_S)
         return self.replication.restore(request.fields, request.arrays)
 
     def _drop(self, request: Message) -> Result:

@@ -92,7 +92,7 @@ class LoopCluster:
 
         number = next(self._incarnations)
         service = Service(Store(number, self.limits, clock=lambda: 1000.0), CONFIG, "", control, name)
-        service._tidy_soon = lambda: None  # type: ignore[method-assign] # there is no loop
+        service._tidy_soon = lambda *_: None  # type: ignore[method-assign] # there is no loop
         _everyone[number] = service
         return Server(name, number, f"host-{name}", "", ("unix:/nowhere",))
 
