@@ -55,11 +55,12 @@ class PullRange:
 
     def _begin(self, info: TableInfo) -> None:
         """Of each slot: the first token that is still to be taken, the last one, and whether any is left."""
-        width = 2 ** (64 - info.bits)
-        first = [s * width for s in range(2**info.bits)]
-        self._firsts = np.array([max(f, self._start) for f in first], np.uint64)
+        shift = np.uint64(64 - info.bits)
+        first = np.arange(2**info.bits, dtype=np.uint64) << shift if info.bits else np.zeros(1, np.uint64)
+        last = first + np.uint64(2 ** (64 - info.bits) - 1)
+        self._firsts = np.maximum(first, np.uint64(self._start))
         self._next = self._firsts.copy()
-        self._lasts = np.array([min(f + width - 1, self._last) for f in first], np.uint64)
+        self._lasts = np.minimum(last, np.uint64(self._last))
         self._open = self._next <= self._lasts
         self._number = info.number
 
