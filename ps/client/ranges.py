@@ -25,7 +25,7 @@ RING_LAST = 2**64 - 1
 BLOCK_BYTES = 2**20
 """Rows are gathered up to about this many bytes before they are handed out."""
 
-RUNS = 4
+RUNS = 2
 """Runs that the slots of one server are cut into: calls that are on their way to it at once."""
 
 
