@@ -1,5 +1,8 @@
 """Bulk import and export: every kind of file there and back, interruptions, bad files in one sentence."""
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,36 @@ def test_a_state_dict_counts_its_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows[7], bag.weight[7].detach().numpy(), atol=2e-3)
     np.save(tmp_path / "names.npy", np.arange(20) * 5)
     assert sorted(imported(path, ids=str(tmp_path / "names.npy"))) == list(range(0, 100, 5))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_tensors_of_every_kind_of_float(tmp_path: Path, kind: torch.dtype) -> None:
+    path, rows = tmp_path / "model.safetensors", torch.from_numpy(ROWS).to(kind)
+    save_file({"w": rows, "ids": torch.from_numpy(IDS)}, path)
+    assert imported(path) == dict(zip(IDS.tolist(), rows.float().tolist(), strict=True))
+
+
+def test_tensors_that_numpy_knows_do_without_torch(tmp_path: Path) -> None:
+    """It takes seconds to load."""
+    path = write(tmp_path / "in.safetensors")
+    code = (
+        "import sys; from pathlib import Path; from ps.bulk import open_source; "
+        f"print(sum(len(rows) for rows in open_source(Path({str(path)!r})).rows(0, 7)), 'torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == [str(len(IDS)), "False"]
+
+
+def test_an_export_that_cannot_be_written_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are asked for ahead, by a thread: none is left behind."""
+    table, export = Table(), Export(tmp_path / "out.npy", 1, 2, DIM, resume=False)
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    monkeypatch.setattr(export, "write", lambda ids, rows: np.zeros(2)[len(ids) * 1000])
+    before = threading.active_count()
+    with pytest.raises(IndexError):
+        take(table, "t", export, Counter())
+    assert threading.active_count() == before
+    assert table.calls < bulk.PARTS
 
 
 def test_other_columns_and_kinds_of_lists(tmp_path: Path) -> None:
