@@ -160,19 +160,31 @@ class _Work:
         self._report(f"S11: {self._findings.figures['S11']}")
 
     def files(self) -> None:
-        """Exports and imports, by the time in which the file's own library reads it into memory."""
+        """Exports and imports, by the time in which the file's own library reads it: out of the page cache, and (cold,
+        for imports) from the disk, by imports that find the file there too."""
         before = self._sample()
         out = {}
         for kind in (".npy", ".safetensors", ".parquet"):
             path = self._folder / f"rows{kind}"
-            export = Export(path, 1, 1, self._settings.dim, resume=False)
-            exporting = _seconds(partial(take, self._client, TABLE, export, Counter()))
-            reading = median(_seconds(partial(_read, path)) for _ in range(3))
-            importing = _seconds(partial(self._import, path))
-            self._findings.equal &= bool(np.array_equal(self._sample(), before))
-            out[kind] = {"import": round(reading / importing, 3), "export": round(reading / exporting, 3)}
-            size = path.stat().st_size / 1e9
-            out[kind] |= {"read_gb_per_s": round(size / reading, 3), "import_gb_per_s": round(size / importing, 3)}
+            seconds: dict[str, list[float]] = {}
+            for _ in range(self._settings.rounds):
+                export = Export(path, 1, 1, self._settings.dim, resume=False)
+                for name, work, cold in (
+                    ("export", partial(take, self._client, TABLE, export, Counter()), False),
+                    ("read", partial(_read, path), False),
+                    ("read", partial(_read, path), False),
+                    ("import", partial(self._import, path), False),
+                    ("read_cold", partial(_read, path), True),
+                    ("import_cold", partial(self._import, path), True),
+                ):
+                    if cold:
+                        _forget(path)
+                    seconds.setdefault(name, []).append(_seconds(work))
+                self._findings.equal &= bool(np.array_equal(self._sample(), before))
+            took, size = {name: median(all_) for name, all_ in seconds.items()}, path.stat().st_size / 1e9
+            out[kind] = {name: round(took["read"] / took[name], 3) for name in ("import", "export")}
+            out[kind]["import_cold"] = round(took["read_cold"] / took["import_cold"], 3)
+            out[kind] |= {f"{name}_gb_per_s": round(size / one, 3) for name, one in took.items()}
             path.unlink()
         self._findings.figures["files"] = out
         self._report(f"files, by reading them: {out}")
@@ -197,6 +209,13 @@ def _cat(files: list[str], target: str) -> None:
         done = subprocess.run(["cat", *files], stdout=out, check=False)
     if done.returncode:
         raise EmbringError(f"cat ended with status {done.returncode}")
+
+
+def _forget(path: Path) -> None:
+    """Have the page cache forget a file."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(path: Path) -> Any:
