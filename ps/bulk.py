@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.errors import RequestError
-from ps.kernels.merge import first_not_finite
 from ps.ragged import as_float32
 
 CHUNK_BYTES = 4 * 2**20
@@ -89,19 +88,14 @@ def check_dim(path: Path, source: Source, table: str, dim: int) -> None:
         raise RequestError(f"{path} has rows of {source.dim} values; table {table!r} has {dim}")
 
 
-def checked_rows(path: Path, source: Source, start: int, count: int) -> Iterator[tuple[int, Rows]]:
-    """(number of the first row, rows), each value finite. Raises RequestError naming the row of the file."""
-    at = start
-    for rows in source.rows(start, count):
-        bad = first_not_finite(rows.reshape(-1))
-        if bad >= 0:
-            row, column = divmod(bad, source.dim)
-            value = rows[row, column]
-            raise RequestError(
-                f"{path} has {value} in row {at + row}, column {column}; every value must be a finite float32"
-            )
-        yield at, rows
-        at += len(rows)
+def check_finite(path: Path, rows: Rows, at: int) -> None:
+    """Raise RequestError naming the row of the file where a value is not finite. at: number of the first row."""
+    finite = np.isfinite(rows)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise RequestError(
+            f"{path} has {rows[row, column]} in row {at + row}, column {column}; every value must be a finite float32"
+        )
 
 
 def _whole_numbers(path: Path, what: str, array: NDArray[Any]) -> NDArray[np.int64]:
@@ -115,6 +109,8 @@ def _whole_numbers(path: Path, what: str, array: NDArray[Any]) -> NDArray[np.int
 
 
 def _check_distinct(path: Path, ids: NDArray[np.int64]) -> None:
+    if (ids[1:] > ids[:-1]).all():
+        return
     ordered = np.sort(ids)
     if (ordered[1:] > ordered[:-1]).all():
         return
@@ -281,11 +277,18 @@ def bring(client: Any, table: str, path: Path, source: Source, start: int, progr
 
     counter.expect(len(source.ids))
     counter.add(0, 0, start)
-    for at, rows in checked_rows(path, source, start, max(1, CHUNK_BYTES // (4 * source.dim))):
+    at = start
+    for rows in source.rows(start, max(1, CHUNK_BYTES // (4 * source.dim))):
         while len(sent) >= IN_FLIGHT:
             settle()
         end = at + len(rows)
-        sent.append((client.assign_nowait(table, source.ids[at:end], rows, timeout=TIMEOUT_S), end, rows))
+        try:
+            handle = client.assign_nowait(table, source.ids[at:end], rows, timeout=TIMEOUT_S)
+        except RequestError:  # the client looks at every value, and need not know of a file
+            check_finite(path, rows, at)
+            raise
+        sent.append((handle, end, rows))
+        at = end
     while sent:
         settle()
 

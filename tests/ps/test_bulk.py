@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ps import bulk
-from ps.bulk import Export, bring, check_dim, checked_rows, ids_path, open_source, take
+from ps.bulk import Export, bring, check_dim, ids_path, open_source, take
 from ps.checkpoint.reach import Counter
 from ps.errors import RequestError
 
@@ -48,6 +48,8 @@ class Table:
 
     def assign_nowait(self, name: str, ids: np.ndarray, rows: np.ndarray, timeout: float) -> Handle:
         self._live()
+        if not np.isfinite(rows).all():
+            raise RequestError("as a client says it, of a table")
         self.rows |= dict(zip(ids.tolist(), rows.copy(), strict=True))
         return Handle()
 
@@ -270,7 +272,7 @@ def test_a_bad_file_is_one_sentence(
     make(path)
     with pytest.raises(RequestError, match=sentence) as told:  # noqa: PT012 - a bad row is met when it is read
         source = open_source(path, **options)
-        list(checked_rows(path, source, 0, 10))
+        bring(Table(), "t", path, source, 0, Notes(), Counter())
     assert str(tmp_path / name) in str(told.value) or "none.npy" in str(told.value)
 
 
