@@ -115,10 +115,9 @@ def _check_distinct(path: Path, ids: NDArray[np.int64]) -> None:
     if (ordered[1:] > ordered[:-1]).all():
         return
     order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
-    if len(twice):
-        first, second = order[twice[0]], order[twice[0] + 1]
-        raise RequestError(f"{path} has id {ids[first]} in row {first} and in row {second}; an id has one row")
+    twice = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])[0]
+    first, second = order[twice], order[twice + 1]
+    raise RequestError(f"{path} has id {ids[first]} in row {first} and in row {second}; an id has one row")
 
 
 def _check_count(path: Path, ids: NDArray[np.int64], rows: int) -> None:

@@ -63,6 +63,14 @@ def check_offsets(offsets: NDArray[np.int64], n: int, what: str = "offsets") -> 
         raise RequestError(f"{what} ends with {offsets[-1]}; it must end with the number of ids, {n}")
 
 
+def kept(offsets: NDArray[np.int64], keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the values of the kept lists stand, and their offsets. (`take` by these is twice as fast as a mask.)"""
+    counts = np.diff(offsets)
+    out = np.zeros(int(keep.sum()) + 1, np.int64)
+    np.cumsum(counts[keep], out=out[1:])
+    return np.flatnonzero(np.repeat(keep, counts)), out
+
+
 @dataclass(frozen=True, slots=True)
 class RaggedIds:
     """`features` x `bags` bags of ids; build with `RaggedIds.of`, which checks the invariants above."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ps.errors import Overloaded
 from ps.kernels import window as win
 from ps.memory import reserve
+from ps.ragged import kept
 
 CLIENT_IDLE_S = 3600.0
 """Seconds without a push after which a client may be forgotten. Clients give a push up after ten minutes at the most,
@@ -45,6 +46,11 @@ class ClientEntries:
         """The distinct clients. Blocks of one push have one, which is seen without sorting."""
         first = self.clients[:1]
         return first if (self.clients == first).all() else np.unique(self.clients)
+
+    def select(self, keep: NDArray[np.bool_]) -> "ClientEntries":
+        """The entries of some of the slots, bool[s]."""
+        at, offsets = kept(self.offsets, keep)
+        return ClientEntries(self.clients[at], self.last[at], self.mask[at], offsets)
 
     @staticmethod
     def none(slots: int) -> "ClientEntries":

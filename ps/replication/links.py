@@ -32,9 +32,6 @@ class Flight:
         return self.op == "replicate" and not self.bulk
 
 
-NO_SLOTS = np.empty(0, np.int64)
-
-
 @dataclass(slots=True)
 class Link:
     """One peer. index: its number in `Members`. number: of the connection, which rises whenever one broke.

@@ -13,13 +13,13 @@ from ps.kernels import replicate
 from ps.kernels.replicate import BEHIND, TAKEN
 from ps.kernels.window import NEW
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
-from ps.replication.links import NO_SLOTS, Flight, Link
+from ps.replication.links import Flight, Link
 from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
 from ps.slots import PRIMARY
 from ps.store import Store
-from ps.store.changes import Applied
+from ps.store.changes import NO_SLOTS, Applied
 from ps.store.fork import Undone, tellable
 
 _SLOT_BYTES = 128
@@ -166,8 +166,10 @@ class Primary:
     def forget_idle(self) -> None:
         """Forget idle clients, as a change that is streamed like any other."""
         clients = self.store.held.clients.idle()
+        if not clients:
+            return
         self.flush()
-        block = self.store.forget(clients).block if clients else None
+        block = self.store.forget(clients).block
         if block is None:
             return
         for link in self.by_index:

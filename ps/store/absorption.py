@@ -11,7 +11,6 @@ from ps.kernels import replicate
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, ragged_select
 from ps.slots import NONE
 from ps.store.holdings import Holdings
-from ps.window import ClientEntries
 
 
 def absorb(
@@ -106,12 +105,7 @@ def _close(held: Holdings, block: RowBlock, taken: NDArray[np.bool_]) -> None:
     slots.positions[done] = block.last[final]
     whole = final & (block.full > 0)
     slots.horizon[block.slots[whole]] = slots.positions[block.slots[whole]]
-    c = block.clients
-    if not final.all():
-        clients, offsets = ragged_select(c.clients, c.offsets, final)
-        last, mask = (ragged_select(values, c.offsets, final)[0] for values in (c.last, c.mask))
-        c = ClientEntries(clients, last, mask, offsets)
-    held.clients.put(done, c)
+    held.clients.put(done, block.clients if final.all() else block.clients.select(final))
 
 
 @dataclass(slots=True)
