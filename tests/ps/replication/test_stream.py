@@ -50,10 +50,15 @@ def equal(one: Store, other: Store) -> None:
     slots = every_slot(one)
     assert (one.watermark(slots) == other.watermark(slots)).all()
     assert (one.digest(slots) == other.digest(slots)).all()
-    a, b = one.held.clients.entries(slots), other.held.clients.entries(slots)
-    assert [x.tolist() for x in (a.clients, a.last, a.mask, a.offsets)] == [
-        x.tolist() for x in (b.clients, b.last, b.mask, b.offsets)
-    ]
+    assert remembered(one) == remembered(other)
+
+
+def remembered(store: Store) -> set[tuple[int, int, int, int]]:
+    """(slot, client, last, mask) of every window. Their order within a slot says nothing: it is of who came first."""
+    slots = every_slot(store)
+    entries = store.held.clients.entries(slots)
+    columns = (np.repeat(slots, np.diff(entries.offsets)), entries.clients, entries.last, entries.mask)
+    return set(zip(*(column.tolist() for column in columns), strict=True))
 
 
 IDS = st.lists(st.integers(0, 20), max_size=6)
