@@ -236,13 +236,15 @@ class Router:
             return await self._answer(model, requests)
 
         config = model.config
-        return Batcher(
+        batcher = Batcher(
             run,
             rows_max=config.batch_rows_max,
             wait_s=config.batch_wait_ms / 1e3,
             queue_rows_max=config.queue_rows_max,
             batches_max=config.batches_max,
         )
+        self.metrics.queued_rows.labels(model.name, model.version).set_function(lambda: batcher.queued_rows)
+        return batcher
 
     async def _predict(self, model: LoadedModel, columns: Mapping[str, Column], timeout: float | None) -> Prediction:
         if not self._ready:
@@ -256,16 +258,12 @@ class Router:
             prepared = model.features.prepare(columns)
         request = _Request(prepared, deadline, "queue", time.perf_counter())
         batcher = self._batchers[model.name, model.version]
-        gauge = self.metrics.queued_rows.labels(model.name, model.version)
-        gauge.set(batcher.queued_rows + rows)
         try:
             async with asyncio.timeout_at(deadline):
                 prediction = await batcher.submit(request, rows)
         except TimeoutError:
             late = f"model {model.name!r}: the deadline of {timeout * 1e3:.0f} ms passed in stage {request.stage}"
             raise DeadlineExceeded(late) from None
-        finally:
-            gauge.set(batcher.queued_rows)
         _check_finite(prediction)
         return prediction
 

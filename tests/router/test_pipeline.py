@@ -146,6 +146,24 @@ def run(models: Path, test: Callable[[Router, FakeClient], Awaitable[None]]) -> 
     asyncio.run(limited())
 
 
+def queued_rows(router: Router) -> float | None:
+    labels = {"model": "ctr", "version": "1"}
+    return router.metrics.registry.get_sample_value("embring_router_queued_rows", labels)
+
+
+def clock_that_jumps() -> Callable[[float], None]:
+    """Lets the running loop's clock be set forward by seconds, so that a deadline passes when the test says so."""
+    loop, skew = asyncio.get_running_loop(), 0.0
+    real = loop.time
+
+    def jump(seconds: float) -> None:
+        nonlocal skew
+        skew += seconds
+
+    loop.time = lambda: real() + skew  # type: ignore[method-assign]
+    return jump
+
+
 def test_scores_are_those_of_each_row_alone_however_requests_are_batched(tmp_path: Path) -> None:
     publish(tmp_path, model_toml="inline_rows_max = 8\nbatch_rows_max = 40\n")
     sizes = [1, 3, 20, 2, 30, 7, 64]
@@ -247,18 +265,26 @@ def test_a_deadline_passed_names_its_stage_and_spares_the_patient(tmp_path: Path
     publish(tmp_path, model_toml="batches_max = 1\n")
 
     async def test(router: Router, client: FakeClient) -> None:
+        jump = clock_that_jumps()
         client.gate.clear()
-        patient = asyncio.create_task(router.predict("ctr", None, columns(1), timeout=LIMIT_S))
+        patient = asyncio.create_task(router.predict("ctr", None, columns(1), timeout=2 * LIMIT_S))
         await client.called.wait()
-        with pytest.raises(DeadlineExceeded, match="20 ms passed in stage queue"):
-            await router.predict("ctr", None, columns(1), timeout=0.02)
+        hurried = asyncio.create_task(router.predict("ctr", None, columns(1), timeout=LIMIT_S / 3))
+        while queued_rows(router) == 0:
+            await asyncio.sleep(0)
+        jump(LIMIT_S / 3)
+        with pytest.raises(DeadlineExceeded, match="10000 ms passed in stage queue"):
+            await hurried
         client.gate.set()
         assert len((await patient).scores) == 1
         client.gate.clear()
         client.called.clear()
-        with pytest.raises(DeadlineExceeded, match="20 ms passed in stage pull"):
-            await router.predict("ctr", None, columns(1), timeout=0.02)
-        assert 0 < client.calls[-1]["timeout"] <= 0.02
+        hurried = asyncio.create_task(router.predict("ctr", None, columns(1), timeout=LIMIT_S / 3))
+        await client.called.wait()
+        assert 0 < client.calls[-1]["timeout"] <= LIMIT_S / 3
+        jump(LIMIT_S / 3)
+        with pytest.raises(DeadlineExceeded, match="10000 ms passed in stage pull"):
+            await hurried
 
     run(tmp_path, test)
 
@@ -272,6 +298,7 @@ def test_a_full_queue_refuses(tmp_path: Path) -> None:
         await client.called.wait()
         tasks.append(asyncio.create_task(router.predict("ctr", None, columns(3))))
         await asyncio.sleep(0)
+        assert queued_rows(router) == 3
         with pytest.raises(Overloaded, match="limit of 4"):
             await router.predict("ctr", None, columns(2))
         client.gate.set()
