@@ -62,20 +62,21 @@ def describe(name: Name, as_json: JsonOption = False) -> None:
 
 @app.command()
 def alter(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The table, with all that share its slots.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The table, or several.")],
     replicas: Annotated[
         str | None, typer.Option(help='Copies of each row: a number, or "all" for every server.')
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help="sharded or whole; cannot change while a table has rows.")
+        str | None, typer.Option(help="sharded: rows over all servers; or whole: all rows on one server.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give tables more copies or fewer while pulls and pushes go on; returns once they are there.
+    """Give tables other copies or another placement while pulls and pushes go on; returns once all is there.
 
-    Tables of equal placement and replicas share slots, and change together: name all of them.
+    A table that shares slots with others gets slots of its own first: its servers look through its rows for that, one
+    or two millions a second, and answer nothing meanwhile.
 
-    Example:  embring table alter item user --replicas 2
+    Example:  embring table alter country --placement whole --replicas all
     """
     from ps.errors import ConfigError
 
@@ -87,7 +88,7 @@ def alter(
     if placement is not None:
         changes["placement"] = placement
     if not changes:
-        raise ConfigError("nothing to change: say --replicas")
+        raise ConfigError("nothing to change: say --replicas or --placement")
     with _client() as client:
         client.alter_table(names[0] if len(names) == 1 else names, **changes)
     record = _settled()

@@ -1,5 +1,6 @@
 """A view laid out for placement: what a change, or the goal of a view, is worked out on."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,17 +55,44 @@ class Desk:
             "live": live,
         }
 
-    def whole(self) -> WholeTables:
+    def whole(self, groups: Sequence[Group] | None = None) -> WholeTables:
         """The whole tables; each stands on the ring where its group's number hashes to, so that equals are spread."""
-        rows = [[s for s in self.owners[g.number][0].tolist() if s >= 0] for g in self.whole_groups]
-        slots = [(g.number * 0x9E3779B1 % 2**32) * len(self.distances) >> 32 for g in self.whole_groups]
-        return WholeTables(rows, [float(g.weights[0]) for g in self.whole_groups], self.sites, self.distances[slots])
+        groups = self.whole_groups if groups is None else groups
+        rows = [self._row(g) for g in groups]
+        slots = [(g.number * 0x9E3779B1 % 2**32) * len(self.distances) >> 32 for g in groups]
+        return WholeTables(rows, [float(g.weights[0]) for g in groups], self.sites, self.distances[slots])
 
-    def done(self, whole: WholeTables) -> View:
+    def _row(self, group: Group) -> list[int]:
+        """The owners of a whole table. While its slots come together, those who own most of them; to whom the others
+        go only makes them more so."""
+        owners = self.owners[group.number]
+        if (owners == owners[0]).all():
+            return [s for s in owners[0].tolist() if s >= 0]
+        counts = np.bincount(owners[owners >= 0], minlength=len(self.sites.hosts))
+        most = [s for s in np.argsort(-counts, kind="stable").tolist() if counts[s] and self.sites.usable[s]]
+        row: list[int] = []
+        while most and len(row) < self.copies(group):
+            row.append(min(most, key=lambda s: (self.sites.clash(s, row), most.index(s))))
+            most.remove(row[-1])
+        return row
+
+    def give(self, group: Group, row: list[int], which: NDArray[np.bool_] | None = None) -> None:
+        """Slots of a group (all, or which bool[slots]) get the same owners."""
+        before = self.owners[group.number]
+        owners = np.full((group.slots, max(len(row), before.shape[1], 1)), -1, np.int16)
+        owners[:, : before.shape[1]] = before
+        some = np.ones(group.slots, np.bool_) if which is None else which
+        owners[some] = -1
+        owners[some, : len(row)] = row
+        self.owners[group.number] = owners
+
+    def done(self) -> View:
         """The view with the owners as they are now, first places shared out evenly."""
+        level = [g for g in self.whole_groups if (self.owners[g.number] == self.owners[g.number][0]).all()]
+        whole = self.whole(level)
         whole.even_primaries()
-        for group, row in zip(self.whole_groups, whole.rows, strict=True):
-            self.owners[group.number] = np.array([row or [-1]], np.int16)
+        for group, row in zip(level, whole.rows, strict=True):
+            self.give(group, row)
         for group in self.sharded():
             rows = self.of(group)
             del rows["copies"]

@@ -52,7 +52,8 @@ def goal(view: View, unusable: frozenset[str] = frozenset()) -> Owners:
     for server in sorted(takers, key=lambda s: (whole.loads[s], s)) * _PASSES:
         whole.spread(server)
     whole.even_primaries()
-    found |= {g.number: np.array([row or [-1]], np.int16) for g, row in zip(desk.whole_groups, whole.rows, strict=True)}
+    for group, row in zip(desk.whole_groups, whole.rows, strict=True):
+        found[group.number] = np.tile(np.array([row or [-1]], np.int16), (group.slots, 1))
     width = max([present.shape[1], *(owners.shape[1] for owners in found.values())])
     out = np.full((len(present), width), -1, np.int16)
     for group in view.groups:

@@ -53,6 +53,13 @@ class Sites:
         sites.__dict__["places"] = self.places
         return sites
 
+    def clash(self, server: int, others: Sequence[int]) -> int:
+        """Owners that share this server's host, counted double, and its zone."""
+        shared = [
+            (self.places[0, o] == self.places[0, server], self.places[1, o] == self.places[1, server]) for o in others
+        ]
+        return sum(2 * bool(host) + bool(zone) for host, zone in shared)
+
     def _sizes(self) -> tuple[dict[int, int], dict[int, int]]:
         """Usable servers of each host, and the zone of each such host."""
         size: dict[int, int] = {}

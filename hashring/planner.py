@@ -13,7 +13,8 @@
     Withdraw(slots)      servers leave the owner lists of named slots, but those where they are last
     Reassign(slots)      slots get the owners that are given, who must hold them
     Renew(slots)         a new term under the same owners
-    CreateTable, AlterTable, SetReplicas, TruncateTable, DropTable
+    Place(tables)        tables get another placement or number of copies: first, where others share them, own slots
+    CreateTable, AlterTable, TruncateTable, DropTable
 
 `Join`, `Leave` and `Rebalance` are the goal of a view in one step, which a cluster with rows goes in many: slots are
 copied first. Every plan has epoch + 1, and slots whose owner list changed have the new epoch as their term. A change
@@ -27,23 +28,31 @@ them to the newcomer; a leave moves only what the leaver held. Lost slots are ne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashring.desk import Desk, trimmed
 from hashring.goal import goal
-from hashring.placement import fill, fresh, without
+from hashring.placement import fill, without
 from hashring.succession import reassign, renew, withdraw
-from hashring.view import Group, Move, Placement, Server, Table, View
+from hashring.tables import (
+    AlterTable,
+    CreateTable,
+    DropTable,
+    Place,
+    PlanError,
+    TruncateTable,
+    create,
+    drop,
+    named,
+    place,
+    swap_table,
+)
+from hashring.view import Group, Move, Server, View
 
 SERVERS_MAX = 1024
 """Servers in one view; owners are int16."""
-
-
-class PlanError(ValueError):
-    """The change is refused; the message says why in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -134,54 +143,10 @@ class End:
     """The move that is under way has arrived."""
 
 
-@dataclass(frozen=True)
-class CreateTable:
-    """replicas: at most the living servers. weight: of a whole table, what balancing counts (its size, in any unit)."""
-
-    name: str
-    spec: Mapping[str, object]
-    placement: Placement = "sharded"
-    replicas: int | Literal["all"] = 1
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class AlterTable:
-    """Another specification under the same number."""
-
-    name: str
-    spec: Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class SetReplicas:
-    """All tables of some groups, by name with their specifications, are to have another number of copies.
-
-    Tables that share slots have the same owners: all of them change, or none.
-    """
-
-    specs: Mapping[str, Mapping[str, object]]
-    replicas: int | Literal["all"]
-
-
-@dataclass(frozen=True)
-class TruncateTable:
-    """The same table without its rows: it gets a new number."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class DropTable:
-    """The table and its rows are gone."""
-
-    name: str
-
-
 Membership = (
     Join | Leave | Fail | Return | Recover | Rebalance | Enlist | Withdraw | Reassign | Renew | Begin | Abort | End
 )
-Change = Membership | CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable
+Change = Membership | CreateTable | AlterTable | Place | TruncateTable | DropTable
 
 
 def plan(view: View, change: Change) -> View:
@@ -214,16 +179,16 @@ def plan(view: View, change: Change) -> View:
         case Renew(slots):
             after = renew(view, slots)
         case CreateTable():
-            after = _create(view, change)
+            after = create(view, change)
         case AlterTable(name, spec):
-            after = replace(view, tables=_swap_table(view, replace(_table(view, name), spec=spec)))
-        case SetReplicas(specs, replicas):
-            after = _set_replicas(view, specs, replicas)
+            after = replace(view, tables=swap_table(view, replace(named(view, name), spec=spec)))
+        case Place():
+            after = place(view, change)
         case TruncateTable(name):
-            fresh = replace(_table(view, name), number=view.next_table)
-            after = replace(view, tables=_swap_table(view, fresh), next_table=view.next_table + 1)
+            fresh = replace(named(view, name), number=view.next_table)
+            after = replace(view, tables=swap_table(view, fresh), next_table=view.next_table + 1)
         case DropTable(name):
-            after = _drop(view, name)
+            after = _bury(drop(view, name))
     return replace(_with_terms(view, after), epoch=view.epoch + 1).check()
 
 
@@ -362,9 +327,11 @@ def _recover(view: View) -> View:
             desk.owners[group.number] = filled
     whole = desk.whole()
     for i, group in enumerate(desk.whole_groups):
-        if view.lost()[group.first]:
+        lost = view.lost()[group.first : group.first + group.slots]
+        if lost.any():
             whole.fill(i, desk.copies(group), desk.sites.servers)
-    return _bury(desk.done(whole))
+            desk.give(group, whole.rows[i], lost)
+    return _bury(desk.done())
 
 
 def _bury(view: View) -> View:
@@ -379,92 +346,6 @@ def _renumber(view: View, servers: Sequence[Server]) -> View:
     mapping = np.array([index.get(s.name, -1) for s in view.servers] + [-1], np.int16)  # the last is for -1: no owner
     groups = tuple(replace(g, owners=mapping[g.owners]) for g in view.groups)
     return replace(view, servers=tuple(servers), groups=groups)
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _check_replicas(view: View, name: str, replicas: int | Literal["all"]) -> None:
-    alive = sum(s.alive for s in view.servers)
-    if replicas != "all" and replicas > alive:
-        raise PlanError(
-            f"replicas of table {name!r} is {replicas}; the cluster has {alive} living servers, "
-            "and a server holds one copy of a row at most"
-        )
-
-
-def _set_replicas(view: View, specs: Mapping[str, Mapping[str, object]], replicas: int | Literal["all"]) -> View:
-    groups = {_table(view, name).group for name in specs}
-    for name in specs:
-        _check_replicas(view, name, replicas)
-    others = [t.name for t in view.tables if t.group in groups and t.name not in specs]
-    if others:
-        raise PlanError(
-            f"tables of equal placement and replicas share their slots: {', '.join(specs)} and {', '.join(others)} "
-            "change replicas together, so name them all"
-        )
-    return replace(
-        view,
-        tables=tuple(replace(t, spec=specs[t.name]) if t.name in specs else t for t in view.tables),
-        groups=tuple(replace(g, replicas=replicas) if g.number in groups else g for g in view.groups),
-    )
-
-
-def _create(view: View, change: CreateTable) -> View:
-    if view.table(change.name) is not None:
-        raise PlanError(f"table {change.name!r} exists already")
-    if not any(s.alive for s in view.servers):
-        raise PlanError(f"table {change.name!r} cannot be made: the cluster has no living server")
-    _check_replicas(view, change.name, change.replicas)
-    group = None
-    if change.placement == "sharded":
-        group = next((g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas)), None)
-    if group is None:
-        view, group = _new_group(view, change)
-    table = Table(view.next_table, change.name, group.number, change.spec)
-    return replace(view, tables=(*view.tables, table), next_table=view.next_table + 1)
-
-
-def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:
-    slots = 1 if change.placement == "whole" else 2**view.slot_bits
-    group = Group(
-        number=view.next_group,
-        placement=change.placement,
-        replicas=change.replicas,
-        first=view.next_slot,
-        owners=np.full((slots, 1), -1, np.int16),
-        terms=np.full(slots, view.epoch + 1, np.int64),
-        weights=np.full(slots, change.weight if change.placement == "whole" else 1.0),
-    )
-    wider = replace(view, groups=(*view.groups, group), next_group=group.number + 1, next_slot=group.first + slots)
-    desk = Desk(wider)
-    whole = desk.whole()
-    if change.placement == "whole":
-        whole.fill(len(whole.rows) - 1, desk.copies(group), desk.sites.servers)
-    else:
-        desk.owners[group.number] = fresh(slots, desk.sites, desk.distances, desk.copies(group))
-    return desk.done(whole), group
-
-
-def _drop(view: View, name: str) -> View:
-    gone = _table(view, name)
-    tables = tuple(t for t in view.tables if t.name != name)
-    used = {t.group for t in tables}
-    return _bury(
-        replace(view, tables=tables, groups=tuple(g for g in view.groups if g.number in used or g.number != gone.group))
-    )
-
-
-def _table(view: View, name: str) -> Table:
-    table = view.table(name)
-    if table is None:
-        known = ", ".join(sorted(t.name for t in view.tables)) or "none"
-        raise PlanError(f"no table is named {name!r}; the tables are: {known}")
-    return table
-
-
-def _swap_table(view: View, table: Table) -> tuple[Table, ...]:
-    return tuple(table if t.name == table.name else t for t in view.tables)
 
 
 # -- terms -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 SLOT_BITS = 14
 
+SLOTS_MAX = 2**24
+"""Slot numbers that a cluster can give out: those of groups that are gone are not used again."""
+
 Placement = Literal["sharded", "whole"]
 
 
@@ -48,7 +51,7 @@ class Server:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Tables of equal placement and replicas, which share slots.
+    """Tables that share slots, and with them placement and replicas.
 
     first: global number of its first slot, never used again. owners int16[slots, copies]: indexes of `View.servers`,
     the primary first, -1 where there is none. terms int64[slots]. weights float64[slots]: what balancing counts.

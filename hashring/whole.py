@@ -1,4 +1,4 @@
-"""Placing whole tables: each is one slot with a weight, and it is the weights that servers should hold evenly.
+"""Placing whole tables: all slots of each have the same owners, and it is weights that servers should hold evenly.
 
 There are at most some thousands, so this is plain Python. Servers on distinct hosts, then zones, come before the load.
 """
@@ -29,12 +29,6 @@ class WholeTables:
             for server in row:
                 self.loads[server] += weight
 
-    def _clash(self, server: int, others: Sequence[int]) -> int:
-        """Owners that share this server's host, counted double, and its zone."""
-        places = self.sites.places
-        shared = [(places[0, o] == places[0, server], places[1, o] == places[1, server]) for o in others]
-        return sum(2 * bool(host) + bool(zone) for host, zone in shared)
-
     def fill(self, table: int, copies: int, among: Sequence[int]) -> None:
         """Give the table more owners of `among`, up to `copies`: apart from the others, then the least loaded.
 
@@ -44,7 +38,7 @@ class WholeTables:
         if row and not any(self.sites.usable[s] for s in row):
             return
         while len(row) < copies and (free := [s for s in among if s not in row]):
-            best = min(free, key=lambda s: (self._clash(s, row), self.loads[s], self.distances[table, s]))
+            best = min(free, key=lambda s: (self.sites.clash(s, row), self.loads[s], self.distances[table, s]))
             row.append(best)
             self.loads[best] += self.weights[table]
 
@@ -54,7 +48,7 @@ class WholeTables:
         if row and not any(self.sites.usable[s] for s in row):
             return
         while len(row) > copies:
-            worst = max(row, key=lambda s: (self._clash(s, [o for o in row if o != s]), self.loads[s], s))
+            worst = max(row, key=lambda s: (self.sites.clash(s, [o for o in row if o != s]), self.loads[s], s))
             row.remove(worst)
             self.loads[worst] -= self.weights[table]
 
@@ -69,7 +63,7 @@ class WholeTables:
                 continue
             giver = max(held, key=lambda s: (self.loads[s], s))
             others = [s for s in row if s != giver]
-            if self.loads[giver] > mean and self._clash(newcomer, others) <= self._clash(giver, others):
+            if self.loads[giver] > mean and self.sites.clash(newcomer, others) <= self.sites.clash(giver, others):
                 row[row.index(giver)] = newcomer
                 self.loads[giver] -= weight
                 self.loads[newcomer] += weight

@@ -130,6 +130,32 @@ class Arena:
         self.erase(np.repeat(slots, np.diff(held.offsets)).astype(np.int32), held.codes, held.ids)
         self.numbers[code] = -1
 
+    def detach(
+        self, code: int, slots: NDArray[np.int64], low: int, last: int, kept: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Take the rows of a table with tokens in [low, last] out of consecutive slots: (ids, rows), for `attach`.
+
+        Those of slots that are not `kept` are deleted. All of a table must be detached before any is attached: the
+        directory finds the owner of a segment by where an entry in it belongs.
+        """
+        bits, first = (int(self.index.codes[code, column]) for column in (ix.BITS, ix.FIRST))
+        starts = (slots - first).astype(np.uint64) << np.uint64(64 - bits) if bits else np.zeros(1, np.uint64)
+        found = self.collect(slots, starts, np.full(len(slots), bits, np.int64), code, low, last)
+        counts = np.diff(found.offsets)
+        old, stay = np.repeat(slots, counts).astype(np.int32), np.repeat(kept, counts)
+        self.erase(old[~stay], found.codes[~stay], found.ids[~stay])
+        scan.detach_many(old[stay], found.codes[stay], found.ids[stay], self.index)
+        return found.ids[stay], found.rows[stay]
+
+    def attach(self, code: int, ids: NDArray[np.int64], rows: NDArray[np.int32]) -> None:
+        """Put rows that were detached into the slots that their table has now; what is in the rows stays as it is."""
+        codes = np.full(len(ids), code, np.int32)
+        scan.attach_many(self.slots_of(codes, ids), codes, ids, rows, self.index)
+
+    def relocate(self, code: int, first: int, bits: int) -> None:
+        """Ids of a table are looked for in other slots from now on."""
+        self.index.codes[code, [ix.BITS, ix.FIRST]] = bits, first
+
     def rows_of(self, code: int) -> int:
         """Rows of one table."""
         return int(self.index.codes[code, ix.ROWS])

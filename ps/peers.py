@@ -105,7 +105,8 @@ class Peers:
             op, (fields, arrays) = "install", view_message(action.view)
         else:
             op, (fields, arrays) = "push", push_message(action.share)
-            fields, arrays = {**fields, "acks": action.acks}, {**arrays, "only": action.only}
+            fields |= {"acks": action.acks, "at": action.at}
+            arrays |= {"only": action.only}
         try:
             wire.asked[wire.connection.post(op, fields, arrays, DEADLINE_MS)] = action.number
         except EmbringError:

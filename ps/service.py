@@ -303,10 +303,11 @@ class Service:
         if acks not in ("all", "primary"):
             raise RequestError(f'acks is {str(acks)[:40]!r}; it must be "all" or "primary"')
         only = vector(request.arrays, "only", "<i8") if "only" in request.arrays else None
+        at = whole(request.fields, "at") if only is not None else None
         if share.kind == "delete":
             self._tidy_soon()
         token = self._token()
-        self.replication.push(token, share, acks, only)
+        self.replication.push(token, share, acks, only, at)
         return self._outcome(token)
 
     def _range(self, request: Message) -> Result:

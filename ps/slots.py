@@ -1,5 +1,6 @@
 """What belongs to a slot as a whole, beside the arenas: role, position, lineage, and the deletions it remembers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +59,8 @@ class SlotTable:
         """
         if view.slots_total > self.slots_max:
             raise RequestError(f"the view has {view.slots_total} slots; a server takes {self.slots_max} (slots_max)")
-        sharded = view.slot_bits
         self.spans = tuple(
-            Span(g.first, len(g.terms), sharded if g.placement == "sharded" else 0)
-            for g in sorted(view.groups, key=lambda g: g.first)
+            Span(g.first, g.slots, g.slots.bit_length() - 1) for g in sorted(view.groups, key=lambda g: g.first)
         )
         for span in self.spans:
             inside = slice(span.first, span.first + span.count)
@@ -107,6 +106,11 @@ class SlotTable:
         for depth in range(int(counts.max(initial=0))):
             has = counts > depth
             self._lineage[slots[has], depth] = lineage[offsets[:-1][has] + depth]
+
+    def inherit(self, sources: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        """Slots stand where others do, with their past."""
+        for array in (self.positions, self.horizon, self._lineage):
+            array[slots] = array[sources]
 
     def add_lineage(self, slots: NDArray[np.int64], lasts: NDArray[np.int64]) -> None:
         """A term more, of which these are the last positions."""
@@ -177,6 +181,11 @@ class Tombstones:
         np.maximum.at(horizon, self._slots[old], self._versions[old])
         self._slots[at], self._tables[at], self._ids[at], self._versions[at] = slots, tables, ids, versions
         self._next = int((self._next + len(slots)) % capacity)
+
+    def move(self, table: int, slots_of: Callable[[NDArray[np.int64]], NDArray[np.int32]]) -> None:
+        """A table's deletions lie in other slots from now on: those of their ids."""
+        mine = np.flatnonzero((self._slots >= 0) & (self._tables == table))
+        self._slots[mine] = slots_of(self._ids[mine])
 
     def of(self, slots: NDArray[np.int64], since: NDArray[np.int64]) -> Gone:
         """Deletions in these slots after `since`: index into slots, tables, ids, versions; by slot, oldest first."""

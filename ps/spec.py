@@ -163,7 +163,7 @@ class TableSpec:
     name: 1..128 characters of letters, digits and `_ . - /`.
     dim: values in a row, 1..4096 (float32).
     seed: of the table's tokens and initial rows, 0..2**63-1.
-    placement: "sharded" over the slots of its group, or "whole" (one slot, one server).
+    placement: "sharded" over the slots of its group, or "whole" (all rows on one server, or R).
     replicas: owners of each slot, 1..64, or "all".
     absent: what an id without a row answers, unless the pull says otherwise.
     default: the vector of absent="default", `dim` values (empty = zeros).

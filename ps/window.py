@@ -146,6 +146,11 @@ class ClientTable:
                 slots, entries.offsets, entries.clients, client, entries.last, entries.mask, window.last, window.mask
             )
 
+    def inherit(self, sources: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
+        """Slots have seen what others have."""
+        for window in self._windows.values():
+            window.last[slots], window.mask[slots] = window.last[sources], window.mask[sources]
+
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget what slots have seen."""
         for window in self._windows.values():

@@ -201,7 +201,7 @@ class _Work:
         tables = [t for t in view.tables if t.name in before]
         moved = [t.name for t in tables if before[t.name] != t.group or not self._saved(view.group(t.group))]
         if moved:
-            raise CheckpointError(f"table {moved[0]!r} moved during the save: nothing was kept, save again")
+            raise CheckpointError(f"table {moved[0]!r} got other slots during the save: nothing was kept, save again")
         kept = {t.group for t in tables}
         groups = [g for g in view.groups if g.number in kept]
         slots = np.flatnonzero(self.positions >= 0)

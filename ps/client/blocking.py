@@ -308,7 +308,7 @@ class Client:
     def ranges(self, name: str, n: int, timeout: float | None = None) -> list[tuple[int, int | None]]:
         """At most n half-open intervals of tokens that cover the ring, aligned to slots; stop=None is the ring's end.
 
-        A table of one slot (placement "whole") has one range.
+        A table that was made with placement "whole" has one slot, and one range.
 
             >>> client.ranges("item", 2)
             [(0, 9223372036854775808), (9223372036854775808, None)]
@@ -389,13 +389,14 @@ class Client:
         return self._run(self._verbs.describe(name, timeout))
 
     def alter_table(self, name: str | Sequence[str], timeout: float | None = None, **changes: Any) -> None:
-        """Change a table's optimizer settings, initializer, absent or default, or its replicas; its rows stay.
+        """Change a table's optimizer settings, initializer, absent or default; or its placement and replicas.
 
-        Tables of equal placement and replicas share slots: of those all are named to change replicas. Copies are made,
-        or given up, after this returns; `embring table alter` waits for that.
+        Its rows stay, and pulls and pushes go on. Rows move, and copies are made or given up, after this returns;
+        `embring table alter` waits for that. Sharded tables that are named together go on sharing their slots.
 
             >>> client.alter_table("item", optimizer=ps.RowWiseAdagrad(lr=0.01))
             >>> client.alter_table(["item", "user"], replicas=2)
+            >>> client.alter_table("country", placement="whole", replicas="all")
         """
         self._run(self._verbs.alter_table(name, changes, timeout))
 

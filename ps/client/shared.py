@@ -147,7 +147,10 @@ class Mapped:
         lines[:, ix.P_ARENA] = [numbered[key] for key in keys]
         codes = np.full((len(self.known), len(names)), -1, np.int64)
         for s, known in enumerate(self.known):
-            code_of = {number: code for number, _, code in known.plain["tables"]}
+            code_of = {number: code for number, _, code, _, _ in known.plain["tables"]}
+            places = {number: [first, slots] for number, _, _, first, slots in known.plain["tables"]}
+            if any(places.get(t.number, [t.first, 1 << t.bits]) != [t.first, 1 << t.bits] for t in tables):
+                raise OSError("the server has a table in other slots than this view")
             codes[s] = [code_of.get(t.number, -1) for t in tables]
         initial = np.zeros((len(names), 2))
         for f, table in enumerate(tables):

@@ -2,7 +2,7 @@
 
 verb           fields                       does
 create_table   spec                         makes a table; the same spec again changes nothing
-alter_table    name or names, changes       new optimizer, absent, default or initializer, or other replicas; rows stay
+alter_table    name or names, changes       new optimizer, absent, default or initializer; or placement and replicas
 truncate       name                         forgets every row of a table, which gets a new number
 drop_table     name                         removes a table
 failover       name, force                  declares a server dead; force: although rows are lost with it
@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from hashring.planner import AlterTable, CreateTable, DropTable, Fail, SetReplicas, TruncateTable
+from hashring.planner import AlterTable, CreateTable, DropTable, Fail, Place, TruncateTable
 from hashring.tokens import hash_strings
 from hashring.view import View
 from ps.errors import RequestError
 from ps.spec import TableSpec
 
-ALTERABLE = ("optimizer", "initializer", "absent", "default", "replicas")
-"""What of a table may change while it holds rows: dim, seed and placement decide where and how they lie."""
+PLACES = ("placement", "replicas")
+ALTERABLE = ("optimizer", "initializer", "absent", "default", *PLACES)
+"""What of a table may change while it holds rows: dim and seed decide what they are, and where in its slots."""
 
-Change = CreateTable | AlterTable | SetReplicas | TruncateTable | DropTable | Fail
+Change = CreateTable | AlterTable | Place | TruncateTable | DropTable | Fail
 
 
 def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0, replicas: int = 1) -> Change | None:
@@ -36,10 +37,10 @@ def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0, r
     name = fields.get("name")
     if verb == "alter_table":
         names, changes = fields.get("names") or [name], fields.get("changes")
-        if isinstance(changes, Mapping) and "replicas" in changes:
-            return _set_replicas(view, [str(n) for n in names], changes)
+        if isinstance(changes, Mapping) and not changes.keys().isdisjoint(PLACES):
+            return _place(view, [str(n) for n in names], changes)
         if len(names) != 1:
-            raise RequestError(f"{len(names)} tables are named; together they change their replicas only")
+            raise RequestError(f"{len(names)} tables are named; together they change placement and replicas only")
         return _alter(view, str(names[0]), changes)
     if verb == "truncate":
         _existing(view, str(name))
@@ -85,26 +86,24 @@ def _create(view: View, plain: Any, seed: int, replicas: int) -> CreateTable | N
     return CreateTable(spec.name, spec.to_plain(), spec.placement, spec.replicas)
 
 
-def _set_replicas(view: View, names: Sequence[str], changes: Mapping[str, Any]) -> SetReplicas | None:
-    """Other replicas, of all tables that share slots with these too: those must be named."""
-    if set(changes) != {"replicas"}:
-        others = ", ".join(sorted(set(changes) - {"replicas"}))
-        raise RequestError(f"replicas of {', '.join(names)} change alone, not with {others}")
+def _place(view: View, names: Sequence[str], changes: Mapping[str, Any]) -> Place | None:
+    """Another placement or number of copies, of tables that have the same ones then."""
+    if others := ", ".join(sorted(changes.keys() - set(PLACES))):
+        raise RequestError(f"placement and replicas of {', '.join(names)} change alone, not with {others}")
     specs = {name: TableSpec.from_plain({**_existing(view, name), **changes}) for name in names}
     if all(spec == spec_of(view, name) for name, spec in specs.items()):
         return None
-    return SetReplicas({name: spec.to_plain() for name, spec in specs.items()}, next(iter(specs.values())).replicas)
+    ends = {(spec.placement, spec.replicas) for spec in specs.values()}
+    if len(ends) > 1:
+        raise RequestError(f"tables {', '.join(names)} would differ in placement or replicas: say both, or name one")
+    ((placement, replicas),) = ends
+    return Place({name: spec.to_plain() for name, spec in specs.items()}, placement, replicas)
 
 
 def _alter(view: View, name: str, changes: Any) -> AlterTable | None:
     present = spec_of(view, name)
     if not isinstance(changes, Mapping):
         raise RequestError("alter_table needs a field changes with the new settings")
-    if changes.get("placement", present.placement) != present.placement:
-        raise RequestError(
-            f"placement of table {name!r} cannot change while it holds rows: make a table of another name, "
-            "copy the rows, and drop this one"
-        )
     for key in changes:
         if key not in ALTERABLE:
             raise RequestError(f"{key} of table {name!r} cannot change; what can: {', '.join(ALTERABLE)}")

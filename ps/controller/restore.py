@@ -95,12 +95,15 @@ def told(restore: Restore) -> dict[str, Any]:
 
 def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore:
     """Lost slots of the very cluster that the checkpoint is of: rows of the other slots stay as they are."""
-    saved = {number for number, _, _, _ in manifest["tables"]}
+    group_of = {t.number: t.group for t in view.tables}
+    saved = {number for number, _, group, _ in manifest["tables"] if group_of.get(number, group) == group}
     lost = view.lost()
     missing = [t.name for t in view.tables if t.number not in saved and _any_lost(view.group(t.group), lost)]
     if missing and not accept_loss:
+        known = missing[0] in {name for _, name, _, _ in manifest["tables"]}
+        has = "has other slots of" if known else "has no"
         raise RequestError(
-            f"the checkpoint has no table {missing[0]!r}, whose rows in lost slots would be gone: "
+            f"the checkpoint {has} table {missing[0]!r}, whose rows in lost slots would be gone: "
             "choose a newer one, or say --accept-loss"
         )
     first = _planned(view, Renew(np.flatnonzero(lost)))
@@ -148,7 +151,7 @@ def _afresh(view: View, manifest: Mapping[str, Any]) -> Restore:
 
 def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
     """The tables of a checkpoint beside those of the view, whose slots stay as they are."""
-    made, groups = _made(view, manifest["tables"])
+    made, groups = _made(view, manifest["tables"], manifest["groups"])
     epoch = view.epoch + 1
     nobody = Server(f"restore~{epoch}", 0, "", alive=False)
     here = set(groups.values())
@@ -169,18 +172,21 @@ def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
     return Restore(first, final, slots, tables, np.sort(wanted).tolist(), manifest["term_max"])
 
 
-def _made(view: View, entries: Sequence[Sequence[Any]]) -> tuple[View, dict[int, int]]:
+def _made(view: View, entries: Sequence[Sequence[Any]], saved: Sequence[Sequence[Any]]) -> tuple[View, dict[int, int]]:
     """The view with tables made, in the order of their numbers, and each group's number: there -> here.
+
+    saved: the groups of the checkpoint.
 
     Tables that shared slots share them again, and with no others: two slots cannot be put into one.
     """
     groups: dict[int, int] = {}
+    sizes = {number: count for number, _, _, _, count in saved}
     for _, name, there, spec in sorted(entries, key=lambda entry: entry[0]):
         alike = {g.number for g in view.groups if (g.placement, g.replicas) == ("sharded", spec["replicas"])}
         unseen = alike - {groups.get(there, -1)}
         kept = tuple(g for g in view.groups if g.number not in unseen)
         part = replace(view, groups=kept, tables=tuple(t for t in view.tables if t.group not in unseen))
-        part = _planned(part, CreateTable(name, spec, spec["placement"], spec["replicas"]))
+        part = _planned(part, CreateTable(name, spec, spec["placement"], spec["replicas"], slots=sizes[there]))
         new = part.tables[-1]
         groups[there] = new.group
         back = tuple(g for g in view.groups if g.number in unseen)

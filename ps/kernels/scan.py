@@ -171,6 +171,25 @@ def insert_many(
         i = end
 
 
+@kernel
+def detach_many(slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], index: Index) -> None:
+    """Take (code, id) pairs out of their slots; their rows stay as they are.
+
+    Backwards: `collect` tells a segment's entries in their order, and where those behind are gone none moves up.
+    """
+    for i in range(len(ids) - 1, -1, -1):
+        erase(index, np.int64(slots[i]), np.int64(codes[i]), ids[i])
+
+
+@kernel
+def attach_many(
+    slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], rows: NDArray[np.int32], index: Index
+) -> None:
+    """Put (code, id) pairs, which are in no slot, into these, with rows that are theirs already."""
+    for i in range(len(ids)):
+        insert(index, np.int64(slots[i]), np.int64(codes[i]), ids[i], np.int64(rows[i]))
+
+
 @inline
 def _compact_leaf(index: Index, word: int, old: NDArray[np.int32], new: NDArray[np.int32], moves: int) -> int:
     """Re-point a leaf's rows above the target to free ones below; stops when the pairs are full."""
@@ -263,6 +282,8 @@ def warmup() -> None:
     collect(
         one, tokens, one, 0, np.uint64(0), last, index, one.copy(), slots, rows, tokens.copy(), np.zeros(2, np.int64)
     )
+    detach_many(slots, slots, one, index)
+    attach_many(slots, slots, one, rows, index)
     compact(0, 1, 8, index, slots.copy(), slots.copy())
     erase_many(slots, slots, one, index, np.zeros(1, np.uint8))
     drop_slots(one, index)

@@ -75,13 +75,15 @@ class SendView:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Send `push` with this share, `only` (slots to be decided there) and acks, in the same order as `Send`."""
+    """Send `push` with this share, `only` (slots to be decided there, by the view of epoch `at`) and acks, in the same
+    order as `Send`."""
 
     peer: int
     link: int
     number: int
     share: PushShare
     only: NDArray[np.int64]
+    at: int
     acks: str
 
 

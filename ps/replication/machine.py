@@ -138,6 +138,7 @@ class Replication:
         if old is not None and view.epoch <= old.epoch:
             return
         primary.flush()
+        left = store.regroup(view)
         before = store.held.slots.positions[: view.slots_total].copy()
         store.install(view)
         same = np.zeros(view.slots_total, np.bool_)
@@ -151,7 +152,7 @@ class Replication:
                 link.epoch = max(link.epoch, view.epoch)
         opened = np.flatnonzero((view.owners()[:, 0] == me) & ~same)
         primary.open(opened, before, view)
-        self._end_waits()
+        self._end_waits(left)
         self._take_back(view)
         self._backup.install(view)
         primary.release()
@@ -187,15 +188,18 @@ class Replication:
             del primary.links[gone.incarnation]
         return numbers
 
-    def _end_waits(self) -> None:
-        """Whoever waits for a slot that has another primary now must ask there."""
+    def _end_waits(self, left: NDArray[np.int64]) -> None:
+        """Whoever waits for a slot that has another primary now must ask there; who waits for one that a table has
+        left, here again: what was changed is to be held in the table's own slots."""
         named = self.store.held.slots.named
         kept = []
         for wait in self._primary.waits:
-            if (named[wait.slots] == PRIMARY).all():
+            if (named[wait.slots] == PRIMARY).all() and not np.isin(wait.slots, left).any():
                 kept.append(wait)
             else:
-                self._primary.refuse(wait.token, PerhapsApplied("a slot got another primary meanwhile"))
+                self._primary.refuse(
+                    wait.token, PerhapsApplied("a slot got another primary, or a table others, meanwhile")
+                )
         self._primary.waits = kept
 
     def _take_back(self, view: View) -> None:
@@ -213,9 +217,20 @@ class Replication:
 
     # -- pushes and exports
 
-    def push(self, token: Hashable, share: PushShare, acks: str = "all", only: NDArray[np.int64] | None = None) -> None:
-        """Decide a push. only: the slots that another owner has forwarded; such a push is not forwarded again."""
+    def push(
+        self,
+        token: Hashable,
+        share: PushShare,
+        acks: str = "all",
+        only: NDArray[np.int64] | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Decide a push. only: the slots that another owner has forwarded, by the view of this `epoch`; such a push
+        is not forwarded again, and refused by another view, in which a table may lie in other slots."""
         try:
+            if only is not None and epoch != self.store.epoch:
+                why = f"slots were forwarded by epoch {epoch}; this is epoch {self.store.epoch}"
+                raise WrongView(why, self.store.epoch)
             self._primary.push(token, share, acks, only)
         except WrongView as error:
             if only is not None or not self._forward(token, share, acks):
@@ -235,7 +250,7 @@ class Replication:
             some = slots[primaries == p]
             peer = view.servers[p].incarnation
             if peer == self.store.incarnation:
-                self.push(_Part(parts), share, acks, some)
+                self.push(_Part(parts), share, acks, some, self.store.epoch)
             else:
                 self._primary.forward(self._primary.links[peer], _Part(parts), share, some, acks)
         return True

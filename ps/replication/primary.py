@@ -215,7 +215,7 @@ class Primary:
             self.refuse(token, NotApplied("the primary of the slots cannot be reached from here"))
             return
         number = link.depart(Flight("push", only, NO_SLOTS, token=token))
-        self.out.append(Forward(link.incarnation, link.number, number, share, only, acks))
+        self.out.append(Forward(link.incarnation, link.number, number, share, only, self.store.epoch, acks))
 
     def open(self, slots: NDArray[np.int64], before: NDArray[np.int64], view: View) -> None:
         """Begin the terms of slots that stood at `before`: an empty block for each other owner."""

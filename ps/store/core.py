@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.view import View
+from hashring.view import SLOTS_MAX, View
 from ps.errors import RequestError
 from ps.kernels import as_input, index, optimize, pool, update
 from ps.kernels import window as win
@@ -24,6 +24,7 @@ from ps.store import absorption, fork, stream, transfer
 from ps.store.changes import NO_SLOTS, NOTHING_APPLIED, Applied, Changed, Forgotten, Streams
 from ps.store.holdings import Holdings
 from ps.store.registry import Planned, Registry
+from ps.store.regroup import regroup
 from ps.window import ClientTable, ClientWindow
 
 _MEMORY_SHARE = 0.7
@@ -44,7 +45,7 @@ class StoreLimits:
 
     memory_max: int = 0
     clients_max: int = 256
-    slots_max: int = 2**24
+    slots_max: int = SLOTS_MAX
     deletions_max: int = 2**18
     shared: bool = False
 
@@ -108,15 +109,13 @@ class Store:
     def install(self, view: View) -> None:
         """Judge by a newer view from now on (an older one is ignored).
 
-        Tables are made, altered and dropped; a slot of which this server is newly primary opens its term; what the
-        view no longer names here is freed. RequestError for a view of another cluster.
+        Tables are made, altered and dropped, or brought to other slots; a slot of which this server is newly primary
+        opens its term; what the view no longer names here is freed. RequestError for a view of another cluster.
         """
         held = self.held
-        if held.view is not None:
-            if (view.cluster, view.slot_bits) != (held.view.cluster, held.view.slot_bits):
-                raise RequestError(f"the view is of cluster {view.cluster}; this server is of cluster {held.cluster}")
-            if view.epoch <= held.view.epoch:
-                return
+        if not self._newer(view):
+            return
+        self.regroup(view)
         with held.latch:
             gone = held.slots.install(view, self.incarnation)
             if len(gone):
@@ -126,6 +125,24 @@ class Store:
             if before != held.registry.entries:
                 held.latch.renew()
             held.view = view
+
+    def regroup(self, view: View) -> NDArray[np.int64]:
+        """The first step of `install`, which takes it where nobody else did: bring tables to the slots that a newer
+        view has them in (see `ps.store.regroup`). Returns the slots that they have left, int64[k]."""
+        if not self._newer(view):
+            return NO_SLOTS
+        with self.held.latch:
+            left = regroup(self.held, view)
+            if len(left):
+                self.held.latch.renew()
+        return left
+
+    def _newer(self, view: View) -> bool:
+        """Whether a view is newer than the present one; RequestError where it is of another cluster."""
+        now = self.held.view
+        if now is not None and (view.cluster, view.slot_bits) != (now.cluster, now.slot_bits):
+            raise RequestError(f"the view is of cluster {view.cluster}; this server is of cluster {now.cluster}")
+        return now is None or view.epoch > now.epoch
 
     # -- pull
 

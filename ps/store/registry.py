@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.tokens import token_seed
-from hashring.view import Table, View
+from hashring.view import Group, Table, View
 from ps.arena import Arena, ArenaKey
 from ps.errors import RequestError
 from ps.kernels import as_input
@@ -95,25 +95,40 @@ class Registry:
         for number in sorted(self.entries.keys() - wanted.keys()):
             self._remove(self.entries.pop(number))
         for _, table in sorted(wanted.items()):
-            group = groups[table.group]
-            bits = view.slot_bits if group.placement == "sharded" else 0
-            self._take(table, group.first, len(group.terms), bits)
+            self._take(table, groups[table.group])
         lines = [
             (e.number, e.arena, e.code, int(np.uint64(e.seed).astype(np.int64)), e.bits, e.first, e.spec.dim)
             for _, e in sorted(self.entries.items())
         ]
         self._columns = np.array(lines, np.int64).reshape(-1, TABLE_COLUMNS)
 
-    def _take(self, table: Table, first: int, count: int, bits: int) -> None:
+    def elsewhere(self, view: View) -> list[tuple[TableEntry, Group]]:
+        """Tables that the view has in other slots than those they are in here, with their groups."""
+        known = ((self.entries.get(t.number), view.group(t.group)) for t in view.tables)
+        return [(entry, group) for entry, group in known if entry is not None and entry.first != group.first]
+
+    def relocate(self, entry: TableEntry, group: Group) -> None:
+        """A table lies in the slots of another group from now on."""
+        bits = group.slots.bit_length() - 1
+        self.arenas[entry.arena].relocate(entry.code, group.first, bits)
+        self.entries[entry.number] = replace(entry, first=group.first, slots=group.slots, bits=bits)
+
+    def slots_of(self, number: int, ids: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The slot of each id of a table, int32[n]."""
+        entry = self.entries[number]
+        return self.arenas[entry.arena].slots_of(np.full(len(ids), entry.code, np.int32), ids)
+
+    def _take(self, table: Table, group: Group) -> None:
         known = self.entries.get(table.number)
         if known is not None and known.plain == table.spec:
             return
         spec = TableSpec.from_plain(table.spec)
         if known is None:
             arena, seed = self.arena(ArenaKey(spec.dim, spec.optimizer.kind)), token_seed(spec.seed)
-            code = self.arenas[arena].add_table(table.number, spec, seed, bits, first)
+            bits = group.slots.bit_length() - 1
+            code = self.arenas[arena].add_table(table.number, spec, seed, bits, group.first)
             self.entries[table.number] = TableEntry(
-                table.number, spec, arena, code, seed, first, count, bits, table.spec
+                table.number, spec, arena, code, seed, group.first, group.slots, bits, table.spec
             )
         elif known.spec != spec:
             old = known.spec

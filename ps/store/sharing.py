@@ -10,7 +10,7 @@ from ps.store.holdings import Holdings
 def described(held: Holdings) -> dict[str, Any]:
     """What a process of this host needs to map the store: {} where it is not shared.
 
-    Each file as [descriptor in this process, device, inode, bytes]; tables as [number, arena, code].
+    Each file as [descriptor in this process, device, inode, bytes]; tables as [number, arena, code, first slot, slots].
     """
     if not held.latch.shared:
         return {}
@@ -24,7 +24,7 @@ def described(held: Holdings) -> dict[str, Any]:
         "header": _file(held.latch.memory),
         "roles": _file(held.slots.roles_memory),
         "arenas": arenas,
-        "tables": [[e.number, e.arena, e.code] for e in held.registry.entries.values()],
+        "tables": [[e.number, e.arena, e.code, e.first, e.slots] for e in held.registry.entries.values()],
     }
 
 

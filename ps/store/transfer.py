@@ -41,6 +41,9 @@ def token_range(
     shift = 64 - entry.bits
     numbers = np.arange(entry.first + (start >> shift), entry.first + ((end - 1) >> shift) + 1)
     if slots is not None:
+        foreign = slots[(slots < entry.first) | (slots >= entry.first + entry.slots)]
+        if len(foreign):  # by a view in which the table had others
+            raise held.wrong_view(int(foreign[0]), OWNER)
         numbers = np.intersect1d(numbers, slots, assume_unique=True)
     held.require(numbers, OWNER)
     for batch, part, parts in _pieces([arena], numbers, rows_max):

@@ -16,6 +16,7 @@ from hashring.planner import (
     End,
     Enlist,
     Fail,
+    Place,
     PlanError,
     Reassign,
     Recover,
@@ -240,3 +241,27 @@ def test_a_view_keeps_its_move_on_its_way_through_the_log() -> None:
     plain = cluster(2, bits=4).to_plain()
     del plain["move"]  # as views were logged before
     assert View.from_plain(plain).move is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.data(), st.integers(1, 300), st.integers(0, 99))
+def test_tables_are_whole_or_sharded_at_any_time(n: int, data: st.DataObject, some: int, seed: int) -> None:
+    """However often placements and copies change, the goal is reached: whole tables lie together, others evenly."""
+    view, rng = cluster(n, 1, bits=8), np.random.default_rng(seed)
+    for name in ("u", "v"):
+        view = plan(view, CreateTable(name, {}, replicas=1))
+    view = plan(view, CreateTable("w", {}, "whole"))
+    for _ in range(data.draw(st.integers(1, 3))):
+        names = data.draw(st.sets(st.sampled_from(["t", "u", "v", "w"]), min_size=1))
+        placement, replicas = data.draw(st.sampled_from(["sharded", "whole"])), data.draw(st.integers(1, n))
+        view = plan(view, Place({name: {} for name in sorted(names)}, placement, replicas))
+        view, _ = arrive(view, rng, some)
+        for name in names:
+            group = view.group(view.table(name).group)
+            assert (group.placement, group.replicas) == (placement, replicas)
+            assert (group.owners >= 0).sum(axis=1).tolist() == [replicas] * group.slots
+            if placement == "whole":
+                assert (group.owners == group.owners[0]).all()
+                assert sum(t.group == group.number for t in view.tables) == 1
+            else:
+                assert balance(view, group).copies <= 1.03

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -19,13 +20,14 @@ from hashring.planner import (
     Fail,
     Join,
     Leave,
+    Place,
     PlanError,
     Recover,
     Return,
     TruncateTable,
     plan,
 )
-from hashring.view import Group, Server, View
+from hashring.view import SLOTS_MAX, Group, Server, View
 
 BITS = 14
 
@@ -221,6 +223,14 @@ def test_tables_share_groups_and_numbers_are_never_used_again() -> None:
 def test_refusals_are_one_sentence(change: object, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         plan(cluster(3, 2, bits=4), change)  # type: ignore[arg-type]
+
+
+def test_slot_numbers_end_before_a_server_would_refuse_the_view() -> None:
+    view = plan(cluster(3, 1, bits=4), CreateTable("u", {}))
+    for left, change in ((15, CreateTable("v", {}, replicas=2)), (15, Place({"t": {}}, "sharded", 2))):
+        with pytest.raises(PlanError, match=f"16 slots more are too many .* {SLOTS_MAX - left} of {SLOTS_MAX} slot"):
+            plan(replace(view, next_slot=SLOTS_MAX - left), change)
+        assert plan(replace(view, next_slot=SLOTS_MAX - left - 1), change).next_slot == SLOTS_MAX
 
 
 def test_a_table_needs_a_living_server() -> None:

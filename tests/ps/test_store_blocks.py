@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from hashring.planner import Recover, plan
 from hashring.view import View
@@ -269,10 +270,15 @@ def test_random_ranges_hold_every_row_once_and_only_theirs(number: int) -> None:
     assert list(store.range(number, 5, 5)) == []
 
 
+def slots_of(store: Store, number: int) -> NDArray[np.int64]:
+    entry = store.held.registry.entry(number)
+    return np.arange(entry.first, entry.first + entry.slots)
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_ranges_of_some_slots_hold_their_rows_alone(number: int) -> None:
     store = filled(view_of(SPECS))
-    slots = every_slot(store)
+    slots = slots_of(store, number)
     whole = all_rows(store, number)
     parts = [all_rows(store, number, slots=slots[k::3]) for k in range(3)]  # type: ignore[arg-type]
     assert sum(map(len, parts)) == len(whole)
@@ -281,6 +287,14 @@ def test_ranges_of_some_slots_hold_their_rows_alone(number: int) -> None:
         assert min(map(len, parts)) > 50
         (low,) = (p for p in [all_rows(store, number, slots=slots[:4], stop=2**62)])  # type: ignore[arg-type]
         assert low.keys() == all_rows(store, number, stop=2**62).keys()
+
+
+def test_a_range_of_slots_that_are_not_the_tables_is_refused() -> None:
+    """Those of a view in which the table had others: read as its own, they would pass for slots without rows."""
+    store = filled(view_of(SPECS))
+    foreign = slots_of(store, 3)
+    with pytest.raises(WrongView, match=f"slot {foreign[0]} "):
+        all_rows(store, 1, slots=foreign)  # type: ignore[arg-type]
 
 
 def test_a_range_is_whole_though_pushes_come_in_between() -> None:

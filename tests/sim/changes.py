@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable, SetReplicas
+from hashring.planner import Abort, AlterTable, Begin, CreateTable, DropTable, Place
 from hashring.view import Move
 from ps.failover import Wish
 from ps.spec import SGD, Initializer, TableSpec
@@ -21,6 +21,9 @@ MOVING = (
 )
 """Steps that there are more of where servers join and leave."""
 
+GROUPS_MAX = 6
+"""Groups of tables from which on none is given slots of its own."""
+
 TABLES_MAX = 2
 """Tables of these that there are at a time."""
 
@@ -33,9 +36,10 @@ class Changes:
         rng = self.world.rng
         aimed = cluster.faults.aims_at(*MOVING, *WISHES)
         moves = rng.random() < 0.6 or aimed
+        placing = cluster.faults.aims_at("a table moves")
         self.kinds = ["join", "leave", "join", "leave", "abort"] if moves else []
-        self.kinds += ["create", "alter", "drop", "copies"] if rng.random() < 0.4 else []
-        self.rate = 1.5 if aimed else rng.choice((0.3, 0.6, 1.2))
+        self.kinds += ["create", "alter", "drop", "place", "place"] if rng.random() < 0.4 or placing else []
+        self.rate = 1.5 if aimed or placing else rng.choice((0.3, 0.6, 1.2))
         self.names: list[str] = []
         self.tables: list[str] = []
         self.starting: dict[str, int] = {}
@@ -147,16 +151,20 @@ class Changes:
         spec = replace(TableSpec.from_plain(table.spec), optimizer=rule).check()
         return self.wish(AlterTable(table.name, spec.to_plain()), "alter table")
 
-    def _copies(self) -> bool:
-        """Another number of copies, of all tables that share slots."""
+    def _place(self) -> bool:
+        """Another placement or number of copies, of some tables: others may share their slots, and stay."""
         view, rng = self.cluster.log.newest, self.world.rng
-        group, replicas = rng.choice(view.groups), rng.choice((2, 3, "all"))
+        if len(view.groups) > GROUPS_MAX:
+            return False
+        tables = rng.sample(view.tables, rng.randint(1, len(view.tables)))
+        placement, replicas = rng.choice(("sharded", "whole")), rng.choice((2, 3, "all"))
+        if rng.random() < 0.3:
+            placement = view.group(tables[0].group).placement
         specs = {
-            t.name: replace(TableSpec.from_plain(t.spec), replicas=replicas).check().to_plain()
-            for t in view.tables
-            if t.group == group.number
+            t.name: replace(TableSpec.from_plain(t.spec), placement=placement, replicas=replicas).check().to_plain()
+            for t in tables
         }
-        return self.wish(SetReplicas(specs, replicas), "set replicas")
+        return self.wish(Place(specs, placement, replicas), "place")
 
     def _drop(self) -> bool:
         return bool(self.tables) and self.wish(DropTable(self.tables.pop(0)), "drop table")

@@ -51,6 +51,11 @@ class Checkpoint:
         }
 
 
+def places(view: View) -> set[tuple[int, int]]:
+    """The tables of a view, and the groups that they are in."""
+    return {(table.number, table.group) for table in view.tables}
+
+
 def only(block: RowBlock, tables: Collection[int]) -> RowBlock:
     """The block of one slot without rows of other tables, which were dropped since."""
     sections = []
@@ -97,8 +102,8 @@ class Keeper(Process):
         if self.cluster.lost:
             self._bring_back(view)
         elif self._saving is not None and self.cluster.faults.active:
-            if {t.number for t in view.tables} != {t.number for t in self._saving.view.tables}:
-                self.saved = None  # of other tables
+            if places(view) != places(self._saving.view):
+                self.saved = None  # of other tables, or of such in other slots
                 self.save()
             self._collect(view)
 
@@ -149,7 +154,7 @@ class Keeper(Process):
         view = cluster.log.newest
         if not cluster.faults.active or self.saved is None or cluster.lost:
             return
-        if {t.number for t in view.tables} != {t.number for t in self.saved.view.tables}:
+        if places(view) != places(self.saved.view):
             return
         owners = view.owners()
         slot = rng.choice(np.flatnonzero(owners[:, 0] >= 0).tolist())
@@ -195,7 +200,7 @@ class Keeper(Process):
             restore = prepare(view, self.saved.manifest(), replace_tables=False, accept_loss=True)
         except RequestError:
             return None  # nothing is lost by this controller's view
-        self._restore, self._left = restore, set(restore.wanted)
+        self._restore, self._left = restore, set(restore.wanted) & self.saved.blocks.keys()
         return restore.first
 
     def concluded(self, slots: set[int]) -> None:
@@ -204,11 +209,12 @@ class Keeper(Process):
         for slot in slots:
             self.restored_at[slot] = self.world.now
         self.world.counts["restores"] += 1
-        self.cluster.checks.restored(slots, self.saved.floor)
+        here = self.cluster.checks.slot_of
+        floor = {key: columns for key, columns in self.saved.floor.items() if here[key] in self.saved.blocks}
+        self.cluster.checks.restored(slots, floor)
         if self._saving is not None:  # of these it may have what was restored, not what was there when it began
-            here = self.cluster.checks.slot_of
             kept = {key: columns for key, columns in self._saving.floor.items() if here[key] not in slots}
-            self._saving.floor = kept | {key: c for key, c in self.saved.floor.items() if here[key] in slots}
+            self._saving.floor = kept | {key: c for key, c in floor.items() if here[key] in slots}
         self.cluster.subscriber.forget(slots)
         if self.losses:
             self.world.at(self.world.rng.uniform(0.5, 3.0), self.save)

@@ -174,6 +174,10 @@ class Checks:
         if any((group.owners[:, 0] < 0).any() for group in view.groups):
             self.fail(f"I7: a slot of epoch {view.epoch} has no owner")
         self.tables = {table.number for table in view.tables}
+        groups = {table.number: table.group for table in before.tables}
+        moved = {t.number for t in view.tables if groups.get(t.number, t.group) != t.group}
+        for key in [key for key in self.slot_of if key[0] in moved]:
+            self.slot_of[key] = self.cluster.slot_of(*key)
         for what in (self.acked, self.tried):
             for key in [key for key in what if key[0] not in self.tables]:
                 del what[key]
@@ -204,7 +208,7 @@ class Checks:
         if entry is None:
             return np.zeros(self.cluster.columns, np.float32)
         arena = registry.arenas[entry.arena]
-        slot = np.array([self.slot_of[(table, id_)]], np.int32)
+        slot = registry.slots_of(table, np.array([id_]))
         row = int(arena.find(slot, np.array([entry.code], np.int32), np.array([id_]))[0])
         if row < 0:
             return np.zeros(self.cluster.columns, np.float32)
@@ -226,8 +230,9 @@ class Checks:
         if all(s.incarnation != server.incarnation for s in view.servers):
             self.fail(f"I9: {server.name} answers, and is not in its view")
         mine = next(i for i, s in enumerate(view.servers) if s.incarnation == server.incarnation)
-        for id_ in share.ids.tolist():
-            if not (view.owners()[self.cluster.slot_of(int(share.features[0, TABLE]), id_)] == mine).any():
+        slots = server.store.held.registry.slots_of(int(share.features[0, TABLE]), share.ids)
+        for id_, slot in zip(share.ids.tolist(), slots.tolist(), strict=True):
+            if not (view.owners()[slot] == mine).any():
                 self.fail(f"I7: {server.name} answers a pull of id {id_}, whose slot it does not own")
         newest = self.cluster.log.newest
         me = next((i for i, s in enumerate(newest.servers) if s.incarnation == server.incarnation), -2)

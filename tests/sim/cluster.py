@@ -267,7 +267,7 @@ class Cluster:
         if self.lost:
             still = self._orphaned(view)
             back = {slot for slot in self.lost - still if before.lost()[slot]}  # else a learner was made owner in time
-            self.lost &= still
+            self.lost = (self.lost & still) | {slot for slot in still if slot >= before.slots_total}  # a table's own
             if back:
                 self.keeper.concluded(back)
         for name in sorted({s.name for s in before.servers} - {s.name for s in view.servers}):

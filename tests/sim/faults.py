@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
     from tests.sim.server import Server
 
-WISHES = ("join", "leave", "abort")
+WISHES = ("join", "leave", "abort", "place")
 """Made at steps; elsewhere they come at a rate of their own (tests.sim.changes)."""
 
 KINDS = (
@@ -50,6 +50,14 @@ class Faults:
             self.hasty = True
         elif rng.random() < 0.2:  # controllers that do not know of each other
             self.weights |= {"second controller": 3.0, "controller pause": 1.0, "suspicion": 1.0}
+        elif rng.random() < 0.25:  # tables that get other slots in the middle of pushes and copies
+            self.weights["suspicion"] = 3.0
+            self.aimed_at |= {
+                ("place", "copy taken"): 2,
+                ("place", "copy leaves"): 1,
+                ("place", "replicate leaves"): 2,
+                ("place", "replicate arrives"): 2,
+            }
         self.duplicates = rng.choice((0.0, 0.0, 0.02, 0.1))
         cluster.network.p_late = rng.choice((0.0, 0.0, 0.01, 0.05))
         cluster.network.delay = rng.choice((0.0003, 0.001, 0.004))
@@ -211,7 +219,7 @@ STEPS = (
     *("copy leaves", "copy arrives", "copy taken"),
     *("install leaves", "install arrives", "learn leaves", "learn arrives"),
     *("a learner is admitted", "a view is planned", "a view is logged", "a view leaves", "a ping's answer"),
-    *("a move begins or ends", "a slot is handed over", "absorb arrives"),
+    *("a move begins or ends", "a slot is handed over", "absorb arrives", "a table moves"),
 )
 
 CELLS = tuple((kind, step) for kind in KINDS for step in STEPS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import hashring.planner
+import hashring.tables
 import ps.client.request
 import ps.failover.machine
 import ps.replication.backup
@@ -20,7 +21,6 @@ import ps.replication.primary
 import ps.replication.verify
 import ps.slots
 import ps.store.absorption
-import ps.store.core
 import ps.store.fork
 import ps.store.holdings
 import ps.store.stream
@@ -722,20 +722,61 @@ def leaver_gone_before_its_slots_are(patch: Patch) -> None:
 @plant
 def table_number_used_again(patch: Patch) -> None:
     """A new table gets the number of one that was dropped."""
-    real = hashring.planner._create
+    real = hashring.planner.create
 
     def create(view: Any, change: Any) -> Any:
         lowest = min(set(range(1, view.next_table + 1)) - {t.number for t in view.tables})
         after = real(replace(view, next_table=lowest), change)
         return replace(after, next_table=max(view.next_table, after.next_table))
 
-    patch(hashring.planner, "_create", create)
+    patch(hashring.planner, "create", create)
 
 
 @plant
 def refused_for_good_by_an_older_view(patch: Patch) -> None:
     """A server that has not heard of a new table refuses a push of it for good."""
     patch(tests.sim.server, "judged_by", lambda mine, asked, error: error)
+
+
+# -- tables that get other slots
+
+
+@plant
+def windows_not_inherited(patch: Patch) -> None:
+    """A table's own slots have not seen what its old ones have."""
+    patch(ClientTable, "inherit", lambda self, sources, slots: None)
+
+
+@plant
+def positions_not_inherited(patch: Patch) -> None:
+    """A table's own slots begin at nothing, with the rows of the old ones in them."""
+    patch(SlotTable, "inherit", lambda self, sources, slots: None)
+
+
+@plant
+def deletions_left_behind(patch: Patch) -> None:
+    """Deletions stay in the slots that their table has left."""
+    patch(Tombstones, "move", lambda self, table, slots_of: None)
+
+
+@plant
+def old_slots_keep_their_term(patch: Patch) -> None:
+    """The slots that a table leaves go on in their term."""
+    real = hashring.tables._part
+
+    def part(view: Any, group: Any, some: Any, change: Any) -> Any:
+        after = real(view, group, some, change)
+        kept = tuple(replace(g, terms=group.terms) if g.number == group.number else g for g in after.groups)
+        return replace(after, groups=kept)
+
+    patch(hashring.tables, "_part", part)
+
+
+@plant
+def answered_by_the_old_slots(patch: Patch) -> None:
+    """A push that waits when its table moves is answered once the old slots are held."""
+    real = Replication._end_waits
+    patch(Replication, "_end_waits", lambda self, left: real(self, left[:0]))
 
 
 # -- refusals and exports

@@ -69,7 +69,11 @@ class Server(Process):
         self.cluster.checks.limits(self)
 
     def install(self, view: View) -> None:
+        before = {} if self.view is None else {t.number: t.group for t in self.view.tables}
         self.machine.install(view)
+        now = {} if self.view is None else {t.number: t.group for t in self.view.tables}
+        if any(now.get(number, group) != group for number, group in before.items()):
+            self.cluster.step("a table moves", self)
         self.perform()
 
     def _advance(self, link: Any, slots: np.ndarray) -> None:
@@ -121,12 +125,12 @@ class Server(Process):
         if op == "push":
             only, end = arrays.get("only"), self.view.slots_total if self.view else 0
             before = self.store.held.slots.positions[:end].copy()
-            self.machine.push(token, push_share(fields, arrays), fields.get("acks", "all"), only)
+            self.machine.push(token, push_share(fields, arrays), fields.get("acks", "all"), only, fields.get("at"))
             self.cluster.checks.decided(self, token, before)
             return None
         if op == "install":
             if fields["view_epoch"] > self.store.epoch:
-                self.machine.install(view_of(fields, arrays))
+                self.install(view_of(fields, arrays))
             return {}, {}
         if op == "learn":
             self.machine.learn(arrays["slots"], fields["learner"], fields["term_epoch"])
@@ -219,7 +223,7 @@ class Server(Process):
         else:
             op, (fields, arrays) = "push", push_message(action.share)
             label = op
-            fields["acks"], arrays["only"] = action.acks, action.only
+            fields["acks"], fields["at"], arrays["only"] = action.acks, action.at, action.only
             self.cluster.world.counts["forwarded"] += 1
         first = self.world.chance(0.5)
         if first:

@@ -123,11 +123,12 @@ class Subscriber(Process):
     def check(self) -> None:
         """I6: what it holds is what the primaries hold, and what it was told was true for good."""
         view = self.cluster.log.newest
-        numbers = {table.number for table in view.tables}
+        homes = {table.number: view.group(table.group) for table in view.tables}
         for slot in owned_slots(view):
             primary = self.cluster.by_incarnation[view.servers[view.owners()[slot, 0]].incarnation]
             self._on_lineage(primary.store.held, slot)
-            mine = {entry for entry in self.rows[slot].items() if entry[0][0] in numbers}
+            here = {number for number, home in homes.items() if home.first <= slot < home.first + home.slots}
+            mine = {entry for entry in self.rows[slot].items() if entry[0][0] in here}
             different = sorted({key for key, _ in mine ^ set(self.cluster.checks.rows_of(primary, slot).items())})
             if different:
                 self.cluster.checks.fail(f"I6: a subscriber at the same position differs in slot {slot}: {different}")

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 
 import pytest
 
-from tests.sim.plants import PLANTS
+from tests.sim.plants import PLANTS, planted
 from tests.sim.runner import hunt, run, run_block, runs, summary, workers
 
 SEEDS = 120
@@ -59,6 +59,12 @@ def test_without_faults_every_push_is_acknowledged() -> None:
 def test_planted_bugs_are_found(pool: Executor) -> None:
     found = hunt(pool, list(QUICK), 0, max(QUICK.values()), JOBS)
     assert {name: runs for name, runs in found.items() if not 0 < runs <= QUICK[name]} == {}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_a_plant_patches_is_there(name: str) -> None:
+    with planted(name):
+        pass
 
 
 def test_there_are_plants_enough_and_each_is_undone() -> None:

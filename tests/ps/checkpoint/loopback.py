@@ -121,11 +121,11 @@ class LoopCluster:
         info = self.view.table(table)
         assert info is not None
         group, unique = self.view.group(info.group), np.array(ids, np.int64)
-        shift = np.uint64(64 - (6 if group.placement == "sharded" else 0))
+        bits = group.slots.bit_length() - 1
         seed = int(info.spec["seed"])  # type: ignore[call-overload]
         slots = np.zeros(len(unique), np.int64) + group.first
-        if group.placement == "sharded":
-            slots += (tokens(unique, seed) >> shift).astype(np.int64)
+        if bits:
+            slots += (tokens(unique, seed) >> np.uint64(64 - bits)).astype(np.int64)
         owners = self.view.owners()[slots, 0]
         for owner in np.unique(owners):
             mine = np.flatnonzero(owners == owner)

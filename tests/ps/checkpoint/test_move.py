@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
+from hashring.planner import CreateTable, DropTable, Fail, Join, Place, Return, plan
 from hashring.view import Server, View
 from ps.checkpoint.files import checkpoints
 from ps.checkpoint.job import work
@@ -327,4 +327,26 @@ def test_the_controllers_job_saves_prunes_and_restores_by_the_servers_alone(clus
     told = order("restore")
     assert told["rows"] > 0
     assert not cluster.view.lost().any()
+    assert_equal(rows(cluster), before)
+
+
+def test_tables_return_in_the_slots_that_they_had_and_an_older_checkpoint_has_not(clusters, tmp_path):
+    cluster = clusters(2, cluster=21)
+    cluster.create(ITEM, USER, WHOLE)
+    train(cluster)
+    cluster.save(tmp_path / "old")
+    cluster.change(Place({"item": replace(ITEM, placement="whole").to_plain()}, "whole", 1))
+    cluster.change(Place({"whole": replace(WHOLE, placement="sharded").to_plain()}, "sharded", 1))
+    before = rows(cluster)
+    saved = cluster.save(tmp_path / "new")
+    assert saved.slots == 3 * 64
+    target = clusters(3, cluster=22)
+    target.restore(tmp_path / "new")
+    assert_equal(rows(target), before)
+    group = target.view.group(target.view.table("item").group)
+    assert (group.placement, group.slots, len(np.unique(group.owners))) == ("whole", 64, 1)
+    cluster.kill("s1")
+    with pytest.raises(RequestError, match=r"has other slots of table '\w+', whose rows in lost slots would be gone"):
+        cluster.restore(tmp_path / "old")
+    cluster.restore(tmp_path / "new")
     assert_equal(rows(cluster), before)

@@ -72,11 +72,15 @@ def test_truncating_and_dropping(view):
         ("failover", {"name": "s9"}, "no living server is named 's9'; the living servers are: s0, s1"),
         ("alter_table", {"name": "nothing", "changes": {}}, "unknown table 'nothing'; the tables are: item"),
         ("alter_table", {"name": "item"}, "needs a field changes"),
-        ("alter_table", {"name": "item", "changes": {"placement": "whole"}}, "placement of table 'item' cannot change"),
+        (
+            "alter_table",
+            {"name": "item", "changes": {"placement": "half"}},
+            'is \'half\'; it must be "sharded" or "whole"',
+        ),
         (
             "alter_table",
             {"names": ["item", "item"], "changes": {"absent": "zeros"}},
-            "together they change their replicas only",
+            "together they change placement and replicas only",
         ),
         ("alter_table", {"name": "item", "changes": {"replicas": 2, "absent": "zeros"}}, "change alone, not with"),
         ("alter_table", {"name": "item", "changes": {"replicas": 0}}, "replicas"),
@@ -121,16 +125,28 @@ def test_a_server_that_alone_has_rows_is_declared_dead_only_by_force(view):
         change_of(after, "failover", {"name": "s1", "force": True})
 
 
-def test_replicas_change_for_all_tables_that_share_slots_or_none(view):
+def test_replicas_and_placement_change_for_the_tables_that_are_named(view):
     both = plan(view, change_of(view, "create_table", {"spec": TableSpec("user", dim=4).to_plain()}))
-    alone = change_of(both, "alter_table", {"name": "item", "changes": {"replicas": 2}})
-    with pytest.raises(PlanError, match="item and user change replicas together, so name them all"):
-        plan(both, alone)
     change = change_of(both, "alter_table", {"names": ["item", "user"], "changes": {"replicas": 2}})
     after = plan(both, change)
     assert [g.replicas for g in after.groups] == [2]
     assert (after.terms() == both.terms()).all()  # the goal is another one: owners follow in steps
     assert spec_of(after, "item").replicas == spec_of(after, "user").replicas == 2
     assert change_of(after, "alter_table", {"names": ["item", "user"], "changes": {"replicas": 2}}) is None
+    apart = plan(after, change_of(after, "alter_table", {"name": "item", "changes": {"placement": "whole"}}))
+    old, new = apart.group(apart.table("user").group), apart.group(apart.table("item").group)
+    assert (old.placement, new.placement, old.slots, new.slots) == (
+        "sharded",
+        "whole",
+        after.groups[0].slots,
+        old.slots,
+    )
+    assert (new.owners == old.owners).all()  # until rows have moved
+    assert (apart.terms()[old.first : old.first + old.slots] == apart.epoch).all()
+    fields = {"names": ["item", "user"], "changes": {"replicas": "all"}}
+    with pytest.raises(RequestError, match="tables item, user would differ in placement or replicas: say both"):
+        change_of(apart, "alter_table", fields)
+    again = plan(apart, change_of(apart, "alter_table", {"name": "item", "changes": {"placement": "sharded"}}))
+    assert again.table("item").group == new.number  # it has slots of its own already
     with pytest.raises(PlanError, match="replicas of table 'item' is 3; the cluster has 2 living servers"):
         plan(view, change_of(view, "alter_table", {"name": "item", "changes": {"replicas": 3}}))

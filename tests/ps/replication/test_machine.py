@@ -77,7 +77,7 @@ class Trio:
             if isinstance(action, SendView):
                 receiver.install(action.view)
             elif isinstance(action, Forward):
-                receiver.push(("forwarded", target), action.share, action.acks, action.only)
+                receiver.push(("forwarded", target), action.share, action.acks, action.only, action.at)
                 self.deliver()
                 fields = self.answers.pop(("forwarded", target))  # type: ignore[assignment]
             elif action.op == "view":
@@ -179,8 +179,11 @@ def test_an_owner_hands_a_push_to_the_primary_once() -> None:
     trio.equal(1, 2)
     stranger = trio.push(3, 2, IDS)
     assert isinstance(trio.answers[stranger], WrongView)
-    forwarded = trio.push(2, 3, IDS, only=np.arange(4))
+    forwarded = trio.push(2, 3, IDS, only=np.arange(4), epoch=trio.view.epoch)
     assert isinstance(trio.answers[forwarded], WrongView)
+    older = trio.push(1, 4, IDS, only=np.arange(4), epoch=trio.view.epoch - 1)
+    assert "were forwarded by epoch" in str(trio.answers[older])
+    assert (trio.machines[1].store.watermark(np.arange(4)) & 1023 == 1).all()  # nothing of it was applied
 
 
 def test_a_push_that_was_handed_to_a_primary_that_hangs_is_given_back_when_another_takes_over() -> None:
