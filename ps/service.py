@@ -94,6 +94,7 @@ class Service:
         self._undecided: dict[int, asyncio.Future[Result]] = {}
         self._held: dict[Any, Result] = {}
         self._ticking: asyncio.TimerHandle | None = None
+        self._due = perf_counter()
         self._tidying: asyncio.TimerHandle | None = None
         self._handlers: dict[str, Callable[[Message], Result | Awaitable[Result]]] = {
             "ping": lambda request: ({}, dict(self.replication.standing().to_arrays())),
@@ -151,9 +152,10 @@ class Service:
     def begin(self) -> None:
         """Let time go by for the machine of replication, until `end`."""
         loop = asyncio.get_running_loop()
+        late, self._due = max(0.0, perf_counter() - self._due), perf_counter() + TICK_S
         self._ticking = loop.call_later(TICK_S, self.begin)
         self.store.held.latch.beat(0 if self.draining else self._lease)
-        self.replication.tick(loop.time())
+        self.replication.tick(loop.time(), late)
         self._perform()
 
     async def end(self) -> None:

@@ -67,6 +67,7 @@ class Routing:
         self.readers = self._readers(frozenset(i for i, s in enumerate(view.servers) if not s.alive))
         self.first_readers = np.ascontiguousarray(self.readers[:, :1])
         self._without: dict[frozenset[int], NDArray[np.int16]] = {}
+        self._pushed_to: dict[frozenset[int], NDArray[np.int16]] = {frozenset(): self.primaries}
         self._features: dict[tuple[str, ...], Features] = {}
 
     def _table(self, group_number: int, number: int, spec: Mapping[str, object]) -> TableInfo:
@@ -77,6 +78,8 @@ class Routing:
         """Owners without some servers; a slot that would have none keeps its living ones."""
         owners = self.view.owners()
         dead = np.array([not s.alive for s in self.servers] + [True])
+        if not left_out and not dead[:-1].any():
+            return owners  # nobody is, and -1 is behind them already
         out = np.array([i in left_out for i in range(len(self.servers))] + [True]) | dead
         hidden = out[owners]
         hidden = np.where(hidden.all(axis=1, keepdims=True), dead[owners], hidden)
@@ -95,11 +98,11 @@ class Routing:
 
     def pushed_to(self, left_out: frozenset[int]) -> NDArray[np.int16]:
         """`primaries`, but where the primary lately failed the next owner that did not: it hands the push on."""
-        if not left_out:
-            return self.primaries
-        next_in_line = self.readers_without(left_out)[:, :1]
-        failed = np.isin(self.primaries, list(left_out)) & (next_in_line >= 0)
-        return np.where(failed, next_in_line, self.primaries)
+        if left_out not in self._pushed_to:
+            next_in_line = self.readers_without(left_out)[:, :1]
+            failed = np.isin(self.primaries, list(left_out)) & (next_in_line >= 0)
+            self._pushed_to[left_out] = np.where(failed, next_in_line, self.primaries)
+        return self._pushed_to[left_out]
 
     def table(self, name: str) -> TableInfo:
         """The table of this name, or RequestError naming those there are."""

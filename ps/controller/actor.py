@@ -51,8 +51,9 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, DISPUTE_S = 0.5, 10.0
-"""Between two looks at missing copies; how long servers that could not reach each other are kept apart."""
+LEARN_S, TURN_S, DISPUTE_S = 0.5, 2.0, 10.0
+"""Between two looks at missing copies; between two views of a move that goes on; how long servers that could not reach
+each other are kept apart."""
 
 LEAVE_WAIT_S, DRAIN_S = 60.0, 1.0
 """Between two looks for servers that have left, where nothing tells; how long one that has is left to answer."""
@@ -405,6 +406,7 @@ def limits_of(control: ControlConfig) -> FailoverLimits:
         pings_max=control.pings_max,
         wait_rounds=rounds(control.copy_wait_ms / 1000),
         learn_rounds=rounds(LEARN_S),
+        turn_rounds=rounds(TURN_S),
         dispute_rounds=rounds(DISPUTE_S),
         learn_max=control.copy_slots_max,
     )

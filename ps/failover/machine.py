@@ -33,13 +33,16 @@ class FailoverLimits:
 
     pings_max: unanswered pings after which a server leaves its slots. wait_rounds: how long, while a server is missing,
     slots are not moved again: a paused process that returns by then needs only its fork. learn_rounds: between two
-    looks at what should move. dispute_rounds: how long two servers that could not reach each other are kept apart.
-    learn_max: slots on their way from one primary at a time. turn_max: slots that get other owners in one view.
+    looks at what should move. turn_rounds: between two views of a move that give slots away, while more are on their
+    way: a view costs every server and client some milliseconds, and the pushes under way an attempt. dispute_rounds:
+    how long two servers that could not reach each other are kept apart. learn_max: slots on their way from one primary
+    at a time. turn_max: slots that get other owners in one view.
     """
 
     pings_max: int = 5
     wait_rounds: int = 25
     learn_rounds: int = 5
+    turn_rounds: int = 10
     dispute_rounds: int = 50
     learn_max: int = 1024
     turn_max: int = 4096
@@ -121,7 +124,7 @@ class Failover:
         self._logging: tuple[View, Hashable] | None = None
         self._late: set[int] = set()
         self._goal: tuple[frozenset[str], NDArray[np.int16]] | None = None
-        self._round = self._changed_round = self._learned_round = 0
+        self._round = self._changed_round = self._learned_round = self._turned_round = 0
         self.out: list[Action] = []
 
     def actions(self) -> list[Action]:
@@ -387,7 +390,8 @@ class Failover:
             return
         waiting = self._awaited()
         ready = min(self.limits.turn_max, ahead.gaining if waiting else len(ahead.ready))
-        if ready:
+        if ready and not self._can_wait(ahead.ready[:ready], ahead.owners[:ready]):
+            self._turned_round = self._round
             after = plan(self.view, Reassign(ahead.ready[:ready], ahead.owners[:ready]))
             self._log(after, None, onward=True)
         elif len(ahead.stray) and not waiting:
@@ -396,6 +400,12 @@ class Failover:
             self._append(End())
         if not waiting:
             self._teach(ahead)
+
+    def _can_wait(self, slots: NDArray[np.int64], owners: NDArray[np.int16]) -> bool:
+        """Whether slots that could get these owners have as many already, and others come soon to go with them."""
+        if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON):
+            return False
+        return bool(((self.view.owners()[slots] >= 0).sum(axis=1) >= (owners >= 0).sum(axis=1)).all())
 
     def _over(self, ahead: Course) -> bool:
         """Whether the move that is under way has arrived, and nothing else is to be done."""

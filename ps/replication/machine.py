@@ -348,13 +348,16 @@ class Replication:
 
     # -- time and the controller
 
-    def tick(self, now: float) -> None:
-        """Time goes by. It counts only as far as ticks come: a process that was stopped does not call others silent."""
+    def tick(self, now: float, late: float = 0.0) -> None:
+        """Time goes by. It counts only as far as ticks come: a process that was stopped does not call others silent.
+
+        late: seconds after which the tick came that it was due, as requests wait too: copies slow down for them.
+        """
         elapsed = 0.0 if self._last is None else min(max(0.0, now - self._last), self.limits.tick_max_s)
         self._last = now
         self._clock += elapsed
         primary = self._primary
-        primary.pace(elapsed)
+        primary.pace(elapsed, late)
         for link in list(primary.links.values()):
             link.resting = False
             if link.untidy:

@@ -15,6 +15,7 @@ from ps.kernels.window import NEW
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
 from ps.replication.links import Flight, Link
 from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
+from ps.replication.pace import Pace
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
 from ps.slots import PRIMARY
@@ -50,7 +51,7 @@ class Primary:
         self.out: list[Action] = []
         self.copies_made = self.copied_rows = self.copied_bytes = 0
         self._estimate = 0
-        self._allowance = 0.0
+        self._pace = Pace()
 
     @property
     def _positions(self) -> NDArray[np.int64]:
@@ -192,7 +193,7 @@ class Primary:
         size = sum(array.nbytes for array in arrays.values())
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
         if bulk:
-            self._allowance -= size
+            self._pace.allowance -= size
             self.copied_bytes += size
             self.copied_rows += sum(len(section.ids) for section in block.sections)
         self.send(link, op, flight, {"block": fields}, arrays)
@@ -254,15 +255,13 @@ class Primary:
             size = sum(array.nbytes for array in arrays.values())
             self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
-    def pace(self, elapsed: float) -> None:
-        """Time goes by: so much more may be spent on copies, where the view or the settings limit that."""
-        self._allowance = min(self._allowance + elapsed * self._rate(), self._rate() * 2 * self.limits.tick_max_s)
-
-    def _rate(self) -> float:
-        """Bytes of copies a second; 0 is no limit."""
+    def pace(self, elapsed: float, late: float) -> None:
+        """Time goes by, and a tick came so late: so much more may be spent on copies."""
         move = self.store.view.move if self.store.view is not None else None
-        rates = [self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0]
-        return min((rate for rate in rates if rate), default=0)
+        limits = [self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0]
+        if not any(link.copies for link in self.by_index):
+            self._pace.rest()
+        self._pace.tick(elapsed, late, min((limit for limit in limits if limit), default=0), 2 * self.limits.tick_max_s)
 
     def drop_learner(self, link: Link) -> None:
         """A learner is no longer waited for nor sent anything, unless it was promised as an owner."""
@@ -279,7 +278,7 @@ class Primary:
         if link.copies:
             self._flush(link)
         while link.copies and link.bulk_bytes < self.limits.bulk_bytes_max and not link.resting:
-            if self._rate() and self._allowance <= 0:
+            if self._pace.allowance <= 0:
                 return
             try:
                 block = next(link.copies[0], None)

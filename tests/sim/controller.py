@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 ROUND_S = 0.2
-LIMITS = FailoverLimits(pings_max=5, wait_rounds=8, learn_rounds=3, dispute_rounds=15, learn_max=6)
+LIMITS = FailoverLimits(pings_max=5, wait_rounds=8, learn_rounds=3, turn_rounds=6, dispute_rounds=15, learn_max=6)
 
 
 class Log:

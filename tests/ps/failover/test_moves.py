@@ -15,7 +15,9 @@ from ps.replication import ADMISSION, LESSON, Standing
 
 BITS = 5
 SLOTS = 2**BITS
-LIMITS = FailoverLimits(pings_max=3, wait_rounds=2, learn_rounds=1, dispute_rounds=4, learn_max=6, turn_max=8)
+LIMITS = FailoverLimits(
+    pings_max=3, wait_rounds=2, learn_rounds=1, turn_rounds=3, dispute_rounds=4, learn_max=6, turn_max=8
+)
 COPIED_AFTER = 2
 ROUNDS = 150
 
@@ -303,6 +305,47 @@ def test_slots_change_owners_in_bounded_steps() -> None:
     for before, after in pairwise(seen):
         changed = (after.terms() != before.terms()).sum()
         assert changed <= LIMITS.turn_max * max(1, after.epoch - before.epoch)
+
+
+def stagger(world: World) -> None:
+    """Of the copies that have just begun one is there each round."""
+    for n, state in enumerate(world.lessons.values()):
+        state[1] = -n
+
+
+def epochs_of(world: World) -> list[tuple[int, bool]]:
+    """(round, whether slots lacked a copy before) of each view that gave slots other owners, until nothing moves."""
+    out = []
+    for n in range(ROUNDS):
+        owners, replicas = world.view.owners(), world.view.groups[0].replicas
+        world.run(1)
+        if owners.shape != world.view.owners().shape or (owners != world.view.owners()).any():
+            out.append((n, bool(((owners >= 0).sum(axis=1) < replicas).any())))
+    return out
+
+
+def test_slots_that_have_all_their_copies_change_owners_together() -> None:
+    """Views are not for nothing: a move turns what is there now and then, and what is left at its end."""
+    world = World(cluster(3))
+    world.mind.limits = replace(LIMITS, learn_max=SLOTS, turn_rounds=5)
+    world.begin(joining(3))
+    world.run(2)
+    stagger(world)
+    copies, turns = len(world.lessons), [n for n, _ in epochs_of(world)]
+    assert copies == SLOTS // 2
+    assert len(turns) < copies / 2
+    assert all(b - a >= 5 for a, b in pairwise(turns[: copies // 5]))
+    world.settled({"s0", "s1", "s2", "s3"}, 2)
+
+
+def test_slots_that_lack_a_copy_do_not_wait_for_others() -> None:
+    world = World(cluster(4))
+    world.mind.limits = replace(LIMITS, learn_max=SLOTS, turn_rounds=ROUNDS)
+    world.crash(server(3).incarnation, returns=False)
+    while not world.lessons:
+        world.run(1)
+    stagger(world)
+    assert sum(lacking for _, lacking in epochs_of(world)) >= 5
 
 
 def test_a_second_move_while_one_runs_is_refused() -> None:

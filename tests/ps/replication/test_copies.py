@@ -64,6 +64,7 @@ def test_copies_keep_to_the_rate_of_the_settings_and_of_the_move() -> None:
         if move is not None:
             trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=move), 1, 2, 3)
             trio.deliver()
+        trio.tick(1)
         trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
         block = 0
         for ticks in range(1, 400):

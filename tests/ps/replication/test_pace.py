@@ -1,0 +1,62 @@
+"""How fast copies may be made: what is left by requests, within limits."""
+
+import pytest
+
+from ps.replication.pace import FASTEST, LATE_S, SLOWEST, Pace
+
+TICK_S, BURST_S = 0.05, 0.2
+
+
+def after(pace: Pace, seconds: float, late: float, limit: float = 0.0) -> float:
+    """What is spent in so many seconds of ticks that come so late, by who spends all there is."""
+    spent = 0.0
+    for _ in range(round(seconds / TICK_S)):
+        pace.tick(TICK_S, late, limit, BURST_S)
+        spent += max(0.0, pace.allowance)
+        pace.allowance = min(0.0, pace.allowance)
+    return spent
+
+
+def test_copies_take_all_of_an_idle_server_within_two_seconds() -> None:
+    pace = Pace()
+    after(pace, 2.0, 0.0)
+    assert pace.rate == FASTEST
+    assert after(pace, 1.0, 0.0) == pytest.approx(FASTEST)
+
+
+def test_copies_leave_a_busy_server_to_requests_within_two_seconds() -> None:
+    pace = Pace(rate=FASTEST)
+    after(pace, 2.0, 4 * LATE_S)
+    assert pace.rate == SLOWEST
+    assert after(pace, 1.0, 4 * LATE_S) == pytest.approx(SLOWEST)
+
+
+def test_the_rate_stays_where_ticks_are_as_late_as_they_may_be() -> None:
+    pace = Pace(rate=FASTEST / 8, late=LATE_S)
+    after(pace, 10.0, LATE_S)
+    assert pace.rate == pytest.approx(FASTEST / 8)
+
+
+@pytest.mark.parametrize("late", [0.0, 10 * LATE_S])
+@pytest.mark.parametrize("limit", [4000.0, 50e6])
+def test_a_limit_holds_whatever_requests_leave(late: float, limit: float) -> None:
+    pace = Pace()
+    after(pace, 5.0, late, limit)
+    assert after(pace, 5.0, late, limit) <= 5.0 * limit * 1.001
+    assert after(pace, 5.0, late, limit) >= 5.0 * min(limit, SLOWEST) * 0.999
+
+
+def test_what_was_not_spent_adds_up_for_a_moment_only() -> None:
+    pace = Pace()
+    for _ in range(1000):
+        pace.tick(TICK_S, 0.0, 1000.0, BURST_S)
+    assert pace.allowance == 1000.0 * BURST_S
+
+
+def test_after_a_rest_copies_begin_slowly() -> None:
+    pace = Pace(rate=FASTEST)
+    pace.rest()
+    assert pace.rate == SLOWEST
+    after(pace, 1.0, 0.0, 4000.0)
+    pace.rest()
+    assert pace.rate == 4000.0
