@@ -7,6 +7,7 @@ law, whether earlier ones were answered or not. A request fails where it met an 
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,15 +93,15 @@ class Counted:
         self._probes = np.sort(self._rng.choice(np.unique(slots, return_index=True)[1], PROBED, replace=False))
         self._slots_of_probes = slots[self._probes]
 
-    async def run(self, client: "ps.AsyncClient", rate: float, stop: asyncio.Event) -> None:
-        """Requests that fall due by a Poisson law, until `stop`."""
+    async def run(self, clients: Sequence["ps.AsyncClient"], rate: float, stop: asyncio.Event) -> None:
+        """Requests of clients in turn, that fall due by a Poisson law, until `stop`."""
         due, number = time.perf_counter(), 0
         pending: set[asyncio.Task[None]] = set()
         while not stop.is_set():
             due += self._rng.exponential(1 / rate)
             number += 1
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            task = asyncio.create_task(self.request(client, number, due, self.trace))
+            task = asyncio.create_task(self.request(clients[number % len(clients)], number, due, self.trace))
             pending.add(task)
             task.add_done_callback(pending.discard)
         await asyncio.gather(*pending)

@@ -24,7 +24,7 @@ from ps.runtime import Runtime, read_token
 from ps.wire import Message, view_of
 
 ASK_S = 30.0
-JOIN_S = 240.0
+MOVE_S = 240.0
 POLL_S = 0.2
 DIGESTS = 1024
 """Slots whose digests are asked for at once."""
@@ -101,16 +101,27 @@ class Servers:
 
     def join(self) -> dict[str, int]:
         """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""
-        (name,) = self.ask("move", kind="join", names=[], bytes_per_s=0)["names"]
-        until = time.monotonic() + JOIN_S
-        while moving(self.status()):
-            if time.monotonic() > until:
-                raise EmbringError(f"{name} had not joined after {JOIN_S:g} s")
-            time.sleep(POLL_S)
+        name = self._moved("join", [])
         newcomer = next((s for s in self.living() if s["name"] == name), None)
         if newcomer is None:
             raise EmbringError(f"{name} did not join: {self.status()['move_failed']}")
         return dict(self._ask(newcomer, "statistics", {}).fields["store"]["rows_by_table"])
+
+    def leave(self) -> None:
+        """Have the last server leave, and wait until it has. EmbringError where it takes too long."""
+        name = self._moved("leave", [self.living()[-1]["name"]])
+        if any(s["name"] == name for s in self.living()):
+            raise EmbringError(f"{name} did not leave: {self.status()['move_failed']}")
+
+    def _moved(self, kind: str, names: list[str]) -> str:
+        """Have one server join or leave; its name, once nothing is on its way any more."""
+        (name,) = self.ask("move", kind=kind, names=names, bytes_per_s=0)["names"]
+        until = time.monotonic() + MOVE_S
+        while moving(self.status()):
+            if time.monotonic() > until:
+                raise EmbringError(f"the {kind} of {name} was not over after {MOVE_S:g} s")
+            time.sleep(POLL_S)
+        return str(name)
 
     def copied(self) -> dict[int, tuple[int, int]]:
         """Rows and bytes that each incarnation has copied to others; one that is ending answers as long as it can."""

@@ -195,7 +195,10 @@ def rebalance(
     dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
     replicas: Annotated[int, typer.Option(min=1, max=8, help="Copies of each row.")] = 2,
     servers: Annotated[int, typer.Option(min=2, max=15, help="Server processes at first.")] = 3,
-    load: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of what the cluster can answer.")] = 0.7,
+    load: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Part of what the cluster can answer, with and without the newcomer."),
+    ] = 0.7,
     seconds: Annotated[float, typer.Option(min=1.0, help="Seconds before, between and after the changes.")] = 10.0,
     max_bandwidth: Annotated[
         int, typer.Option(min=0, metavar="MiB/s", help="What each server may spend on copying; 0: as is set.")

@@ -140,7 +140,7 @@ class Chaos:
         addresses, token = list(self._runtime.addresses), read_token(self._runtime.token_path)
         client = await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False)
         stop = asyncio.Event()
-        load = asyncio.create_task(self.load.run(client, self.settings.rate, stop))
+        load = asyncio.create_task(self.load.run([client], self.settings.rate, stop))
         done: list[dict[str, Any]] = []
         begun = time.monotonic()
         try:

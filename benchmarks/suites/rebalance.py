@@ -1,6 +1,8 @@
 """A cluster grows by a server and shrinks by it again, under load: what clients notice, and what is moved (S8, S9, R5).
 
-The load is that of benchmarks/counted.py, at a part of the rate that the cluster can answer, which is measured first.
+The load is that of benchmarks/counted.py, of several clients, at a part of the rate that the cluster can answer. That
+is measured first, with the greater and with the smaller number of servers, and the lower counts: on a machine whose
+cores all servers share, one more of them answers less.
 """
 
 import asyncio
@@ -24,14 +26,17 @@ from ps.errors import EmbringError
 from ps.runtime import Runtime, read_token
 
 MOVE_S = 300.0
-POLL_S = 0.1
+POLL_S = 0.25
 IN_FLIGHT = 8
 ROUNDS = 3
+CLIENTS = 4
+"""Of one client 64 pushes are under way at the most; a single one that waits for 100 ms would hold up those behind."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. load: part of what the cluster can answer. seconds: of each phase without a change."""
+    """What is measured. load: part of what the cluster can answer, with `servers` and with one more, whichever is less.
+    seconds: of each phase without a change."""
 
     rows: int = 2_000_000
     dim: int = 64
@@ -46,7 +51,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, measure, end it; one JSON-able result."""
     findings = Findings()
     with (
-        cluster(benchmark_config(settings.servers), report, in_place=False) as (runtime, client),
+        cluster(benchmark_config(settings.servers + 1), report, in_place=False) as (runtime, client),
         watching(runtime) as servers,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -78,21 +83,21 @@ class Bench:
         self._runtime = runtime
 
     async def measure(self) -> dict[str, Any]:
-        """Calibrate, then before, join, between, leave and after, under one load."""
+        """Find the rate, then before, join, between, leave and after, under one load."""
         token = read_token(self._runtime.token_path)
         addresses = list(self._runtime.addresses)
-        client = await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False)
-        self.report("measuring what the cluster can answer")
-        await closed(lambda i: self.load.request(client, i, time.perf_counter(), Trace()), IN_FLIGHT, 1.0)
-        runs = [
-            await closed(lambda i: self.load.request(client, i, time.perf_counter(), Trace()), IN_FLIGHT, 2.0)
-            for _ in range(ROUNDS)
-        ]
-        rate = median(run.rate for run in runs) * self.settings.load
-        self.report(f"{rate:.0f} requests/s, {self.settings.load:.0%} of what it can answer")
+        clients = [await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False) for _ in range(CLIENTS)]
+        more = await self._capacity(clients)
+        await asyncio.to_thread(self.servers.leave)
+        fewer = await self._capacity(clients)
+        rate = min(more, fewer) * self.settings.load
+        self.report(f"{rate:.0f} requests/s, {self.settings.load:.0%} of the lesser")
         stop = asyncio.Event()
-        load = asyncio.create_task(self.load.run(client, rate, stop))
-        figures: dict[str, Any] = {"requests_per_s": round(rate, 1)}
+        load = asyncio.create_task(self.load.run(clients, rate, stop))
+        figures: dict[str, Any] = {
+            "requests_per_s": round(rate, 1),
+            "requests_per_s_max": {str(self.settings.servers + k): round(x, 1) for k, x in ((0, fewer), (1, more))},
+        }
         try:
             await asyncio.sleep(1.0)
             figures["before"] = await self._quiet()
@@ -103,7 +108,8 @@ class Bench:
         finally:
             stop.set()
             await load
-            await client.close()
+            for client in clients:
+                await client.close()
         for phase in ("join", "leave"):
             now, before = figures[phase], figures["before"]
             if now["pull"] and before["pull"] and before["pushes_per_s"]:
@@ -112,6 +118,19 @@ class Bench:
         figures["failed"] = sum(figures[p]["failed"] for p in ("before", "join", "between", "leave", "after"))
         figures["errors"] = self.load.trace.errors[:20]
         return figures
+
+    async def _capacity(self, clients: "list[ps.AsyncClient]") -> float:
+        """Requests a second that the cluster answers at the most."""
+
+        async def request(i: int) -> None:
+            await self.load.request(clients[i % len(clients)], i, time.perf_counter(), Trace())
+
+        await closed(request, IN_FLIGHT, 1.0)
+        runs = [await closed(request, IN_FLIGHT, 2.0) for _ in range(ROUNDS)]
+        rate = median(run.rate for run in runs)
+        living = await asyncio.to_thread(self.servers.living)
+        self.report(f"{len(living)} servers answer {rate:.0f} requests/s")
+        return rate
 
     async def _quiet(self) -> dict[str, Any]:
         begin = time.perf_counter()
