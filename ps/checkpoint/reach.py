@@ -91,12 +91,12 @@ def controller_through(servers: Sequence[Server], access: Access) -> Iterator[As
 
 
 def exported(
-    connection: BlockingConnection, slots: NDArray[np.int64], cluster: int, since: NDArray[np.int64] | None
+    connection: BlockingConnection, slots: NDArray[np.int64], view: View, since: NDArray[np.int64] | None
 ) -> Iterator[RowBlock]:
     """The blocks of an export, in order, some parts asked for ahead. since int64[k]: a position of each slot."""
-    fields, arrays = {}, {"slots": slots}
+    fields, arrays = {"epoch": view.epoch}, {"slots": slots}
     if since is not None:
-        fields, arrays = {"cluster": cluster}, {"slots": slots, "positions": since}
+        fields, arrays = {**fields, "cluster": view.cluster}, {**arrays, "positions": since}
     reply = call(connection, "export", fields, arrays)
     part, asked = 1, deque[int]()
     while reply.fields["more"]:

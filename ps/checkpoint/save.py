@@ -165,9 +165,11 @@ class _Work:
             try:
                 with connected(view.servers[index], self._access) as connection:
                     since = self.since[slots] if self.parent is not None else None
-                    for block in exported(connection, slots, view.cluster, since):
+                    for block in exported(connection, slots, view, since):
                         if self.stopped.is_set():
                             raise NotApplied("another part of the save failed")
+                        if stale(block, view).any():
+                            raise NotApplied(f"{view.servers[index].name} judges by a view older than {view.epoch}")
                         begun[block.slots] = True
                         self._write(block, file)
             except (WrongView, NotApplied, PerhapsApplied) as error:
@@ -228,6 +230,12 @@ class _Work:
     def _saved(self, group: Group) -> bool:
         end = group.first + group.slots
         return end <= len(self.positions) and bool((self.positions[group.first : end] >= 0).all())
+
+
+def stale(block: RowBlock, view: View) -> NDArray[np.bool_]:
+    """bool[s]: slots sent by whoever has not heard of their terms in this view, and may keep tables in them that the
+    view has elsewhere: their rows would be saved twice, and could not be restored."""
+    return block.last >> TERM_SHIFT < view.terms()[block.slots]
 
 
 def _refuse_lost(view: View) -> None:

@@ -23,14 +23,15 @@ def test_a_load_finds_nothing_wrong_and_then_what_is_planted(tmp_path: Path) -> 
         load = Counted(cluster.view, ROWS, DIM)
 
         async def run() -> None:
-            other = await cluster.async_client()
+            others = [await cluster.async_client() for _ in range(2)]
             stop = asyncio.Event()
-            running = asyncio.create_task(load.run(other, 400.0, stop))
+            running = asyncio.create_task(load.run(others, 400.0, stop))
             while len(load.trace.ok) < 200:
                 await asyncio.sleep(0.01)
             stop.set()
             await running
-            await other.close()
+            for other in others:
+                await other.close()
 
         asyncio.run(asyncio.wait_for(run(), 90))
         found = load.check(client)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hashring.view import View
+from ps.checkpoint.save import stale
 from ps.controller.restore import Restore, conclude, prepare
 from ps.errors import NotApplied, RequestError, WrongView
 from ps.rowblock import TERM_SHIFT, RowBlock
@@ -140,7 +141,9 @@ class Keeper(Process):
         if "taken" in reply.arrays:
             self._left.discard(slot) if reply.arrays["taken"].all() else None
         elif self._saving is not None:
-            self._saving.blocks[slot] = RowBlock.from_arrays(reply.fields["block"], reply.arrays)
+            block = RowBlock.from_arrays(reply.fields["block"], reply.arrays)
+            if not stale(block, self._saving.view).any():
+                self._saving.blocks[slot] = block
 
     def disconnected(self, connection: Connection) -> None:
         for key in [key for key in self._asked if key[0] is connection]:

@@ -176,8 +176,11 @@ class Checks:
         self.tables = {table.number for table in view.tables}
         groups = {table.number: table.group for table in before.tables}
         moved = {t.number for t in view.tables if groups.get(t.number, t.group) != t.group}
+        back = self.cluster.keeper.restored_at
         for key in [key for key in self.slot_of if key[0] in moved]:
-            self.slot_of[key] = self.cluster.slot_of(*key)
+            old, self.slot_of[key] = self.slot_of[key], self.cluster.slot_of(*key)
+            if old in back:
+                back[self.slot_of[key]] = back[old]
         for what in (self.acked, self.tried):
             for key in [key for key in what if key[0] not in self.tables]:
                 del what[key]

@@ -18,7 +18,7 @@ from ps.checkpoint.save import Saved, save
 from ps.checkpoint.storage import Storage
 from ps.config import Config
 from ps.controller.restore import conclude, prepare, told
-from ps.errors import NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError, judged_by
 from ps.service import Service
 from ps.spec import TableSpec
 from ps.store import Store, StoreLimits
@@ -42,14 +42,15 @@ class Connection:
         self._numbers = itertools.count(1)
 
     def send(self, op: str, fields: dict[str, Any], arrays: dict[str, Any], timeout: float) -> int:
-        number = next(self._numbers)
+        number, fields = next(self._numbers), dict(fields)
+        epoch = fields.pop("epoch", 0)  # nothing can be waited for
         try:
             with _data_thread:
-                reply = self._service.handle(Message(op, number, dict(fields), dict(arrays)), 0.0)
+                reply = self._service.handle(Message(op, number, fields, dict(arrays)), 0.0)
             assert isinstance(reply, tuple), "this service has nobody to wait for"
             self._answers[number] = Message("ok", number, *reply)
-        except Exception as error:
-            self._answers[number] = error
+        except EmbringError as error:
+            self._answers[number] = judged_by(self._service.view.epoch, epoch, error)
         return number
 
     def receive(self, number: int, timeout: float) -> Message:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hashring.planner import DropTable, Place, Renew, TruncateTable
+from hashring.planner import DropTable, Place, Reassign, Renew, TruncateTable
 from ps.checkpoint.files import chain, checkpoints, read_manifest
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import SlotsLost
@@ -270,4 +270,31 @@ def test_a_save_that_a_table_moves_through_is_not_kept(monkeypatch: pytest.Monke
     source.save(storage, "after")
     target = LoopCluster(2, cluster=2)
     target.restore(storage, name="after")
+    assert sorted(target.digests()) == sorted(source.digests())
+
+
+def test_a_server_that_has_not_heard_where_a_table_went_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would send the table's rows in the old slots, where no restore could take them."""
+    monkeypatch.setattr("ps.checkpoint.save.RETRY_S", 0.0)
+    storage, source = memory(), LoopCluster(2, cluster=1)
+    source.create(*SPECS.values())
+    fill(source)
+    late = _everyone[source.view.servers[1].incarnation]
+    install, handle, exports = late.install, late.handle, itertools.count()
+    monkeypatch.setattr(late, "install", lambda view: 0)
+    first = source.view.slots_total
+    source.change(Place({"item": replace(ITEM, placement="whole").to_plain()}, "whole", 1))
+    new = np.arange(first, source.view.slots_total)  # of these the other server answers for all
+    source.change(Reassign(new, np.zeros((len(new), 1), np.int16)))
+
+    def hears(request: Any, waited: float) -> Any:
+        if request.op == "export" and "slots" in request.arrays and next(exports) == 1:
+            install(source.view)
+        return handle(request, waited)
+
+    monkeypatch.setattr(late, "handle", hears)
+    source.save(storage, "one")
+    assert next(exports) > 1
+    target = LoopCluster(1, cluster=2)
+    target.restore(storage, name="one")
     assert sorted(target.digests()) == sorted(source.digests())
