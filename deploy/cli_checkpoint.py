@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,9 @@ def save(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Then remove all but so many full ones, each with its increments.")
     ] = None,
+    models: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Note the newest version of each model of this repository.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Save every row, or what changed, into a new checkpoint of DIR, named by the time unless --name says otherwise.
@@ -40,6 +44,7 @@ def save(
 
     Example:  embring checkpoint save backups --incremental --keep 3
     """
+    from ps.checkpoint.models import newest_versions
     from ps.checkpoint.retention import prune
     from ps.checkpoint.save import save as save_rows
     from ps.checkpoint.storage import Storage
@@ -48,7 +53,7 @@ def save(
     with progress("saving") as counter:
         saved = save_rows(
             storage, servers_of(runtime), access_to(runtime), runtime.fingerprint,
-            name=name, incremental=incremental, counter=counter,
+            name=name, incremental=incremental, models=newest_versions(models) if models else None, counter=counter,
         )  # fmt: skip
     pruned = prune(storage, keep, runtime.cluster) if keep else []
     if as_json:
@@ -98,6 +103,8 @@ def restore(
         print(json.dumps(vars(done)))
     else:
         print(f"{done.path}: {done.rows:,} rows in {done.slots:,} slots of {done.tables} tables are back")
+        if done.models:
+            print(f"they go with the models {named_versions(done.models)}")
 
 
 @app.command("list")
@@ -113,12 +120,12 @@ def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
 
     known, broken = survey(Storage(folder).existing())
     if as_json:
-        keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes")
+        keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes", "models")
         tables = [{"tables": [t[1] for t in m.tables]} for m in known]
         print(json.dumps([{k: getattr(m, k) for k in keys} | t for m, t in zip(known, tables, strict=True)]))
     else:
         for m in known:
-            kind = f"+ {m.parent}" if m.parent else "full"
+            kind = (f"+ {m.parent}" if m.parent else "full") + (f"  {named_versions(m.models)}" if m.models else "")
             print(f"{m.name}  {m.created[:19]}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  {kind}")
         if not known and not broken:
             print(f"there is no checkpoint in {folder}")
@@ -170,6 +177,11 @@ def prune(
 
     gone = prune_chains(Storage(folder), keep, running().cluster)
     print(json.dumps(gone) if as_json else "\n".join(f"removed {name}" for name in gone) or "nothing to remove")
+
+
+def named_versions(models: Mapping[str, str]) -> str:
+    """For people: name and version of each model."""
+    return ", ".join(f"{name} {version}" for name, version in models.items())
 
 
 def servers_of(runtime: Any) -> list[Any]:

@@ -65,7 +65,8 @@ class Manifest:
     cluster, epoch, fingerprint: of the view it was taken under. term_max: the highest term of a position in it; a
     restore goes above. tables: [number, name, group, spec]. groups: [number, placement, replicas, first, slots].
     slots, positions int64[k]: the watermark, where each slot stood. parent: name of the checkpoint that this one is an
-    increment to, "" for a full one; parent_checksum: of that one's manifest. full: slots that it holds whole.
+    increment to, "" for a full one; parent_checksum: of that one's manifest. full: slots that it holds whole. models:
+    versions of the dense models that were served with these rows, by name, where that was told.
     checksum: of this manifest, by which an increment names it.
     """
 
@@ -82,6 +83,7 @@ class Manifest:
     parent: str = ""
     parent_checksum: int = 0
     full: int = 0
+    models: dict[str, str] = field(default_factory=dict)
     blocks: tuple[Block, ...] = field(default=(), repr=False)
     checksum: int = 0
 

@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from hashring.view import Server
 from ps.checkpoint.files import survey
+from ps.checkpoint.models import newest_versions
 from ps.checkpoint.reach import Access, controller_through
 from ps.checkpoint.restore import restore
 from ps.checkpoint.retention import chains, prune
@@ -28,7 +30,7 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
     """Do what was ordered; what came of it. Raises EmbringError.
 
     order: what ("save" or "restore"), directory, servers ([name, incarnation, addresses] each), token, tls_ca,
-    fingerprint, cluster, full_every, keep.
+    fingerprint, cluster, full_every, keep, models (the repository that routers serve, "" for none).
     """
     storage = Storage(order["directory"])
     access = Access(order["token"], trusting(order["tls_ca"]))
@@ -38,7 +40,11 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
             return vars(restore(storage, ask, access, name=newest_of(storage, order["cluster"])))
     known = chains([m for m in survey(storage)[0] if m.cluster == order["cluster"]])
     incremental = bool(known) and len(known[-1]) < order["full_every"]
-    saved = save(storage, servers, access, order["fingerprint"], incremental=incremental)
+    models = {}
+    if order["models"]:
+        with suppress(CheckpointError):  # a repository that cannot be read keeps no rows from being saved
+            models = newest_versions(order["models"])
+    saved = save(storage, servers, access, order["fingerprint"], incremental=incremental, models=models)
     return {**vars(saved), "pruned": prune(storage, order["keep"], order["cluster"])}
 
 

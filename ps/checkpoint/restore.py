@@ -26,7 +26,8 @@ FILES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore did. rows: sent, those too that a later increment overwrote. chain: checkpoints read."""
+    """What a restore did. rows: sent, those too that a later increment overwrote. chain: checkpoints read. models:
+    versions of the dense models that go with the rows, by name."""
 
     path: str
     name: str
@@ -35,6 +36,7 @@ class Restored:
     bytes: int
     slots: int
     tables: int
+    models: dict[str, str]
 
 
 def restore(
@@ -77,7 +79,7 @@ def restore(
     plan = work.plan
     return Restored(
         storage.path(manifest.name), manifest.name, len(links), work.rows, work.bytes,
-        int((plan.slots >= 0).sum()), int((plan.tables >= 0).sum()),
+        int((plan.slots >= 0).sum()), int((plan.tables >= 0).sum()), manifest.models,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ Pushes and pulls go on: servers cut an export into parts of a few milliseconds, 
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,11 +54,13 @@ def save(
     *,
     name: str | None = None,
     incremental: bool = False,
+    models: Mapping[str, str] | None = None,
     counter: Counter | None = None,
 ) -> Saved:
     """Save the rows of the cluster of these servers into a new checkpoint, named by the time unless `name` says.
 
     incremental: only what changed since the newest checkpoint of the same cluster, where there is one: deletions too.
+    models: versions of the dense models that go with the rows, by name (ps.checkpoint.models).
     Each slot is saved as it stood at one moment, its position; the moments of different slots differ. Tables that are
     made meanwhile are not in it. Raises SlotsLost where slots are lost, CheckpointError, NotApplied.
     """
@@ -76,7 +78,8 @@ def save(
                 except BaseException:
                     work.stopped.set()
                     raise
-            manifest = saving.commit(work.manifest(saving.name, now.isoformat(), fingerprint, files))
+            told = work.manifest(saving.name, now.isoformat(), fingerprint, dict(models or {}), files)
+            manifest = saving.commit(told)
         except OSError as error:
             raise CheckpointError(f"{storage.path(saving.name)} cannot be written: {error.strerror or error}") from None
     return Saved(
@@ -195,7 +198,9 @@ class _Work:
         size = file.append(encode_block(block), block.rows) if len(block.slots) else 0
         self._counter.add(block.rows, size, int(final.sum()))
 
-    def manifest(self, name: str, created: str, fingerprint: str, files: Sequence[BlockFile]) -> Manifest:
+    def manifest(
+        self, name: str, created: str, fingerprint: str, models: dict[str, str], files: Sequence[BlockFile]
+    ) -> Manifest:
         """What was saved, by the tables of now. Raises CheckpointError where a table's rows moved meanwhile."""
         servers = self.view.servers
         view = self._newer(self.view) if any(s.alive for s in servers) else self.view
@@ -224,6 +229,7 @@ class _Work:
             parent=parent.name if parent is not None else "",
             parent_checksum=parent.checksum if parent is not None else 0,
             full=int(self.whole.sum()),
+            models=models,
             blocks=tuple(b for file in files for b in file.blocks),
         )
 

@@ -318,6 +318,7 @@ class Control:
             "directory": checkpoint.directory,
             "full_every": checkpoint.full_every,
             "keep": checkpoint.keep,
+            "models": self.config.router.models,
             "servers": [[s.name, s.incarnation, list(s.addresses)] for s in view.servers if s.alive],
             "token": self._setup.token,
             "tls_ca": self.config.tls.trusted,

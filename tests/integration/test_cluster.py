@@ -469,7 +469,9 @@ def test_nothing_is_left_after_down(tmp_path):
     os.kill(runtime.head_pid, signal.SIGKILL)
     until(lambda: "has died" in _stderr(user, "status"), "the head's end")
     assert "has died" in user.embring("up", status=1).stderr
-    user.embring("checkpoint", "save", str(tmp_path / "saved"))
+    (tmp_path / "models" / "ctr" / "4").mkdir(parents=True)
+    user.embring("checkpoint", "save", str(tmp_path / "saved"), "--models", str(tmp_path / "models"))
+    assert "ctr 4" in user.embring("checkpoint", "list", str(tmp_path / "saved")).stdout
     assert "ended what a dead cluster had left" in user.embring("down").stdout
     assert marked(mark) == []
     assert not Path(runtime.scratch).exists()
@@ -477,7 +479,8 @@ def test_nothing_is_left_after_down(tmp_path):
     record = json.loads(user.embring("status", "--json").stdout)
     assert (record["cluster"], record["slots_lost"]) == (runtime.cluster, 2**14)
     assert [t["name"] for t in record["tables"]] == ["item"]
-    user.embring("checkpoint", "restore", str(tmp_path / "saved"))
+    told = user.embring("checkpoint", "restore", str(tmp_path / "saved")).stdout
+    assert "they go with the models ctr 4" in told
     with user.connect() as client:
         np.testing.assert_array_equal(client.pull("item", [1, 2]), rows)
     mark = Path(user.runtime.scratch).name

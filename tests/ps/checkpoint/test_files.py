@@ -288,7 +288,7 @@ def test_a_later_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
 def test_a_manifest_keeps_everything_and_its_name(tmp_path: Path) -> None:
     plain = Manifest(
         "a", "2026-01-01", 2**63 - 1, 3, "f", 7, [[1, "item", 2, {"dim": 4}]], [[2, "sharded", "all", 0, 64]],
-        np.arange(5), np.arange(5) << 40 | 3, "parent", 2**64 - 1, 4, (files.Block(0, 10, 2, 2**64 - 1),),
+        np.arange(5), np.arange(5) << 40 | 3, "parent", 2**64 - 1, 4, {"ctr": "7"}, (files.Block(0, 10, 2, 2**64 - 1),),
     )  # fmt: skip
     read = decode_manifest(encode_manifest(plain), "x")
     assert replace(read, slots=plain.slots, positions=plain.positions, checksum=0) == plain

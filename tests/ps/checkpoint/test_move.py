@@ -14,6 +14,7 @@ from hashring.planner import CreateTable, DropTable, Fail, Join, Place, Return, 
 from hashring.view import Server, View
 from ps.checkpoint.files import checkpoints
 from ps.checkpoint.job import work
+from ps.checkpoint.models import newest_versions
 from ps.checkpoint.reach import Access
 from ps.checkpoint.restore import Restored, restore
 from ps.checkpoint.save import Saved, save
@@ -298,6 +299,29 @@ def test_an_empty_cluster_is_saved_and_restored(clusters, tmp_path):
     assert all(s.alive for s in target.view.servers)
 
 
+def test_a_checkpoint_names_the_models_that_its_rows_go_with(clusters, tmp_path):
+    for folder in ("ctr/1", "ctr/10", "ctr/9", "ctr/draft", "cvr/2", "empty", ".cache/3"):
+        (tmp_path / "models" / folder).mkdir(parents=True)
+    versions = {"ctr": "10", "cvr": "2"}
+    assert newest_versions(tmp_path / "models") == versions
+    with pytest.raises(CheckpointError, match=r"the models in \S+nowhere cannot be listed: No such file"):
+        newest_versions(tmp_path / "nowhere")
+    cluster = clusters(1, cluster=11)
+    cluster.create(ITEM)
+    cluster.save(tmp_path / "saved", models=versions)
+    cluster.save(tmp_path / "saved", incremental=True)
+    assert [m.models for m in checkpoints(Storage(tmp_path / "saved"))] == [versions, {}]
+    order = {
+        "what": "save", "directory": str(tmp_path / "jobs"), "full_every": 3, "keep": 2, "token": TOKEN, "tls_ca": "",
+        "servers": [[s.name, s.incarnation, list(s.addresses)] for s in cluster.view.servers],
+        "fingerprint": CONFIG.fingerprint, "cluster": cluster.view.cluster,
+    }  # fmt: skip
+    for models in (tmp_path / "models", tmp_path / "nowhere"):  # rows are saved whatever becomes of the models
+        work(order | {"models": str(models)})
+    assert [m.models for m in checkpoints(Storage(tmp_path / "jobs"))] == [versions, {}]
+    assert clusters(1, cluster=12).restore(tmp_path / "jobs").models == {}
+
+
 def test_the_controllers_job_saves_prunes_and_restores_by_the_servers_alone(clusters, tmp_path):
     """As its process does: an order of plain data, the controller reached through a server."""
     cluster = clusters(3, cluster=11)
@@ -308,7 +332,7 @@ def test_the_controllers_job_saves_prunes_and_restores_by_the_servers_alone(clus
         servers = [[s.name, s.incarnation, list(s.addresses)] for s in cluster.view.servers if s.alive]
         plain = {
             "what": what, "directory": str(tmp_path), "full_every": 3, "keep": 1, "servers": servers, "token": TOKEN,
-            "tls_ca": "", "fingerprint": CONFIG.fingerprint, "cluster": cluster.view.cluster, **other,
+            "tls_ca": "", "fingerprint": CONFIG.fingerprint, "cluster": cluster.view.cluster, "models": "", **other,
         }  # fmt: skip
         return json.loads(json.dumps(work(json.loads(json.dumps(plain)))))
 
