@@ -33,7 +33,7 @@ class Saves:
         order = {
             "what": "save", "directory": str(self._folder), "full_every": 1, "keep": 1000, "token": self._token,
             "servers": [[s.name, s.incarnation, list(s.addresses)] for s in view.servers if s.alive],
-            "tls_ca": "", "fingerprint": self._fingerprint, "cluster": view.cluster,
+            "tls_ca": "", "fingerprint": self._fingerprint, "cluster": view.cluster, "models": "",
         }  # fmt: skip
         command = [sys.executable, "-m", "ps.checkpoint.job"]
         pipe = subprocess.PIPE

@@ -263,5 +263,6 @@ def test_tables_are_whole_or_sharded_at_any_time(n: int, data: st.DataObject, so
             if placement == "whole":
                 assert (group.owners == group.owners[0]).all()
                 assert sum(t.group == group.number for t in view.tables) == 1
-            else:
-                assert balance(view, group).copies <= 1.03
+            else:  # shares are whole slots: what they leave of a fraction each, one server may have
+                found = balance(view, group)
+                assert (found.copies - 1) * found.copies_mean <= n
