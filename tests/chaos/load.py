@@ -171,8 +171,8 @@ def _traced(client: ps.Client) -> list[tuple[float, str]]:
             trace.append((time.monotonic(), line))
         yield from after(failures, routing, attempt, until)
 
-    def refreshed(epoch, until, known):  # type: ignore[no-untyped-def]
-        yield from refresh(epoch, until, known)
+    def refreshed(*arguments, **options):  # type: ignore[no-untyped-def]
+        yield from refresh(*arguments, **options)
         trace.append((time.monotonic(), f"looked for a view, has epoch {verbs.routing.epoch}"))
 
     verbs.after, verbs.refresh = told, refreshed  # type: ignore[method-assign]
