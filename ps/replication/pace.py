@@ -2,7 +2,7 @@
 
 Requests come first. That they wait, for the data thread or for a core of the host, shows in the shell's ticks, which
 wait just as long: copies take what is left while ticks are about LATE_S late, less while they are later. The law is
-that of LEDBAT (RFC 6817): a share that rises and falls with the distance of a smoothed delay from its target.
+that of LEDBAT (RFC 6817): a rate that rises and falls with the distance of a smoothed delay from its target.
 """
 
 from dataclasses import dataclass
