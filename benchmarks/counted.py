@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import ps
-from benchmarks.load import percentiles_ms
+from benchmarks.load import percentiles_ms, steady
 from benchmarks.model import slots_of
 from hashring.view import View
 from ps.errors import EmbringError
@@ -95,6 +95,7 @@ class Counted:
 
     async def run(self, clients: Sequence["ps.AsyncClient"], rate: float, stop: asyncio.Event) -> None:
         """Requests of clients in turn, that fall due by a Poisson law, until `stop`."""
+        steady()
         due, number = time.perf_counter(), 0
         pending: set[asyncio.Task[None]] = set()
         while not stop.is_set():

@@ -1,6 +1,7 @@
 """Load on a cluster: as fast as it goes (closed), or at a rate that does not wait for answers (open)."""
 
 import asyncio
+import gc
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,10 +56,18 @@ def arrivals(rate: float, seconds: float, seed: int, kind: str = "poisson") -> N
     return np.cumsum(gaps) * seconds / max(gaps.sum(), 1e-9)  # scaled, so that the stated rate is the rate
 
 
+def steady() -> None:
+    """Have later collections of garbage pass over what is there already: one that walks through torch, numba and Ray
+    stops the load for 0.2 s, and all that fell due meanwhile comes at once."""
+    gc.collect()
+    gc.freeze()
+
+
 async def closed(
     request: Request, in_flight: int, seconds: float = math.inf, requests_max: float = math.inf
 ) -> Outcome:
     """Keep so many requests in flight, for so long or until so many were made."""
+    steady()
     found = Outcome()
     begun = time.perf_counter()
     number = 0
@@ -76,6 +85,7 @@ async def closed(
 
 async def opened(request: Request, due: NDArray[np.float64], first: int = 0) -> Outcome:
     """Begin each request when it is due, however many are in flight; a latency counts from when it was due."""
+    steady()
     found = Outcome()
     begun = time.perf_counter()
     tasks = []

@@ -5,6 +5,7 @@ dies; requests come through the front doors only.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -137,6 +138,7 @@ class RouterServer:
     async def _begin(self) -> None:
         assert self._router is not None
         await self._router.start()
+        gc.freeze()  # a collection that walks through torch and the models in the middle of a request takes 0.2 s
         log.info("serving %s at %s", ", ".join(self._router.models), self._places)
 
     def _addresses(self) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ class Bench:
             "names": told["names"],
             "starting_s": round(copying - begin, 2),
             **self.load.trace.between(begin, end),
-            **self._moved(after, rows, size),
+            **await asyncio.to_thread(self._moved, after, rows, size),
             "push_pause_ms": {"slots": len(paused), **percentiles_ms(paused, (50, 99, 100))},
         }
 

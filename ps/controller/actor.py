@@ -10,6 +10,7 @@ server is started again as a new incarnation that owns nothing.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -114,6 +115,7 @@ class Control:
         self._begun.set()
         self._keep(self._end_superfluous())
         self._keep(self.keeper.run())
+        gc.freeze()
         log.info("%d servers run", len(names))
 
     def _keep(self, work: Any) -> None:
