@@ -55,8 +55,9 @@ PART_BYTES = 1024 * 1024
 NEWER_S = 1.0
 """How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
 
-TICK_S = 0.05
-"""Seconds between two ticks of the machine of replication."""
+TICK_S, COPYING_S = 0.05, 0.01
+"""Seconds between two ticks of the machine of replication, and while copies are made: a tick sends what falls to it at
+once, and requests wait for that."""
 
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
@@ -95,6 +96,7 @@ class Service:
         self._held: dict[Any, Result] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._due = perf_counter()
+        self._asked, self._waited = 0, 0.0
         self._tidying: asyncio.TimerHandle | None = None
         self._handlers: dict[str, Callable[[Message], Result | Awaitable[Result]]] = {
             "ping": lambda request: ({}, dict(self.replication.standing().to_arrays())),
@@ -152,8 +154,12 @@ class Service:
     def begin(self) -> None:
         """Let time go by for the machine of replication, until `end`."""
         loop = asyncio.get_running_loop()
-        late, self._due = max(0.0, perf_counter() - self._due), perf_counter() + TICK_S
-        self._ticking = loop.call_later(TICK_S, self.begin)
+        until_next = COPYING_S if self.replication.copying else TICK_S
+        late, self._due = max(0.0, perf_counter() - self._due), perf_counter() + until_next
+        if self._asked:  # ticks come before requests that are here already
+            late = max(late, self._waited / self._asked)
+        self._asked, self._waited = 0, 0.0
+        self._ticking = loop.call_later(until_next, self.begin)
         self.store.held.latch.beat(0 if self.draining else self._lease)
         self.replication.tick(loop.time(), late)
         self._perform()
@@ -247,6 +253,8 @@ class Service:
         if handler is None:
             raise RequestError(f"operation {request.op!r} is unknown; there are {', '.join(sorted(self._handlers))}")
         begin = perf_counter() - waited
+        self._asked += 1
+        self._waited += waited
         meter = self._meters[request.op]
         failed = True
         result = None

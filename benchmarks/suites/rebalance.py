@@ -2,7 +2,8 @@
 
 The load is that of benchmarks/counted.py, of several clients, at a part of the rate that the cluster can answer. That
 is measured first, with the greater and with the smaller number of servers, and the lower counts: on a machine whose
-cores all servers share, one more of them answers less.
+cores all servers share, one more of them answers less. So pulls during a change stand beside those of before it all,
+and beside the slower of the two quiet phases around the change.
 """
 
 import asyncio
@@ -110,10 +111,12 @@ class Bench:
             await load
             for client in clients:
                 await client.close()
-        for phase in ("join", "leave"):
+        for phase, around in (("join", ("before", "between")), ("leave", ("between", "after"))):
             now, before = figures[phase], figures["before"]
             if now["pull"] and before["pull"] and before["pushes_per_s"]:
+                quiet = max(figures[p]["pull"]["p99_ms"] for p in around)
                 now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
+                now["pull_p99_to_quiet"] = round(now["pull"]["p99_ms"] / quiet, 3)
                 now["pushes_to_before"] = round(now["pushes_per_s"] / before["pushes_per_s"], 3)
         figures["failed"] = sum(figures[p]["failed"] for p in ("before", "join", "between", "leave", "after"))
         figures["errors"] = self.load.trace.errors[:20]

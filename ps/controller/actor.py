@@ -52,7 +52,7 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, TURN_S, DISPUTE_S = 0.5, 2.0, 10.0
+LEARN_S, TURN_S, DISPUTE_S = 0.5, 20.0, 10.0
 """Between two looks at missing copies; between two views of a move that goes on; how long servers that could not reach
 each other are kept apart."""
 

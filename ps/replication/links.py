@@ -38,6 +38,7 @@ class Link:
 
     streaming: blocks of changes on their way; unsent: pushes that wait behind them, about so many bytes.
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
+    late: seconds for which requests wait there, as it said last.
     """
 
     incarnation: int
@@ -56,6 +57,7 @@ class Link:
     refusals: int = 0
     epoch: int = 0
     asked_for: int = 0
+    late: float = 0.0
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
 
     @property

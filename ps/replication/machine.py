@@ -291,7 +291,8 @@ class Replication:
 
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to a peer's `replicate`, `repair`, `fork` or `digest`. Raises EmbringError."""
-        return self._backup.request(op, fields, arrays)
+        plain, out = self._backup.request(op, fields, arrays)
+        return {**plain, "late_us": int(self._primary.late * 1e6)}, out
 
     def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to an `absorb`, of slots that are being restored. Raises EmbringError."""
@@ -313,6 +314,7 @@ class Replication:
             return
         flight = known.arrive(number)
         known.epoch = max(known.epoch, int(fields.get("epoch", 0)))
+        known.late = int(fields.get("late_us", 0)) / 1e6
         if flight is None or self.store.view is None:
             return
         if error is not None:
@@ -351,7 +353,8 @@ class Replication:
     def tick(self, now: float, late: float = 0.0) -> None:
         """Time goes by. It counts only as far as ticks come: a process that was stopped does not call others silent.
 
-        late: seconds after which the tick came that it was due, as requests wait too: copies slow down for them.
+        late: seconds for which requests waited since the tick before: copies slow down for them, here and at whoever
+        sends us some.
         """
         elapsed = 0.0 if self._last is None else min(max(0.0, now - self._last), self.limits.tick_max_s)
         self._last = now
@@ -373,6 +376,11 @@ class Replication:
 
     def _accused(self, link: Link) -> bool:
         return link.silent >= self.limits.silent_s or link.refusals >= self.limits.refusals_max
+
+    @property
+    def copying(self) -> bool:
+        """Whether parts of copies are to be sent."""
+        return self._primary.copying
 
     def learn(self, slots: NDArray[np.int64], learner: int, epoch: int) -> None:
         """Begin to copy slots to a learner (its incarnation); those whose term began after `epoch` are left out."""

@@ -255,13 +255,25 @@ class Primary:
             size = sum(array.nbytes for array in arrays.values())
             self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
+    @property
+    def late(self) -> float:
+        """Seconds for which requests wait here."""
+        return self._pace.late
+
+    @property
+    def copying(self) -> bool:
+        """Whether parts of copies are to be sent."""
+        return any(link.copies for link in self.by_index)
+
     def pace(self, elapsed: float, late: float) -> None:
-        """Time goes by, and a tick came so late: so much more may be spent on copies."""
+        """Time goes by, in which requests waited so long here: so much more may be spent on copies."""
         move = self.store.view.move if self.store.view is not None else None
         limits = [self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0]
-        if not any(link.copies for link in self.by_index):
+        if not self.copying:
             self._pace.rest()
-        self._pace.tick(elapsed, late, min((limit for limit in limits if limit), default=0), 2 * self.limits.tick_max_s)
+        there = max((link.late for link in self.by_index if link.copies), default=0.0)
+        limit = min((limit for limit in limits if limit), default=0)
+        self._pace.tick(elapsed, late, there, limit, 2 * self.limits.tick_max_s)
 
     def drop_learner(self, link: Link) -> None:
         """A learner is no longer waited for nor sent anything, unless it was promised as an owner."""

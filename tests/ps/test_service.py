@@ -364,6 +364,23 @@ def test_another_machines_address_needs_a_token():
         asyncio.run(main())
 
 
+def test_copies_are_told_how_long_requests_waited(server, monkeypatch):
+    told = []
+    monkeypatch.setattr(server.service.replication, "tick", lambda now, late: told.append(late))
+
+    def wait():
+        server.service._asked, server.service._waited = 0, 0.0
+        for waited in (30.0, 50.0):
+            server.service.handle(Message("ping", 1, {}, {}), waited)
+        for _ in range(2):
+            server.service._ticking.cancel()
+            server.service.begin()
+
+    server.on_thread(wait)
+    assert told[-2] == pytest.approx(40.0)
+    assert told[-1] < 30.0
+
+
 def test_freed_memory_goes_back_in_steps_until_there_is_no_more(server):
     left, done = [True, True, False], threading.Event()
 

@@ -455,6 +455,28 @@ def test_copies_on_their_way_are_bounded_in_bytes() -> None:
     trio.equal(1, 3)
 
 
+@pytest.mark.parametrize("busy", [1, 3])
+def test_copies_slow_down_where_requests_wait_here_or_at_the_learner(busy: int) -> None:
+    trio = Trio(ReplicationLimits(copy_bytes=64, bulk_bytes_max=400))
+    pace = trio.machines[1]._primary._pace
+    trio.push(1, 1, list(range(200)))
+    trio.deliver()
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    trio.collect()
+    trio._carry(1, 3, trio.wires[1, 3].pop(0))  # the fork is answered: there is none
+    assert trio.machines[1].copying
+    pace.rate = before = 64 * 2**20
+    for now in range(1, 6):
+        for server in (1, 3):
+            trio.machines[server].tick(now * 0.05, 0.02 if server == busy else 0.0)
+        trio.collect()
+        trio._carry(1, 3, trio.wires[1, 3].pop(0))  # a part is answered, the next one leaves
+    assert trio.machines[1].copying
+    assert pace.rate < before / 2
+    trio.deliver()
+    assert not trio.machines[1].copying
+
+
 def test_a_table_that_one_side_does_not_know_yet_is_no_error() -> None:
     trio = Trio()
     spec = replace(SPEC, name="u")

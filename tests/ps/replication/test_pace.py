@@ -7,11 +7,13 @@ from ps.replication.pace import FASTEST, LATE_S, SLOWEST, Pace
 TICK_S, BURST_S = 0.05, 0.2
 
 
-def after(pace: Pace, seconds: float, late: float, limit: float = 0.0) -> float:
-    """What is spent in so many seconds of ticks that come so late, by who spends all there is."""
+def after(
+    pace: Pace, seconds: float, late: float, limit: float = 0.0, tick_s: float = TICK_S, there: float = 0.0
+) -> float:
+    """What is spent in so many seconds in which requests wait so long, by who spends all there is."""
     spent = 0.0
-    for _ in range(round(seconds / TICK_S)):
-        pace.tick(TICK_S, late, limit, BURST_S)
+    for _ in range(round(seconds / tick_s)):
+        pace.tick(tick_s, late, there, limit, BURST_S)
         spent += max(0.0, pace.allowance)
         pace.allowance = min(0.0, pace.allowance)
     return spent
@@ -31,7 +33,23 @@ def test_copies_leave_a_busy_server_to_requests_within_two_seconds() -> None:
     assert after(pace, 1.0, 4 * LATE_S) == pytest.approx(SLOWEST)
 
 
-def test_the_rate_stays_where_ticks_are_as_late_as_they_may_be() -> None:
+def test_a_busy_taker_slows_copies_down_as_a_busy_server_does() -> None:
+    pace = Pace(rate=FASTEST)
+    after(pace, 2.0, 0.0, there=4 * LATE_S)
+    assert pace.rate == SLOWEST
+    assert pace.late == 0.0
+
+
+def test_the_rate_changes_with_time_and_not_with_ticks() -> None:
+    for late in (0.0, 1.5 * LATE_S):
+        slow, fast = Pace(rate=FASTEST / 64), Pace(rate=FASTEST / 64)
+        after(slow, 0.5, late)
+        after(fast, 0.5, late, tick_s=TICK_S / 5)
+        assert fast.rate == pytest.approx(slow.rate, rel=0.2)
+        assert slow.rate != FASTEST / 64
+
+
+def test_the_rate_stays_where_requests_wait_as_long_as_they_may() -> None:
     pace = Pace(rate=FASTEST / 8, late=LATE_S)
     after(pace, 10.0, LATE_S)
     assert pace.rate == pytest.approx(FASTEST / 8)
@@ -49,7 +67,7 @@ def test_a_limit_holds_whatever_requests_leave(late: float, limit: float) -> Non
 def test_what_was_not_spent_adds_up_for_a_moment_only() -> None:
     pace = Pace()
     for _ in range(1000):
-        pace.tick(TICK_S, 0.0, 1000.0, BURST_S)
+        pace.tick(TICK_S, 0.0, 0.0, 1000.0, BURST_S)
     assert pace.allowance == 1000.0 * BURST_S
 
 
