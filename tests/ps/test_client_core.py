@@ -407,7 +407,8 @@ def test_who_waits_for_room_in_the_window_is_woken_in_turn_and_no_more_than_find
         window.close(held[0])
         await settle()
         assert [k for k, _ in begun] == [0, *range(2, 41)]
-        assert len(woken) <= len(begun) + 1  # the one that was cancelled wakes another, in case that it had been woken
+        # Who was cancelled and who gave up (when, is the machine's affair) wake another, in case that they had been woken.
+        assert len(woken) <= len(begun) + 2
         with pytest.raises(NotApplied, match="64 pushes are undecided"):
             await late
         for _ in range(2):
