@@ -407,7 +407,7 @@ def test_who_waits_for_room_in_the_window_is_woken_in_turn_and_no_more_than_find
         window.close(held[0])
         await settle()
         assert [k for k, _ in begun] == [0, *range(2, 41)]
-        # Who was cancelled and who gave up (when, is the machine's affair) wake another, in case that they had been woken.
+        # Who was cancelled, and who gave up (at any time), wake another each, in case that they had been woken.
         assert len(woken) <= len(begun) + 2
         with pytest.raises(NotApplied, match="64 pushes are undecided"):
             await late

@@ -1,4 +1,4 @@
-"""`python -m tests.ps.warm_requests FOLDER`: every kind of request, and the kernels that had to be compiled for them."""
+"""`python -m tests.ps.warm_requests FOLDER`: requests of every kind, and what had to be compiled for them."""
 
 import sys
 from collections.abc import Iterator
