@@ -71,6 +71,25 @@ class Section:
     gone_versions: NDArray[np.int64]
     gone_offsets: NDArray[np.int64]
 
+    @classmethod
+    def room(cls, dim: int, optimizer: str, state_width: int, offsets: NDArray[np.int64]) -> "Section":
+        """A section whose offsets[-1] rows are still to be written, without deletions."""
+        n = int(offsets[-1])
+        return cls(
+            dim=dim,
+            optimizer=optimizer,
+            ids=np.empty(n, np.int64),
+            tables=np.empty(n, np.int32),
+            offsets=offsets,
+            values=np.empty((n, dim), np.float32),
+            state=np.empty((n, state_width), np.float32),
+            meta=np.empty((n, 2), np.int64),
+            gone_ids=np.empty(0, np.int64),
+            gone_tables=np.empty(0, np.int32),
+            gone_versions=np.empty(0, np.int64),
+            gone_offsets=np.zeros(len(offsets), np.int64),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:

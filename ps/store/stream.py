@@ -114,21 +114,8 @@ def _written(
     k: int,
 ) -> Section:
     offsets, order = np.empty(k + 1, np.int64), np.empty(len(ids), np.int32)
-    n = replicate.group(slots, local, offsets, order)
-    section = Section(
-        dim=arena.key.dim,
-        optimizer=arena.key.optimizer,
-        ids=np.empty(n, np.int64),
-        tables=np.empty(n, np.int32),
-        offsets=offsets,
-        values=np.empty((n, arena.key.dim), np.float32),
-        state=np.empty((n, arena.key.state_width), np.float32),
-        meta=np.empty((n, 2), np.int64),
-        gone_ids=np.empty(0, np.int64),
-        gone_tables=np.empty(0, np.int32),
-        gone_versions=np.empty(0, np.int64),
-        gone_offsets=np.zeros(k + 1, np.int64),
-    )
+    replicate.group(slots, local, offsets, order)
+    section = Section.room(arena.key.dim, arena.key.optimizer, arena.key.state_width, offsets)
     replicate.cut(
         order, rows, codes, ids, arena.numbers, arena.values, arena.state, arena.meta,
         section.ids, section.tables, section.values, section.state, section.meta,

@@ -2,12 +2,14 @@
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ps.arena import Arena, Entries
 from ps.errors import RequestError
+from ps.kernels import replicate
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
 from ps.slots import NOTHING_GONE, OWNER, PRIMARY, Gone
 from ps.store.holdings import Holdings
@@ -181,8 +183,9 @@ def _section(
             inside = (found.tokens >= np.uint64(low)) & (found.tokens <= np.uint64(last))
             keep &= inside | (versions > began[owner])
         found = _keep(found, owner, keep, len(slots))
-    since = np.where(base > 0, base, began if parts > 1 else held.slots.positions[slots])
-    gone = held.tombstones.of(slots, since) if final else None
+    gone = None
+    if final and (parts > 1 or base.any()):  # of a slot that is told whole, at one moment, nothing is gone
+        gone = held.tombstones.of(slots, np.where(base > 0, base, began if parts > 1 else held.slots.positions[slots]))
     return _fill(arena, found, gone, len(slots), slots)
 
 
@@ -208,17 +211,10 @@ def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: 
 
 def _section_of(arena: Arena, found: Entries, gone: Gone, gone_offsets: NDArray[np.int64]) -> Section:
     _, tables, ids, versions = gone
-    return Section(
-        dim=arena.key.dim,
-        optimizer=arena.key.optimizer,
-        ids=found.ids,
-        tables=arena.numbers[found.codes],
-        offsets=found.offsets,
-        values=arena.values[found.rows],
-        state=arena.state[found.rows],
-        meta=arena.meta[found.rows],
-        gone_ids=ids,
-        gone_tables=tables,
-        gone_versions=versions,
-        gone_offsets=gone_offsets,
-    )
+    section = Section.room(arena.key.dim, arena.key.optimizer, arena.key.state_width, found.offsets)
+    all_of_them = np.arange(len(found.rows), dtype=np.int32)
+    replicate.cut(
+        all_of_them, found.rows, found.codes, found.ids, arena.numbers, arena.values, arena.state, arena.meta,
+        section.ids, section.tables, section.values, section.state, section.meta,
+    )  # fmt: skip
+    return replace(section, gone_ids=ids, gone_tables=tables, gone_versions=versions, gone_offsets=gone_offsets)
