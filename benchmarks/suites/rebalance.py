@@ -136,9 +136,13 @@ class Bench:
         return rate
 
     async def _quiet(self) -> dict[str, Any]:
+        """A phase without a change, and what each server keeps in memory at its end."""
         begin = time.perf_counter()
         await asyncio.sleep(self.settings.seconds)
-        return self.load.trace.between(begin, time.perf_counter())
+        end = time.perf_counter()
+        usage = await asyncio.to_thread(self.servers.usage)
+        resident = {name: round(size / 2**20, 1) for name, size in sorted(usage.resident.items())}
+        return {**self.load.trace.between(begin, end), "resident_mib": resident}
 
     # -- the changes
 

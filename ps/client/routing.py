@@ -79,9 +79,8 @@ class Routing:
         owners = self.view.owners()
         dead = np.array([not s.alive for s in self.servers] + [True])
         if not left_out and not dead[:-1].any():
-            return (
-                owners.copy()
-            )  # -1 is behind them already; a view's own arrays are read-only, another type to a kernel
+            # -1 is behind them already. A view's own arrays are read-only, which is another type to a kernel.
+            return owners.copy()
         out = np.array([i in left_out for i in range(len(self.servers))] + [True]) | dead
         hidden = out[owners]
         hidden = np.where(hidden.all(axis=1, keepdims=True), dead[owners], hidden)
