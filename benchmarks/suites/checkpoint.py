@@ -6,7 +6,6 @@ S11 is the bytes of a full checkpoint by those of an increment after 1 % of the 
 """
 
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -118,7 +117,7 @@ class _Work:
             restoring = _seconds(partial(self._restore, saved.name))
             self._findings.equal &= bool(np.array_equal(self._sample(), before))
             # As the copy is: on a virtual machine a page that was never used costs its write three times as much.
-            shutil.rmtree(saved.path)
+            self._storage.remove(saved.name)
             for key, above, below in (
                 ("save_to_copy", copy, saved.seconds),
                 ("restore_to_copy", copy, restoring),

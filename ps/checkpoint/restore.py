@@ -63,10 +63,9 @@ def restore(
         check_files(storage, link)
     check_fingerprint(storage, manifest, ask)
     if replace_tables and not tables:  # from "restore" on the cluster's own are gone: damage is to be known before
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            read = [pool.submit(_read_through, storage, link, file) for link in links for file in link.files]
-            for outcome in read:
-                outcome.result()
+        for link in links:
+            for file in link.files:
+                deque(read_blocks(storage, link, file), maxlen=0)
     wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
     answer = ask(
         "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)
@@ -82,10 +81,6 @@ def restore(
         storage.path(manifest.name), manifest.name, len(links), work.rows, work.bytes,
         int((plan.slots >= 0).sum()), int((plan.tables >= 0).sum()), manifest.models,
     )  # fmt: skip
-
-
-def _read_through(storage: Storage, link: Manifest, file: str) -> None:
-    deque(read_blocks(storage, link, file), maxlen=0)
 
 
 def check_fingerprint(storage: Storage, manifest: Manifest, ask: Ask) -> None:

@@ -115,7 +115,7 @@ class Control:
         self._begun.set()
         self._keep(self._end_superfluous())
         self._keep(self.keeper.run())
-        gc.freeze()
+        gc.freeze()  # as servers do: pings do not wait for a collection that walks through Ray
         log.info("%d servers run", len(names))
 
     def _keep(self, work: Any) -> None:

@@ -314,7 +314,8 @@ class Replication:
             return
         flight = known.arrive(number)
         known.epoch = max(known.epoch, int(fields.get("epoch", 0)))
-        known.late = int(fields.get("late_us", 0)) / 1e6
+        if "late_us" in fields:
+            known.late = int(fields["late_us"]) / 1e6
         if flight is None or self.store.view is None:
             return
         if error is not None:

@@ -115,6 +115,18 @@ def _written(
 ) -> Section:
     offsets, order = np.empty(k + 1, np.int64), np.empty(len(ids), np.int32)
     replicate.group(slots, local, offsets, order)
+    return section_of(arena, order, rows, codes, ids, offsets)
+
+
+def section_of(
+    arena: Arena,
+    order: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    codes: NDArray[np.int32],
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+) -> Section:
+    """Rows order[0..n) of rows, codes and ids as they stand now, n = offsets[-1]; without deletions."""
     section = Section.room(arena.key.dim, arena.key.optimizer, arena.key.state_width, offsets)
     replicate.cut(
         order, rows, codes, ids, arena.numbers, arena.values, arena.state, arena.meta,

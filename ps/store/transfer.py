@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from ps.arena import Arena, Entries
 from ps.errors import RequestError
-from ps.kernels import replicate
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
 from ps.slots import NOTHING_GONE, OWNER, PRIMARY, Gone
 from ps.store.holdings import Holdings
+from ps.store.stream import section_of
 from ps.window import ClientEntries
 
 _RING = 2**64
@@ -211,10 +211,6 @@ def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: 
 
 def _section_of(arena: Arena, found: Entries, gone: Gone, gone_offsets: NDArray[np.int64]) -> Section:
     _, tables, ids, versions = gone
-    section = Section.room(arena.key.dim, arena.key.optimizer, arena.key.state_width, found.offsets)
-    all_of_them = np.arange(len(found.rows), dtype=np.int32)
-    replicate.cut(
-        all_of_them, found.rows, found.codes, found.ids, arena.numbers, arena.values, arena.state, arena.meta,
-        section.ids, section.tables, section.values, section.state, section.meta,
-    )  # fmt: skip
+    everything = np.arange(len(found.rows), dtype=np.int32)
+    section = section_of(arena, everything, found.rows, found.codes, found.ids, found.offsets)
     return replace(section, gone_ids=ids, gone_tables=tables, gone_versions=versions, gone_offsets=gone_offsets)
