@@ -473,6 +473,11 @@ def test_copies_slow_down_where_requests_wait_here_or_at_the_learner(busy: int) 
         trio._carry(1, 3, trio.wires[1, 3].pop(0))  # a part is answered, the next one leaves
     assert trio.machines[1].copying
     assert pace.rate < before / 2
+    link = trio.machines[1]._primary.links[3]
+    known = link.late
+    trio.machines[1].replied(3, link.number, 10**9, {}, {})  # an answer that says nothing of it, as one to a view
+    assert link.late == known
+    assert (known > 0) == (busy == 3)
     trio.deliver()
     assert not trio.machines[1].copying
 
