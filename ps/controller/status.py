@@ -45,7 +45,8 @@ def cluster_status(mind: Failover, members: Sequence[Member]) -> dict[str, Any]:
     """Epoch, tables, servers, warnings, and what is lost, lacks copies or is being copied.
 
     slots of a server: those whose primary it is; copies: those that it owns at all. slots_left: copies to be made, and
-    slots to be given another primary. move: which servers join or leave. unanswered: pings, one after another.
+    slots to be given another primary. move: which servers join or leave. unanswered: pings, one after another. A server
+    has ps.controller.figures from when it was asked first, within a `statistics_interval_ms` of its start.
     """
     view = mind.view
     owners = view.owners()
