@@ -602,7 +602,7 @@ def owner_dropped_by_its_primary(patch: Patch) -> None:
 def answered_on_losing_office(patch: Patch) -> None:
     """Pushes that wait are acknowledged when their slot gets another primary."""
 
-    def end_waits(self: Any) -> None:
+    def end_waits(self: Any, left: Any) -> None:
         for wait in self._primary.waits:
             self._primary.answer(wait.token, wait.fields)
         self._primary.waits = []

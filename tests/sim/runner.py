@@ -30,13 +30,14 @@ def run(seed: int, plant: str = "", calm: bool = False, trace: bool = False) -> 
     """One run; an exception of the product is a violation too."""
     gc.disable()  # processes and their memory hang together in circles: they are collected between two runs
     with planted(plant):
-        cluster = Cluster(seed, calm, trace)
+        cluster = None
         try:
+            cluster = Cluster(seed, calm, trace)
             report = cluster.run()
         except Exception as error:
             where = "".join(traceback.format_exception(error)[-4:])
             report = Report(seed, violation=f"{type(error).__name__}: {error}\n{where}")
-    lines = cluster.world.trace or []
+    lines = (cluster.world.trace if cluster else None) or []
     del cluster
     gc.enable()
     if seed % 4 == 0:

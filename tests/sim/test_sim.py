@@ -3,13 +3,15 @@
 `make sim` runs as many as one likes, and all the planted bugs.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from typing import Any
 
 import pytest
 
-from tests.sim.plants import PLANTS, planted
+from tests.sim.plants import PLANTS
 from tests.sim.runner import hunt, run, run_block, runs, summary, workers
 
 SEEDS = 120
@@ -62,9 +64,14 @@ def test_planted_bugs_are_found(pool: Executor) -> None:
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_what_a_plant_patches_is_there(name: str) -> None:
-    with planted(name):
-        pass
+def test_what_a_plant_patches_is_there_and_called_as_before(name: str) -> None:
+    def patch(owner: Any, attribute: str, new: Any) -> None:
+        old = owner.__dict__[attribute]
+        if callable(old):
+            needed = [p.name for p in inspect.signature(old).parameters.values() if p.default is p.empty]
+            inspect.signature(new).bind(*needed)
+
+    PLANTS[name](patch)
 
 
 def test_there_are_plants_enough_and_each_is_undone() -> None:
