@@ -9,11 +9,10 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,6 @@ GROUP_BYTES = 16 * 2**20
 """Rows of one group of a Parquet file."""
 
 Rows = NDArray[np.float32]
-Item = TypeVar("Item")
 
 IN_FLIGHT = 4
 """Chunks sent and not yet acknowledged."""
@@ -36,7 +34,7 @@ IN_FLIGHT = 4
 TIMEOUT_S = 60.0
 """For one chunk."""
 
-PARTS = 64
+PARTS = 16
 """Parts of an export; an interrupted one goes on with the first that is not whole."""
 
 _SPANS = tuple(pairwise((k << 64) // PARTS for k in range(PARTS + 1)))
@@ -424,7 +422,7 @@ def take(client: Any, table: str, export: Export, counter: Any) -> None:
     counter.expect(PARTS)
     counter.add(export.mark.rows, 0, sum(stop <= export.mark.token for _, stop in _SPANS))
     try:
-        for stop, part in _ahead(_pulled(client, table, export.mark.token)):
+        for stop, part in _pulled(client, table, export.mark.token):
             if part is None:
                 export.reached(stop)
                 counter.add(0, 0, 1)
@@ -444,12 +442,3 @@ def _pulled(client: Any, table: str, token: int) -> Iterator[tuple[int, Any]]:
             for part in client.pull_range(table, start, stop if stop < 2**64 else None, TIMEOUT_S):
                 yield stop, part
             yield stop, None
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each asked for by another thread while the one before it is dealt with."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item

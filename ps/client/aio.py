@@ -323,8 +323,9 @@ class AsyncClient:
     ) -> AsyncIterator[RowRange]:
         """As `Client.pull_range`, for `async for`."""
         scan = PullRange(self._verbs, name, start, stop, timeout)
-        while (part := await self._run(scan.next())) is not None:
-            yield part
+        while parts := await self._run(scan.next(scan.until())):
+            for part in parts:
+                yield part
 
     async def push_range(
         self,

@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from ps.client.batch import Bag
 from ps.client.core import CLOSED, TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
+from ps.client.parts import Parts
 from ps.client.places import Seeds, prepare
 from ps.client.ranges import PullRange
 from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRange, Verbs
 from ps.client.window import Window
-from ps.errors import EmbringError, PerhapsApplied, RequestError
+from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.ragged import RaggedIds
 from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
@@ -87,24 +88,30 @@ class Client:
 
     # -- driving
 
-    def _flight(self, steps: Steps) -> Flight:
+    def _run(self, steps: Steps) -> Any:
+        with self._turn:
+            return self._finish(self._begin(steps))
+
+    def _begin(self, steps: Steps) -> Flight:
         if self._closed:
             raise RequestError(CLOSED)
-        return Flight(self._connections, self._finish_oldest, steps)
-
-    def _run(self, steps: Steps) -> Any:
-        flight = self._flight(steps)
+        flight = Flight(self._connections, self._finish_oldest, steps)
         with self._turn:
             flight.start()
+        return flight
+
+    def _finish(self, flight: Flight) -> Any:
+        if not flight.goes_by(self._connections):
+            raise NotApplied("this was asked by the parent process")
+        with self._turn:
             flight.finish()
         if flight.error is not None:
             raise flight.error
         return flight.value
 
     def _launch(self, steps: Steps) -> PushHandle:
-        flight = self._flight(steps)
         with self._turn:
-            flight.start()
+            flight = self._begin(steps)
             if not flight.done or flight.error is not None:
                 self._flights.append(flight)
         if isinstance(flight.error, RequestError):
@@ -320,14 +327,13 @@ class Client:
     ) -> Iterator[RowRange]:
         """Every row whose token is in [start, stop), in parts of about 1 MiB, asked of its owners alone.
 
-        Rows that no push touches meanwhile come exactly once, also while slots move. timeout is for each part.
+        Rows that no push touches meanwhile come exactly once, also while slots move. While a part is dealt
+        with the next one is on its way; timeout is for each.
 
             >>> sum(len(part.ids) for part in client.pull_range("item"))
             3
         """
-        scan = PullRange(self._verbs, name, start, stop, timeout)
-        while (part := self._run(scan.next())) is not None:
-            yield part
+        return Parts(self._begin, self._finish, PullRange(self._verbs, name, start, stop, timeout))
 
     def push_range(
         self,

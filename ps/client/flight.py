@@ -101,6 +101,16 @@ class Flight:
         while not self.done:
             self._resume(self._receive())
 
+    def abandon(self) -> None:
+        """Nobody will finish this: replies are dropped when they come."""
+        for _, connection, number in self._sent:
+            connection.forget(number)
+        self.done = True
+
+    def goes_by(self, connections: Connections) -> bool:
+        """Whether these are its connections: after a fork the child has others."""
+        return self._connections is connections
+
     def _resume(self, outcome: Any) -> None:
         while not self.done:
             try:

@@ -23,7 +23,7 @@ from ps.wire import Message
 RING_LAST = 2**64 - 1
 
 BLOCK_BYTES = 2**20
-"""Rows are gathered up to about this many bytes before they are handed out."""
+"""Less than about this many bytes of rows are gathered, and handed out as one part."""
 
 RUNS = 2
 """Runs that the slots of one server are cut into: calls that are on their way to it at once."""
@@ -38,7 +38,7 @@ class _Run:
 
 
 class PullRange:
-    """The rows of [start, stop) of a table; each `next()` gives some."""
+    """The rows of [start, stop) of a table; each `next()` gives some. One at a time: they share what is known."""
 
     def __init__(self, verbs: Verbs, name: str, start: int, stop: int | None, timeout: float | None) -> None:
         self._verbs = verbs
@@ -51,7 +51,11 @@ class PullRange:
         self._next: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._lasts: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._open: NDArray[np.bool_] = np.empty(0, np.bool_)
-        deadline(timeout, verbs.default_timeout)
+        self.until()
+
+    def until(self) -> float:
+        """The moment (monotonic) at which a `next()` that begins now gives up."""
+        return deadline(self._timeout, self._verbs.default_timeout)
 
     def _begin(self, info: TableInfo) -> None:
         """Of each slot: the first token that is still to be taken, the last one, and whether any is left."""
@@ -64,10 +68,9 @@ class PullRange:
         self._open = self._next <= self._lasts
         self._number = info.number
 
-    def next(self) -> Generator[Command, dict[int, EmbringError], RowRange | None]:
-        """Some of the rows, in no order; None when there are no more."""
+    def next(self, until: float) -> Generator[Command, dict[int, EmbringError], list[RowRange]]:
+        """Some of the rows, in no order; nothing when there are no more."""
         verbs = self._verbs
-        until = deadline(self._timeout, verbs.default_timeout)
         yield from verbs.features((self._name,), until)
         if self._number < 0:
             self._begin(verbs.routing.table(self._name))
@@ -87,9 +90,9 @@ class PullRange:
                     raise next(iter(failed.values()))
                 yield from verbs.after(failed, routing, attempt, until)
                 attempt += 1
-        if not parts:
-            return None
-        return RowRange(np.concatenate([p.ids for p in parts]), np.concatenate([p.rows for p in parts]))
+        if sum(part.rows.nbytes for part in parts) < BLOCK_BYTES and len(parts) > 1:
+            return [RowRange(np.concatenate([p.ids for p in parts]), np.concatenate([p.rows for p in parts]))]
+        return parts
 
     def _same_table(self, routing: Routing) -> TableInfo:
         info = routing.table(self._name)

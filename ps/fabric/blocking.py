@@ -143,9 +143,14 @@ class BlockingConnection:
             raise self.give_up(request, timeout)
         return result_of(self._kept.pop(request))
 
+    def forget(self, request: int) -> None:
+        """Drop the reply to a request, which has come or is to come."""
+        self._session.forget(request)
+        self._kept.pop(request, None)
+
     def give_up(self, request: int, seconds: float) -> PerhapsApplied:
         """Wait no more for a reply that has been waited for so long; the error that says so."""
-        self._session.forget(request)
+        self.forget(request)
         return PerhapsApplied(f"{self.address} did not answer within {seconds:.3g} s")
 
     def wait(self, request: int, timeout: float) -> bool:

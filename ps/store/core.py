@@ -398,9 +398,10 @@ class Store:
         rows_max: int = 65_536,
         slots: NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Every row of a table whose token is in [start, stop) (None: the ring's end), in token order.
+        """Every row of a table whose token is in [start, stop) (None: the ring's end).
 
-        slots: of these alone. Yields (ids int64[k], rows float32[k, dim]), k mostly up to rows_max. Pushes may come in
+        slots: of these alone. Yields (ids int64[k], rows float32[k, dim]), k mostly up to rows_max; each part's tokens
+        are beyond those of the part before, and in no order within it. Pushes may come in
         between: a row that is there throughout comes exactly once. WrongView where a slot of them is not owned here.
         """
         return transfer.token_range(self.held, table, start, stop, rows_max, slots)

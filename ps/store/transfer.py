@@ -57,9 +57,8 @@ def token_range(
         if low > last:
             continue
         found = arena.collect(batch, *held.slots.bounds(batch), entry.code, low, last)
-        order = np.argsort(found.tokens)
-        if len(order):
-            yield found.ids[order], arena.values[found.rows[order]]
+        if len(found.ids):
+            yield found.ids, np.take(arena.values, found.rows, axis=0)
 
 
 def _pieces(

@@ -345,6 +345,42 @@ def test_seven_random_ranges_are_every_row_once_during_pushes(client, cluster):
     assert set(range(5000)) <= set(found)
 
 
+def test_parts_of_a_range_that_are_left_leave_nothing_behind(client):
+    name = new_table(client, dim=64)
+    for part in np.array_split(np.arange(40_000), 8):
+        client.assign(name, part, np.ones((len(part), 64), np.float32))
+    parts = client.pull_range(name)
+    next(parts)
+    assert (client.pull(name, [1, 2]) == 1).all()  # replies that were asked for ahead lie in between
+    parts.close()
+    connections = list(client._connections._open.values())
+    assert not any(c._session.pending or c._kept for c in connections)
+    assert sum(len(part.ids) for part in client.pull_range(name)) == 40_000
+
+
+def _rest_in_child(parts, results):
+    try:
+        results.put(sum(len(part.ids) for part in parts))
+    except BaseException as error:
+        results.put(error)
+
+
+def test_a_forked_child_goes_on_with_a_range_and_so_does_its_parent(client):
+    name = new_table(client, dim=64)
+    for part in np.array_split(np.arange(40_000), 8):
+        client.assign(name, part, np.ones((len(part), 64), np.float32))
+    parts = client.pull_range(name)
+    first = len(next(parts).ids)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_rest_in_child, args=(parts, results))
+    child.start()
+    rest = results.get(timeout=60)
+    child.join(60)
+    assert first + rest == 40_000
+    assert first + sum(len(part.ids) for part in parts) == 40_000
+
+
 def test_a_range_push_trains_an_interval_alone(client):
     name = new_table(client)
     client.push(name, np.arange(300), -np.ones((300, 4)))

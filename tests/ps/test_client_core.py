@@ -603,8 +603,8 @@ def test_the_window_keeps_undecided_sequences_within_64():
 def scan(world: World, verbs: Verbs, start: int, stop: int | None):
     pulled = PullRange(verbs, "a", start, stop, None)
     ids: list = []
-    while (part := world.drive(pulled.next())) is not None:
-        ids += part.ids.tolist()
+    while parts := world.drive(pulled.next(pulled.until())):
+        ids += [i for part in parts for i in part.ids.tolist()]
     return ids
 
 

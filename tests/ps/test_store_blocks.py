@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hashring.planner import Recover, plan
+from hashring.tokens import tokens
 from hashring.view import View
 from ps.errors import MemoryFull, RequestError, WrongView
 from ps.rowblock import RowBlock, Watermark
@@ -260,11 +261,19 @@ def test_random_ranges_hold_every_row_once_and_only_theirs(number: int) -> None:
     store = filled(view_of(SPECS))
     cuts = [0, *sorted(int(x) for x in np.random.default_rng(0).integers(0, 2**63, 6)), 2**63 + 5, None]
     seen: dict[int, np.ndarray] = {}
+    seed, reached = SPECS[number - 1].seed, -1
+    store_rows = all_rows(store, number)
     for low, high in pairwise(cuts):
         for ids, rows in store.range(number, low, high, rows_max=23):
             assert not seen.keys() & set(ids.tolist())
             seen |= dict(zip(ids.tolist(), rows, strict=True))
+            places = tokens(ids, seed)
+            assert low <= places.min()
+            assert reached < int(places.max()) < (high or 2**64)
+            assert reached < 0 or reached < int(places.min())
+            reached = int(places.max())
     assert seen.keys() == set(range(-250, 250))
+    assert all((rows == store_rows[i]).all() for i, rows in seen.items())
     with pytest.raises(RequestError, match="not an interval"):
         next(store.range(number, 5, 4))
     assert list(store.range(number, 5, 5)) == []
