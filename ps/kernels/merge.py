@@ -7,7 +7,7 @@ One call handles all features of one server's reply, so that early replies are m
 
 import numpy as np
 
-from ps.kernels import kernel
+from ps.kernels import kernel, u64
 from ps.kernels.split import F32, I32, I64, U8
 from ps.share import BAGS
 
@@ -43,19 +43,19 @@ def merge(
             if not touched[g]:
                 if weighted:
                     for k in range(dim):
-                        out[bag + k] = weight * reply[row + k]
+                        out[u64(bag + k)] = weight * reply[u64(row + k)]
                 else:
                     for k in range(dim):
-                        out[bag + k] = reply[row + k]
+                        out[u64(bag + k)] = reply[u64(row + k)]
             elif modes[f] == MAX:
                 for k in range(dim):
-                    out[bag + k] = max(out[bag + k], reply[row + k])
+                    out[u64(bag + k)] = max(out[u64(bag + k)], reply[u64(row + k)])
             elif weighted:
                 for k in range(dim):
-                    out[bag + k] += weight * reply[row + k]
+                    out[u64(bag + k)] += weight * reply[u64(row + k)]
             else:
                 for k in range(dim):
-                    out[bag + k] += reply[row + k]
+                    out[u64(bag + k)] += reply[u64(row + k)]
             touched[g] = 1
             e += 1
         base += features[f, BAGS] * dim
@@ -81,12 +81,12 @@ def finish(offsets: I64, starts: I64, places: I64, dims: I64, modes: U8, touched
             at = places[f] + (g - starts[f]) * dim
             if not touched[g]:
                 for k in range(dim):
-                    out[at + k] = 0.0
+                    out[u64(at + k)] = 0.0
             elif modes[f] == MEAN and offsets.size:
                 count = np.float32(offsets[g + 1] - offsets[g])
                 if count > 1:
                     for k in range(dim):
-                        out[at + k] /= count
+                        out[u64(at + k)] /= count
 
 
 @kernel
@@ -117,25 +117,30 @@ def gather(
             seen += fresh
             if fresh or overwrite:
                 for k in range(dim):
-                    rows[row + k] = factor * grads[bag + k]
+                    rows[u64(row + k)] = factor * grads[u64(bag + k)]
             else:
                 for k in range(dim):
-                    rows[row + k] += factor * grads[bag + k]
+                    rows[u64(row + k)] += factor * grads[u64(bag + k)]
             e += 1
         base += features[f, BAGS] * dim
+
+
+_MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+"""The bits of a float32 but its sign. As whole numbers they stand in the order of the magnitudes, and those of a NaN
+beyond those of infinity (IEEE 754)."""
 
 
 @kernel
 def first_not_finite(values: F32) -> int:
     """Index of the first NaN or infinity of a flat float32 array, or -1. Whole blocks are summed first: it is rare."""
     block = 4096
+    bits = values.view(np.int32)
     for start in range(0, values.size, block):
         stop = min(start + block, values.size)
-        bad = 0
+        largest = np.int32(0)
         for i in range(start, stop):
-            # x - x is 0 for a finite x, and NaN otherwise.
-            bad |= values[i] - values[i] != np.float32(0.0)
-        if bad:
+            largest = max(largest, bits[u64(i)] & _MAGNITUDE)
+        if largest >= _INFINITY:
             for i in range(start, stop):
                 if not np.isfinite(values[i]):
                     return i

@@ -11,7 +11,7 @@ the optimizer's own formula.
 import numpy as np
 from numpy.typing import NDArray
 
-from ps.kernels import inline, kernel, prefetch
+from ps.kernels import inline, kernel, prefetch, u64
 from ps.kernels.pool import LINE
 
 LR, DECAY, CLIP, A, B, C = range(6)
@@ -140,8 +140,8 @@ def adam(
         # torch.optim.SparseAdam adds eps to sqrt(v) before the bias correction; so do we
         for j in range(d):
             mv[j] = keep1 * mv[j] + new1 * g[j]
-            mv[d + j] = keep2 * mv[d + j] + new2 * g[j] * g[j]
-            w[j] -= step * mv[j] / (np.sqrt(mv[d + j]) + eps)
+            mv[u64(d + j)] = keep2 * mv[u64(d + j)] + new2 * g[j] * g[j]
+            w[j] -= step * mv[j] / (np.sqrt(mv[u64(d + j)]) + eps)
 
 
 @kernel

@@ -65,11 +65,11 @@ def _absent_row(
     """What an id without a row answers, from out[at] on."""
     for j in range(defaults.shape[1]):
         if how == ABSENT_INITIAL:
-            out[at + j] = initial_value(token, j, initial[code, 0], initial[code, 1])
+            out[u64(at + j)] = initial_value(token, j, initial[code, 0], initial[code, 1])
         elif how == ABSENT_DEFAULT:
-            out[at + j] = defaults[code, j]
+            out[u64(at + j)] = defaults[code, j]
         else:
-            out[at + j] = np.float32(0.0)
+            out[u64(at + j)] = np.float32(0.0)
 
 
 @inline
@@ -158,7 +158,7 @@ def pool_bags(
                 _sum(values, rows, weights, low, high, out, at)
             else:
                 for j in range(d):
-                    out[at + j] = np.float32(0.0)
+                    out[u64(at + j)] = np.float32(0.0)
                 for i in range(low, high):
                     row = np.int64(rows[i])
                     if row >= 0:
@@ -236,19 +236,19 @@ def _sum(
         total = np.float32(0.0)
         for i in range(low, high):
             total += (weights[i] if weighted else np.float32(1.0)) * values[rows[i], j]
-        out[at + j] = total
+        out[u64(at + j)] = total
 
 
 @inline
 def _add(out: NDArray[np.float32], at: int, row: NDArray[np.float32], weight: float) -> None:
     for j in range(len(row)):
-        out[at + j] += weight * row[j]
+        out[u64(at + j)] += weight * row[j]
 
 
 @inline
 def _raise(out: NDArray[np.float32], at: int, row: NDArray[np.float32], first: bool) -> None:
     for j in range(len(row)):
-        out[at + j] = row[j] if first or row[j] > out[at + j] else out[at + j]
+        out[u64(at + j)] = row[j] if first or row[j] > out[u64(at + j)] else out[u64(at + j)]
 
 
 @kernel

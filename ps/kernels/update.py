@@ -5,7 +5,11 @@ from numpy.typing import NDArray
 
 from ps.kernels import kernel, prefetch
 from ps.kernels.index import P_BAGS, P_BAGS_END, P_CODE, P_IDS, P_IDS_END, P_OUT, P_SEED, token_of, warm_plan
+from ps.kernels.pool import LINE
 from ps.kernels.window import NEW
+
+_AHEAD = 8
+"""Rows whose memory is asked for before they are written."""
 
 _EXPONENT = np.uint32(0x7F800000)
 
@@ -107,6 +111,9 @@ def overwrite(
     for f in range(plan.shape[0]):
         at = plan[f, P_OUT]
         for i in range(plan[f, P_IDS], plan[f, P_IDS_END]):
+            if i + _AHEAD < len(inverse) and inverse[i + _AHEAD] >= 0:
+                for j in range(0, d, LINE):
+                    prefetch(values, np.int64(targets[inverse[i + _AHEAD]]) * d + j)
             if inverse[i] >= 0:
                 target, source = values[targets[inverse[i]]], rows[at : at + d]
                 for j in range(d):

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ps import bulk
@@ -147,6 +149,13 @@ def test_an_interrupted_import_goes_on_where_it_stopped(
     assert counter.rows == len(IDS) - max(0, dies - bulk.IN_FLIGHT) * 11
     assert table.calls - before == -(-counter.rows // 11)
     assert {i: r.tolist() for i, r in table.rows.items()} == expected()
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=30), st.integers(-50, 50), st.integers(0, 40))
+def test_ids_are_distinct_or_not_whether_they_lie_dense_or_apart(apart: list[int], least: int, dense: int) -> None:
+    near = list(range(least, least + dense))[::-1]
+    for ids in (apart, near, [*near, *apart[:1]], [*near, *near[:1]], [*apart, *apart[-1:]]):
+        assert bulk._distinct(np.array(ids, np.int64)) == (len(set(ids)) == len(ids))
 
 
 @pytest.mark.parametrize("dies", [1, 5, 15])

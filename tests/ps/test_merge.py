@@ -135,10 +135,11 @@ def test_of_duplicates_in_an_assignment_the_last_wins():
     assert rows.tolist() == [4, 2]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 4095, 4096, 9999])
 def test_the_first_value_that_is_not_finite_is_found(bad, at):
-    values = np.full(10000, 3e38, np.float32)
+    values = np.full(10000, np.finfo(np.float32).max, np.float32)
+    values[::3] *= -1
     assert first_not_finite(values) == -1
     values[at] = bad
     values[9999] = np.nan
