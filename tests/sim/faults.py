@@ -46,7 +46,8 @@ class Faults:
                 ("cut", "a learner is admitted"): 8,
             }
             cluster.network.p_after_a_break = 0.8
-            cluster.network.after_a_break_s = rng.choice((0.05, 0.3))  # within the next copy, or behind it
+            # Within the next copy, behind it, or right behind a part of it.
+            cluster.network.after_a_break_s = rng.choice((0.05, 0.3, None))
             self.hasty = True
         elif rng.random() < 0.2:  # controllers that do not know of each other
             self.weights |= {"second controller": 3.0, "controller pause": 1.0, "suspicion": 1.0}
@@ -91,6 +92,8 @@ class Faults:
         """A step of the protocol is about to be taken: now and then something goes wrong right there."""
         if not self.active:
             return
+        if name == "copy taken" and connection is not None:
+            self.cluster.network.deliver_late(connection)
         for (kind, step), left in self.aimed_at.items():
             if step == name and left and self.world.rng.random() < 0.3 and self._make(kind, process, connection):
                 self.aimed_at[(kind, step)] -= 1

@@ -53,7 +53,8 @@ class Network:
         self.slow: dict[str, float] = {}
         self.p_late = 0.0
         self.p_after_a_break = 0.3
-        self.after_a_break_s = 0.3
+        self.after_a_break_s: float | None = 0.3
+        self._left: list[tuple[Connection, list[bytes]]] = []
         self._number = 0
 
     def connect(self, caller: Endpoint, called: Endpoint) -> Connection:
@@ -117,6 +118,9 @@ class Network:
             if way == 0 and tail and connection.called.alive and world.chance(self.p_after_a_break):
                 late = [tail.popleft() for _ in range(world.rng.randint(1, len(tail)))]
                 tail.clear()
+                if self.after_a_break_s is None:
+                    self._left.append((connection, late))
+                    continue
                 when = world.between(0.0, self.after_a_break_s)
                 for data in late:
                     when += 1e-5
@@ -126,6 +130,16 @@ class Network:
                 tail.pop()
         for end in (connection.caller, connection.called):
             world.at(world.between(0.0, 0.02), self._tell, connection, end)
+
+    def deliver_late(self, connection: Connection) -> None:
+        """What older connections of these two had left arrives now: of those whose time is not drawn."""
+        waiting, self._left = self._left, []
+        for old, late in waiting:
+            if (old.caller, old.called) == (connection.caller, connection.called) and old is not connection:
+                for data in late:
+                    self._late(old, data)
+            else:
+                self._left.append((old, late))
 
     def _late(self, connection: Connection, data: bytes) -> None:
         if connection.called.alive:

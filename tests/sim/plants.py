@@ -761,7 +761,8 @@ def deletions_left_behind(patch: Patch) -> None:
 
 @plant
 def old_slots_keep_their_term(patch: Patch) -> None:
-    """The slots that a table leaves go on in their term."""
+    """The slots that a table leaves go on in their term, and a push that waits for them as well is answered once they
+    are held. Either rule alone mostly makes up for the other: an acknowledgement of the old term counts for nothing."""
     real = hashring.tables._part
 
     def part(view: Any, group: Any, some: Any, change: Any) -> Any:
@@ -770,13 +771,8 @@ def old_slots_keep_their_term(patch: Patch) -> None:
         return replace(after, groups=kept)
 
     patch(hashring.tables, "_part", part)
-
-
-@plant
-def answered_by_the_old_slots(patch: Patch) -> None:
-    """A push that waits when its table moves is answered once the old slots are held."""
-    real = Replication._end_waits
-    patch(Replication, "_end_waits", lambda self, left: real(self, left[:0]))
+    end_waits = Replication._end_waits
+    patch(Replication, "_end_waits", lambda self, left: end_waits(self, left[:0]))
 
 
 # -- refusals and exports

@@ -1,6 +1,7 @@
 """A server of the simulation: the real store and the real replication machine, behind frames."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,9 @@ LIMITS = ReplicationLimits(
     verify_rows=4,
     verify_slots_per_s=4.0,
 )
+HASTY = replace(LIMITS, copy_bytes=150, bulk_bytes_max=4000)
+"""Copies of many parts, several of them on their way at once."""
+
 STORE_LIMITS = StoreLimits(memory_max=2**22, clients_max=8, slots_max=256, deletions_max=24)
 
 
@@ -51,7 +55,7 @@ class Server(Process):
         self.incarnation = incarnation
         self.entry = ServerEntry(name, incarnation, f"host-{name}")
         self.store = CheckedStore(cluster, self, incarnation, STORE_LIMITS, lambda: 1000.0 + self.clock)
-        self.machine = Replication(self.store, LIMITS)
+        self.machine = Replication(self.store, HASTY if cluster.faults.hasty else LIMITS)
         self._admissions = self.machine._primary._advance
         self.machine._primary._advance = self._advance  # type: ignore[method-assign]
         self._links: dict[int, Connection] = {}
