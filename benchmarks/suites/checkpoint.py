@@ -183,11 +183,12 @@ class _Work:
                         _forget(path)
                     seconds.setdefault(name, []).append(_seconds(work))
                 self._findings.equal &= bool(np.array_equal(self._sample(), before))
-            took, size = {name: median(all_) for name, all_ in seconds.items()}, path.stat().st_size / 1e9
+                size = path.stat().st_size / 1e9
+                path.unlink()  # the file system would write the old file's successor to the disk at once
+            took = {name: median(all_) for name, all_ in seconds.items()}
             out[kind] = {name: round(took["read"] / took[name], 3) for name in ("import", "export")}
             out[kind]["import_cold"] = round(took["read_cold"] / took["import_cold"], 3)
             out[kind] |= {f"{name}_gb_per_s": round(size / one, 3) for name, one in took.items()}
-            path.unlink()
         self._findings.figures["files"] = out
         self._report(f"files, by reading them: {out}")
 
