@@ -7,7 +7,7 @@ law, whether earlier ones were answered or not. A request fails where it met an 
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +60,15 @@ class Trace:
             "pushes_per_s": round(float((ok & (kinds != "pull")).sum()) / (end - begin), 1),
         }
 
-    def pauses(self, begin: float, end: float) -> dict[int, float]:
-        """Of each probed slot, the longest seconds that a probe of it took which was under way between two moments."""
+    def pauses(self, when: Mapping[int, tuple[float, float]]) -> list[float]:
+        """Of each slot that was probed: the longest seconds that a probe took which was under way between two moments
+        of its own (when: of each slot)."""
         out: dict[int, float] = {}
         for kind, due, took, slot in zip(self.kinds, self.due, self.took, self.probed, strict=True):
+            begin, end = when.get(slot, (0.0, 0.0))
             if kind == "probe" and due < end and due + took >= begin:
                 out[slot] = max(out.get(slot, 0.0), took)
-        return out
+        return list(out.values())
 
 
 def make_table(client: "ps.Client", rows: int, dim: int, replicas: int) -> None:

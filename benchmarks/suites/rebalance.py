@@ -28,6 +28,9 @@ from ps.runtime import Runtime, read_token
 
 MOVE_S = 300.0
 POLL_S = 0.25
+TURN_S = 0.5
+"""After a view that gives a slot another primary every client knows of it within this time."""
+
 IN_FLIGHT = 8
 ROUNDS = 3
 CLIENTS = 4
@@ -155,9 +158,15 @@ class Bench:
         begin = time.perf_counter()
         told = await asyncio.to_thread(self.servers.ask, "move", kind=kind, names=names, bytes_per_s=rate)
         self.report(f"{', '.join(told['names'])}: {kind}")
-        copying = begin
+        copying = seen = begin
+        view, turned = before, dict[int, tuple[float, float]]()
         while True:
+            asked = time.perf_counter()
             record = await asyncio.to_thread(self.servers.status)
+            if record["epoch"] > view.epoch:
+                old, view = view, await asyncio.to_thread(self.servers.view)
+                turned |= dict.fromkeys(_primaries_moved(old, view), (seen, time.perf_counter() + TURN_S))
+            seen = asked
             copied |= await asyncio.to_thread(self.servers.copied)  # what a leaver has counted goes with it
             if record["starting"]:
                 copying = time.perf_counter()  # the process starts: nothing is moved yet
@@ -168,16 +177,17 @@ class Bench:
             await asyncio.sleep(POLL_S)
         end = time.perf_counter()
         after = await asyncio.to_thread(self.servers.view)
+        turned |= dict.fromkeys(_primaries_moved(view, after), (seen, end + TURN_S))
         rows, size = (sum(x) - then for x, then in zip(zip(*copied.values(), strict=True), held, strict=True))
-        pauses = self.load.trace.pauses(begin, end)
-        moved = _primaries_moved(before, after)
-        paused = [pauses[slot] for slot in pauses if slot in moved]
+        pauses = self.load.trace.pauses(turned)
+        slowest = self.load.trace.pauses(dict.fromkeys(turned, (begin, end)))
         return {
             "names": told["names"],
             "starting_s": round(copying - begin, 2),
             **self.load.trace.between(begin, end),
             **await asyncio.to_thread(self._moved, after, rows, size),
-            "push_pause_ms": {"slots": len(paused), **percentiles_ms(paused, (50, 99, 100))},
+            "push_pause_ms": {"slots": len(pauses), **percentiles_ms(pauses, (50, 99, 100))},
+            "slowest_push_ms": percentiles_ms(slowest, (50, 99, 100)),
         }
 
     def _moved(self, after: View, rows: int, size: int) -> dict[str, Any]:
