@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import ps
 from hashring.view import View
 from ps.cluster import controller
-from ps.errors import EmbringError, NotApplied
+from ps.errors import EmbringError, NotApplied, Overloaded
 from ps.fabric.address import pick
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
@@ -92,11 +92,18 @@ class Servers:
             address = next(iter(pick(server["addresses"])))
             found = BlockingConnection.connect(address, Hello(self._token), ASK_S)
             self._open[server["incarnation"]] = found
-        try:
-            return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
-        except NotApplied:
-            if not found.closed:
-                raise
+        until = time.monotonic() + ASK_S
+        while True:
+            try:
+                return found.receive(found.send(op, {}, arrays, ASK_S), ASK_S)
+            except Overloaded:  # the load that is measured fills it, for the moment
+                if time.monotonic() > until:
+                    raise
+                time.sleep(POLL_S)
+            except NotApplied:
+                if not found.closed:
+                    raise
+                break
         return self._ask(server, op, arrays)  # it was silent for so long that the server had closed it
 
     def join(self) -> dict[str, int]:
