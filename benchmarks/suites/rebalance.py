@@ -116,7 +116,7 @@ class Bench:
                 await client.close()
         for phase, around in (("join", ("before", "between")), ("leave", ("between", "after"))):
             now, before = figures[phase], figures["before"]
-            if now["pull"] and before["pull"] and before["pushes_per_s"]:
+            if before["pushes_per_s"] and all(figures[p]["pull"] for p in (phase, "before", *around)):
                 quiet = max(figures[p]["pull"]["p99_ms"] for p in around)
                 now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
                 now["pull_p99_to_quiet"] = round(now["pull"]["p99_ms"] / quiet, 3)
