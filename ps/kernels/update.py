@@ -110,8 +110,9 @@ def overwrite(
     d = values.shape[1]
     for f in range(plan.shape[0]):
         at = plan[f, P_OUT]
-        for i in range(plan[f, P_IDS], plan[f, P_IDS_END]):
-            if i + _AHEAD < len(inverse) and inverse[i + _AHEAD] >= 0:
+        end = plan[f, P_IDS_END]
+        for i in range(plan[f, P_IDS], end):
+            if i + _AHEAD < end and inverse[i + _AHEAD] >= 0:  # beyond it may stand anything
                 for j in range(0, d, LINE):
                     prefetch(values, np.int64(targets[inverse[i + _AHEAD]]) * d + j)
             if inverse[i] >= 0:
