@@ -321,7 +321,7 @@ class AsyncClient:
     async def pull_range(
         self, name: str, start: int = 0, stop: int | None = None, timeout: float | None = None
     ) -> AsyncIterator[RowRange]:
-        """As `Client.pull_range`, for `async for`."""
+        """As `Client.pull_range`, for `async for`; the next part is asked for when this one was dealt with."""
         scan = PullRange(self._verbs, name, start, stop, timeout)
         while parts := await self._run(scan.next(scan.until())):
             for part in parts:
