@@ -65,8 +65,7 @@ class Trace:
         of its own (when: of each slot)."""
         out: dict[int, float] = {}
         for kind, due, took, slot in zip(self.kinds, self.due, self.took, self.probed, strict=True):
-            begin, end = when.get(slot, (0.0, 0.0))
-            if kind == "probe" and due < end and due + took >= begin:
+            if kind == "probe" and slot in when and due < when[slot][1] and due + took >= when[slot][0]:
                 out[slot] = max(out.get(slot, 0.0), took)
         return list(out.values())
 

@@ -103,8 +103,7 @@ class Servers:
             except NotApplied:
                 if not found.closed:
                     raise
-                break
-        return self._ask(server, op, arrays)  # it was silent for so long that the server had closed it
+                return self._ask(server, op, arrays)  # it was silent for so long that the server had closed it
 
     def join(self) -> dict[str, int]:
         """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""

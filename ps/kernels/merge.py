@@ -132,7 +132,7 @@ beyond those of infinity (IEEE 754)."""
 
 @kernel
 def first_not_finite(values: F32) -> int:
-    """Index of the first NaN or infinity of a flat float32 array, or -1. Whole blocks are summed first: it is rare."""
+    """Index of the first NaN or infinity of a flat float32 array, or -1. Of a block the largest is found first."""
     block = 4096
     bits = values.view(np.int32)
     for start in range(0, values.size, block):

@@ -73,7 +73,7 @@ def _absent_row(
 
 
 @inline
-def _ask(values: NDArray[np.float32], row: int) -> None:
+def ask(values: NDArray[np.float32], row: int) -> None:
     """Prefetch a whole row."""
     if row >= 0:
         d = values.shape[1]
@@ -102,7 +102,7 @@ def gather_rows(
         code, at = plan[f, P_CODE], plan[f, P_OUT]
         for i in range(plan[f, P_IDS], plan[f, P_IDS_END]):
             if i + AHEAD < last:
-                _ask(values, rows[u64(i + AHEAD)])
+                ask(values, rows[u64(i + AHEAD)])
             row = np.int64(rows[u64(i)])
             if row >= 0:
                 for j in range(d):
@@ -153,7 +153,7 @@ def pool_bags(
             for i in range(low, high):
                 least = min(least, rows[u64(i)])
                 if i + AHEAD < last:
-                    _ask(values, rows[u64(i + AHEAD)])
+                    ask(values, rows[u64(i + AHEAD)])
             if least == 0 and not largest:
                 _sum(values, rows, weights, low, high, out, at)
             else:

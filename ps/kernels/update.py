@@ -5,22 +5,11 @@ from numpy.typing import NDArray
 
 from ps.kernels import kernel, prefetch
 from ps.kernels.index import P_BAGS, P_BAGS_END, P_CODE, P_IDS, P_IDS_END, P_OUT, P_SEED, token_of, warm_plan
-from ps.kernels.pool import LINE
+from ps.kernels.pool import ask
 from ps.kernels.window import NEW
 
 _AHEAD = 8
 """Rows whose memory is asked for before they are written."""
-
-_EXPONENT = np.uint32(0x7F800000)
-
-
-@kernel
-def all_finite(bits: NDArray[np.uint32]) -> bool:
-    """Whether no float32 (given by its bits) is NaN or infinite: one pass, nothing allocated."""
-    bad = np.uint32(0)
-    for i in range(len(bits)):
-        bad |= np.uint32((bits[i] & _EXPONENT) == _EXPONENT)
-    return bad == 0
 
 
 @kernel
@@ -113,8 +102,7 @@ def overwrite(
         end = plan[f, P_IDS_END]
         for i in range(plan[f, P_IDS], end):
             if i + _AHEAD < end and inverse[i + _AHEAD] >= 0:  # beyond it may stand anything
-                for j in range(0, d, LINE):
-                    prefetch(values, np.int64(targets[inverse[i + _AHEAD]]) * d + j)
+                ask(values, np.int64(targets[inverse[i + _AHEAD]]))
             if inverse[i] >= 0:
                 target, source = values[targets[inverse[i]]], rows[at : at + d]
                 for j in range(d):
@@ -146,7 +134,6 @@ def warmup() -> None:
     ids, one32 = np.zeros(1, np.int64), np.zeros(1, np.int32)
     rows, values = np.zeros(4, np.float32), np.zeros((1, 4), np.float32)
     inverse = one32.copy()
-    all_finite(rows.view(np.uint32))
     dedupe(warm_plan(1), ids, one32, np.ones(1, np.uint8), np.zeros(2, np.int32), inverse, one32.copy(), one32.copy())
     sum_gradients(warm_plan(1), np.zeros(0, np.int64), rows[:0], inverse, rows, values)
     overwrite(warm_plan(1), inverse, one32, rows, values)

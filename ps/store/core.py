@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hashring.view import SLOTS_MAX, View
 from ps.errors import RequestError
-from ps.kernels import as_input, index, optimize, pool, update
+from ps.kernels import as_input, index, merge, optimize, pool, update
 from ps.kernels import window as win
 from ps.memory import physical_memory, reserve
 from ps.rowblock import RowBlock, Watermark
@@ -459,7 +459,7 @@ def _check_push(share: PushShare, work: Planned) -> NDArray[np.float32]:
     needed = 0 if share.kind == "delete" else work.floats
     if len(rows) != needed:
         raise RequestError(f"rows has {len(rows)} floats; the tables of this {share.kind} need {needed}")
-    if not update.all_finite(rows.view(np.uint32)):
+    if merge.first_not_finite(rows) >= 0:
         _refuse_not_finite(share, work, rows)
     return rows
 
