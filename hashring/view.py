@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of
+
 SLOT_BITS = 14
 
 SLOTS_MAX = 2**24
@@ -177,7 +179,7 @@ class View:
     def _lost(self) -> NDArray[np.bool_]:
         alive = np.array([s.alive for s in self.servers] + [False], bool)  # index -1, no owner, is not alive
         owners = self.owners()
-        return _frozen((owners[:, 0] >= 0) & ~alive[owners].any(axis=1), np.bool_)
+        return _frozen((owners[:, 0] >= 0) & ~any_of(alive[owners]), np.bool_)
 
     def lost(self) -> NDArray[np.bool_]:
         """bool[slots_total]: slots whose every owner is dead."""

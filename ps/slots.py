@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of, count_of
 from hashring.view import View
 from ps.errors import RequestError
 from ps.memory import Reservation, reserve
@@ -69,7 +70,7 @@ class SlotTable:
                 self._starts[inside] = np.arange(span.count, dtype=np.uint64) << np.uint64(64 - span.bits)
         me = next((i for i, s in enumerate(view.servers) if s.incarnation == incarnation), -2)
         owners = view.owners()
-        named = np.where((owners == me).any(axis=1), OWNER, NONE).astype(np.uint8)
+        named = np.where(any_of(owners == me), OWNER, NONE).astype(np.uint8)
         named[owners[:, 0] == me] = PRIMARY
         held = (self.positions[: len(named)] > 0) | (self.named[: len(named)] != NONE)
         for slot in self.filling:
@@ -96,7 +97,7 @@ class SlotTable:
         """Last positions of earlier terms, newest first: int64[l], offsets int64[s + 1]."""
         rows = self._lineage[slots]
         offsets = np.zeros(len(slots) + 1, np.int64)
-        np.cumsum((rows > 0).sum(axis=1), out=offsets[1:])
+        np.cumsum(count_of(rows > 0), out=offsets[1:])
         return rows[rows > 0], offsets
 
     def set_lineage(self, slots: NDArray[np.int64], lineage: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
@@ -123,7 +124,7 @@ class SlotTable:
         good = (now >> TERM_SHIFT == since >> TERM_SHIFT) & (since <= now)
         past = self._lineage[slots]
         same = (past >> TERM_SHIFT == since[:, None] >> TERM_SHIFT) & (since[:, None] <= past)
-        return (good | same.any(axis=1)) & (since > 0)
+        return (good | any_of(same)) & (since > 0)
 
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget slots whose rows were freed."""
@@ -145,7 +146,7 @@ def _complete(view: View, owners: NDArray[np.int16]) -> NDArray[np.bool_]:
     wanted = np.zeros(len(owners), np.int64)
     for g in view.groups:
         wanted[g.first : g.first + g.slots] = len(view.servers) if g.replicas == "all" else g.replicas
-    enough: NDArray[np.bool_] = (owners >= 0).sum(axis=1) >= wanted
+    enough: NDArray[np.bool_] = count_of(owners >= 0) >= wanted
     return enough
 
 

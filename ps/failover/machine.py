@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of, count_of
 from hashring.goal import goal, leavers
 from hashring.planner import Change, End, Enlist, Fail, PlanError, Reassign, Renew, Return, Withdraw, plan
 from hashring.view import Server, View
@@ -329,8 +330,7 @@ class Failover:
 
     def _owned(self, incarnation: int, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         ids = incarnations(self.view.servers)
-        owned: NDArray[np.bool_] = (ids[self.view.owners()[slots]] == np.uint64(incarnation)).any(axis=1)
-        return owned
+        return any_of(ids[self.view.owners()[slots]] == np.uint64(incarnation))
 
     def _wish(self) -> bool:
         while self._wishes:
@@ -367,7 +367,7 @@ class Failover:
         unusable = frozenset(s.name for s in servers if s.alive and not self._usable(s.incarnation))
         if not view.groups or 2 * len(unusable) > sum(s.alive for s in servers):
             return None
-        shared = view.owners()[(view.owners() >= 0).sum(axis=1) > 1]
+        shared = view.owners()[count_of(view.owners() >= 0) > 1]
         if any(s.name in unusable and (shared == i).any() for i, s in enumerate(servers)):
             return None  # it answers soon, or leaves those slots
         if self._goal is None or self._goal[0] != unusable:
@@ -405,7 +405,7 @@ class Failover:
         """Whether slots that could get these owners have as many already, and others come soon to go with them."""
         if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON):
             return False
-        return bool(((self.view.owners()[slots] >= 0).sum(axis=1) >= (owners >= 0).sum(axis=1)).all())
+        return bool((count_of(self.view.owners()[slots] >= 0) >= count_of(owners >= 0)).all())
 
     def _over(self, ahead: Course) -> bool:
         """Whether the move that is under way has arrived, and nothing else is to be done."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of, differ
 from hashring.view import View
 
 Pairs = NDArray[np.int64]
@@ -39,10 +40,12 @@ class Course:
         return not len(self.missing) and not len(self.ready) and not len(self.stray)
 
 
-def keys_of(owners: NDArray[np.int16], servers: int) -> Pairs:
-    """The pairs of owner lists int16[slots, c]."""
-    slots, columns = np.nonzero(owners >= 0)
-    return np.sort(slots * servers + owners[slots, columns])
+def _lacking(now: NDArray[np.int16], then: NDArray[np.int16], slots: NDArray[np.int64], servers: int) -> Pairs:
+    """The pairs of `slots` whose server is an owner then, and is none now; now, then: of every slot."""
+    now, then = now[slots], then[slots]
+    new = [(owner >= 0) & ~any_of(now == owner[:, None]) for owner in then.T]
+    found = [slots[some] * servers + owner[some] for some, owner in zip(new, then.T, strict=True)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 
 
 def pairs(servers: int, told: Iterable[tuple[int, NDArray[np.int64]]]) -> Pairs:
@@ -58,15 +61,17 @@ def course(view: View, wanted: NDArray[np.int16], lessons: Pairs, admitted: Pair
     present = view.owners()
     width = max(present.shape[1], wanted.shape[1])
     now, then = _wide(present, width), _wide(wanted, width)
-    missing = np.setdiff1d(keys_of(then, k), keys_of(now, k), assume_unique=True)
-    there = np.intersect1d(missing, admitted, assume_unique=True)
-    coming = np.intersect1d(missing, lessons, assume_unique=True)
+    other = differ(now, then)
+    missing = _lacking(now, then, np.flatnonzero(other), k)
+    come = np.isin(missing, admitted, assume_unique=True)
+    coming = np.isin(missing, lessons, assume_unique=True)
+    there = missing[come]
     count = np.bincount(missing // k, minlength=n)
     have = np.bincount((there // k)[fresh[there % k]], minlength=n)
-    awaited = np.bincount(coming // k, minlength=n)
+    awaited = np.bincount(missing[coming] // k, minlength=n)
     able = np.append(fresh, False)
     good = able[now[:, 0]] & able[then[:, 0]]
-    whole = good & (have == count) & (now != then).any(axis=1)
+    whole = good & (have == count) & other
     part = np.flatnonzero(good & (have > 0) & (have < count) & (awaited == 0))
     some = np.full((len(part), width), -1, np.int16)
     for line, slot in zip(some, part.tolist(), strict=True):
@@ -74,10 +79,11 @@ def course(view: View, wanted: NDArray[np.int16], lessons: Pairs, admitted: Pair
         line[: len(step)] = step
     gains, turns = np.flatnonzero(whole & (count > 0)), np.flatnonzero(whole & (count == 0))
     ready = np.concatenate([gains, part, turns])
-    strange = np.setdiff1d(np.union1d(lessons, admitted), missing, assume_unique=True) // k
+    learning = np.concatenate([lessons, admitted])
+    strange = learning[np.isin(learning, missing, invert=True)] // k
     return Course(
         missing=missing,
-        teach=np.setdiff1d(missing, np.union1d(lessons, admitted), assume_unique=True),
+        teach=missing[~(come | coming)],
         ready=ready,
         owners=np.concatenate([then[gains], some, then[turns]]),
         gaining=len(gains) + len(part),

@@ -161,7 +161,9 @@ class Replication:
         """Hand the view to the members of slots whose term ends here, behind the last block of it."""
         members = self._primary.members
         n = min(len(members.peers), len(same))
-        peers = set(np.unique(members.peers[:n][~same[:n]]).tolist()) - {-1}
+        told = np.zeros(len(self._primary.by_index) + 1, np.bool_)
+        told[members.peers[np.flatnonzero(~same[:n])]] = True  # the last is for "no peer"
+        peers = set(np.flatnonzero(told[:-1]).tolist())
         for index in peers:
             link = self._primary.by_index[index]
             if not link.resting and link.epoch < view.epoch:

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of, first_of
 from hashring.view import View
 from ps.kernels.replicate import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, OWNER, STREAM, WAITED
 from ps.rowblock import TERM_SHIFT
@@ -55,20 +56,21 @@ class Members:
         owners = view.owners()
         new = cls(len(owners), owners.shape[1] - 1)
         mine = owners[:, 0] == me
-        fresh, kept = mine & ~same, np.flatnonzero(mine & same)
+        fresh, kept = np.flatnonzero(mine & ~same), np.flatnonzero(mine & same)
         n = new.owner_columns
+        columns = [(c, c) for c in range(min(n, before.owner_columns))]
+        columns += [(n + c, before.owner_columns + c) for c in range(LEARNERS if before.learning else 0)]
+        for name in ("peers", "modes", "ranks", "acked", "targets"):
+            old, now = getattr(before, name), getattr(new, name)
+            for here, there in columns:
+                now[kept, here] = old[kept, there]
         new.peers[fresh, :n] = numbers[owners[fresh, 1:]]
         new.modes[fresh, :n] = STREAM
         new.ranks[fresh, :n] = OWNER
-        shared = min(n, before.owner_columns)
-        present = np.unique(numbers)
-        for name in ("peers", "modes", "ranks", "acked", "targets"):
-            old, now = getattr(before, name), getattr(new, name)
-            now[kept, :shared] = old[kept, :shared]
-            now[kept, n:] = old[kept, before.owner_columns :]
-        gone = (new.peers >= 0) & ~np.isin(new.peers, present)
-        gone[:, :n] = False  # a learner whose process is dead can be named by no view
-        new.drop(*np.nonzero(gone))
+        if before.learning:
+            learners = new.peers[:, n:]
+            slots, at = np.nonzero((learners >= 0) & ~np.isin(learners, numbers))
+            new.drop(slots, n + at)  # a learner whose process is dead can be named by no view
         new.any = bool((new.peers >= 0).any())
         new.learning = bool((new.peers[:, n:] >= 0).any())
         return new
@@ -85,7 +87,7 @@ class Members:
     def column_of(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
         """The column of a peer in each slot, -1 where it is no member."""
         at = self.peers[slots] == peer
-        return np.where(at.any(axis=1), at.argmax(axis=1), -1)
+        return first_of(at)
 
     def where(self, peer: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(slots, columns) of a peer."""
@@ -94,9 +96,9 @@ class Members:
 
     def add_learner(self, slots: NDArray[np.int64], peer: int) -> NDArray[np.int64]:
         """Give a peer a learner's column in slots where it is no member and one is free; those slots."""
-        slots = slots[(self.peers[slots] != peer).all(axis=1)]
-        free = self.peers[slots, self.owner_columns :] < 0
-        slots, columns = slots[free.any(axis=1)], free[free.any(axis=1)].argmax(axis=1) + self.owner_columns
+        slots = slots[~any_of(self.peers[slots] == peer)]
+        free = first_of(self.peers[slots, self.owner_columns :] < 0)
+        slots, columns = slots[free >= 0], free[free >= 0] + self.owner_columns
         self.peers[slots, columns] = peer
         self.modes[slots, columns] = IDLE
         self.ranks[slots, columns] = LEARNING

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import count_of
 from hashring.view import View
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
 from ps.kernels import replicate
@@ -87,7 +88,7 @@ class Primary:
         """Refuse a push for which an owner is missing, or a queue too full, before anything is applied."""
         if self.limits.owners_min > 1:
             assert self.store.view is not None
-            owners = (self.store.view.owners()[touched] >= 0).sum(axis=1)
+            owners = count_of(self.store.view.owners()[touched] >= 0)
             if owners.min() < self.limits.owners_min:
                 slot = touched[owners.argmin()]
                 raise NotApplied(f"slot {slot} has {owners.min()} owners; pushes need {self.limits.owners_min}")

@@ -5,12 +5,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hashring.balance import balance
 from hashring.planner import Abort, Begin, CreateTable, Enlist, Withdraw, plan
 from hashring.view import Move, Server, View
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused
-from ps.failover.moves import course, keys_of
+from ps.failover.moves import course
 from ps.replication import ADMISSION, LESSON, Standing
 
 BITS = 5
@@ -401,4 +403,38 @@ def test_a_course_is_what_is_missing_and_what_is_ready() -> None:
     stray = course(view, view.owners(), nothing, there, fresh)
     assert sorted(stray.stray.tolist()) == sorted({s for s, _ in expected})
     assert course(view, wanted, nothing, there, np.zeros(3, np.bool_)).ready.size == 0
-    assert keys_of(wanted, 3).size == (wanted >= 0).sum()
+
+
+@given(st.data())
+def test_a_course_against_sets_of_pairs(data: st.DataObject) -> None:
+    view = cluster(4, 2)
+    draw = data.draw
+    wanted = view.owners().copy()
+    for slot in draw(st.sets(st.integers(0, SLOTS - 1))):
+        wanted[slot] = draw(st.permutations(range(4)))[:2]
+    pair = st.integers(0, 4 * SLOTS - 1)
+    lessons, admitted = draw(st.sets(pair)), draw(st.sets(pair))
+    fresh = [draw(st.booleans()) or draw(st.booleans()) for _ in range(4)]
+    arrays = (np.array(sorted(pairs), np.int64) for pairs in (lessons, admitted))
+    ahead = course(view, wanted, *arrays, np.array(fresh))
+    present = view.owners().tolist()
+    missing = {4 * s + int(w) for s in range(SLOTS) for w in wanted[s] if w not in present[s]}
+    assert ahead.missing.tolist() == sorted(missing)
+    assert ahead.teach.tolist() == sorted(missing - lessons - admitted)
+    gains, turns, some = [], [], []
+    for s in range(SLOTS):
+        if present[s] == wanted[s].tolist() or not fresh[present[s][0]] or not fresh[wanted[s][0]]:
+            continue
+        asked = {key for key in missing if key // 4 == s}
+        there = {key for key in asked & admitted if fresh[key % 4]}
+        if there == asked:
+            (gains if asked else turns).append(s)
+        elif there and not asked & lessons:
+            some.append(s)
+    assert ahead.ready.tolist() == gains + some + turns
+    assert ahead.gaining == len(gains + some)
+    whole = np.isin(ahead.ready, gains + turns)
+    assert (ahead.owners[whole] == wanted[ahead.ready[whole]]).all()
+    assert ahead.stray.tolist() == sorted(
+        {key // 4 for key in (lessons | admitted) - missing} - set(ahead.ready.tolist())
+    )
