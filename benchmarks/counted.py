@@ -7,7 +7,7 @@ law, whether earlier ones were answered or not. A request fails where it met an 
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,14 +60,14 @@ class Trace:
             "pushes_per_s": round(float((ok & (kinds != "pull")).sum()) / (end - begin), 1),
         }
 
-    def pauses(self, when: Mapping[int, tuple[float, float]]) -> list[float]:
-        """Of each slot that was probed: the longest seconds that a probe took which was under way between two moments
-        of its own (when: of each slot)."""
+    def longest(self, begin: float, end: float) -> dict[int, float]:
+        """Of each slot that was probed: the longest seconds that a probe took which was under way between two
+        moments."""
         out: dict[int, float] = {}
         for kind, due, took, slot in zip(self.kinds, self.due, self.took, self.probed, strict=True):
-            if kind == "probe" and slot in when and due < when[slot][1] and due + took >= when[slot][0]:
+            if kind == "probe" and due < end and due + took >= begin:
                 out[slot] = max(out.get(slot, 0.0), took)
-        return list(out.values())
+        return out
 
 
 def make_table(client: "ps.Client", rows: int, dim: int, replicas: int) -> None:

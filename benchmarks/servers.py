@@ -204,6 +204,12 @@ def resident_bytes(pid: int) -> int:
     return sum(int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "RssShmem:"))
 
 
+def host_cpu_seconds() -> float:
+    """CPU seconds that all cores of this host have spent on anything."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def own_cpu_seconds() -> float:
     """CPU seconds of this process."""
     return cpu_seconds(os.getpid())

@@ -20,7 +20,7 @@ from benchmarks.counted import PUSH_S, TABLE, Counted, Trace, make_table
 from benchmarks.load import closed, percentiles_ms
 from benchmarks.model import block_bytes, slots_of
 from benchmarks.report import Findings
-from benchmarks.servers import Servers, moving, watching
+from benchmarks.servers import Servers, host_cpu_seconds, moving, watching
 from benchmarks.suites.cluster import Report, benchmark_config, cluster
 from hashring.view import View
 from ps.errors import EmbringError
@@ -76,6 +76,15 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     )
     findings.figures["rebalance"] = figures
     return findings.to_plain({"command": "embring bench rebalance", **asdict(settings)})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A view that gives slots another primary, and when pushes may notice it."""
+
+    slots: set[int]
+    begin: float
+    end: float
 
 
 class Bench:
@@ -140,12 +149,13 @@ class Bench:
 
     async def _quiet(self) -> dict[str, Any]:
         """A phase without a change, and what each server keeps in memory at its end."""
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), host_cpu_seconds()
         await asyncio.sleep(self.settings.seconds)
-        end = time.perf_counter()
+        end, used = time.perf_counter(), host_cpu_seconds() - used
         usage = await asyncio.to_thread(self.servers.usage)
         resident = {name: round(size / 2**20, 1) for name, size in sorted(usage.resident.items())}
-        return {**self.load.trace.between(begin, end), "resident_mib": resident}
+        busy = round(used / (end - begin), 2)
+        return {**self.load.trace.between(begin, end), "cores_busy": busy, "resident_mib": resident}
 
     # -- the changes
 
@@ -155,17 +165,17 @@ class Bench:
         copied = await asyncio.to_thread(self.servers.copied)
         held = [sum(x) for x in zip(*copied.values(), strict=True)]
         rate = self.settings.bandwidth_mib << 20
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), host_cpu_seconds()
         told = await asyncio.to_thread(self.servers.ask, "move", kind=kind, names=names, bytes_per_s=rate)
         self.report(f"{', '.join(told['names'])}: {kind}")
         copying = seen = begin
-        view, turned = before, dict[int, tuple[float, float]]()
+        view, turns = before, list[Turn]()
         while True:
             asked = time.perf_counter()
             record = await asyncio.to_thread(self.servers.status)
             if record["epoch"] > view.epoch:
                 old, view = view, await asyncio.to_thread(self.servers.view)
-                turned |= dict.fromkeys(_primaries_moved(old, view), (seen, time.perf_counter() + TURN_S))
+                turns.append(Turn(_primaries_moved(old, view), seen, time.perf_counter() + TURN_S))
             seen = asked
             copied |= await asyncio.to_thread(self.servers.copied)  # what a leaver has counted goes with it
             if record["starting"]:
@@ -177,18 +187,27 @@ class Bench:
             await asyncio.sleep(POLL_S)
         end = time.perf_counter()
         after = await asyncio.to_thread(self.servers.view)
-        turned |= dict.fromkeys(_primaries_moved(view, after), (seen, end + TURN_S))
+        turns.append(Turn(_primaries_moved(view, after), seen, end + TURN_S))
         rows, size = (sum(x) - then for x, then in zip(zip(*copied.values(), strict=True), held, strict=True))
-        pauses = self.load.trace.pauses(turned)
-        slowest = self.load.trace.pauses(dict.fromkeys(turned, (begin, end)))
+        await asyncio.sleep(TURN_S)  # what the last turn's pushes took is known then
+        turned, others = self._pauses([turn for turn in turns if turn.slots])
         return {
             "names": told["names"],
             "starting_s": round(copying - begin, 2),
             **self.load.trace.between(begin, end),
             **await asyncio.to_thread(self._moved, after, rows, size),
-            "push_pause_ms": {"slots": len(pauses), **percentiles_ms(pauses, (50, 99, 100))},
-            "slowest_push_ms": percentiles_ms(slowest, (50, 99, 100)),
+            "cores_busy": round((host_cpu_seconds() - used) / (time.perf_counter() - begin), 2),
+            "push_pause_ms": {"slots": len(turned), **percentiles_ms(turned, (50, 99, 100))},
+            "other_slots_ms": {"slots": len(others), **percentiles_ms(others, (50, 99, 100))},
         }
+
+    def _pauses(self, turns: "list[Turn]") -> tuple[list[float], list[float]]:
+        """The longest push of each probed slot while others got another primary, and it too, or not."""
+        turned, others = list[float](), list[float]()
+        for turn in turns:
+            for slot, took in self.load.trace.longest(turn.begin, turn.end).items():
+                (turned if slot in turn.slots else others).append(took)
+        return turned, others
 
     def _moved(self, after: View, rows: int, size: int) -> dict[str, Any]:
         """What was copied beside the ideal: a newcomer's even share of all copies, or what the leaver held."""
