@@ -27,6 +27,9 @@ from router.pipeline import Router
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
+BODY_S = 60.0
+"""How long a body may take to come, at any size."""
+
 WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """Content-Encodings that a body may come in, with what zlib calls them."""
 
@@ -138,9 +141,12 @@ class _Door:
 
 
 async def _read(request: web.Request) -> bytes:
-    """The body as it came; RequestError where the client breaks it off, or off its chunks."""
+    """The body as it came; RequestError where the client breaks it off, or off its chunks; 408 where it stays away."""
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the request's body did not come within {BODY_S:g} s") from None
     except (web.RequestPayloadError, ConnectionError) as error:
         raise RequestError(f"the request's body cannot be read: {_line(str(error))}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ps import NotApplied, Overloaded, PerhapsApplied, RequestError
+from router import http_door
 from router.errors import NonFiniteScore
 from router.http_door import serve_http
 from router.oip_codec import Limits
@@ -324,6 +325,20 @@ def test_a_client_that_leaves_in_mid_body_is_no_failure_of_ours(address: str, ca
             wire.sendall(f"{INFER} HTTP/1.1\r\nHost: x\r\n".encode() + rest)
     assert post(address, body()).status_code == 200
     assert not caplog.records
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_door, "BODY_S", 0.05)
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT) as wire:
+        wire.sendall(f"{INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf".encode())
+        answered = b""
+        while not answered.endswith(b"}"):
+            answered += wire.recv(1 << 16)
+        wire.sendall(b"a half")  # the rest is read, so that a client which sends it sees the answer
+    assert answered.startswith(b"HTTP/1.1 408 ")
+    assert b"the request's body did not come within 0.05 s" in answered
+    assert post(address, body()).status_code == 200
 
 
 def test_other_protocols_do_not_stop_it(address: str) -> None:
