@@ -4,7 +4,10 @@ A command is a function (or a `typer.Typer` with commands of its own) in a modul
 purpose (`EmbringError`) become one line and exit status 1; `--help` needs none of the modules.
 """
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -86,12 +89,31 @@ def root() -> None:
     """
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the command as an exception does: what it has started is
+    ended too. Where they are ignored (nohup) they stay so."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Exits with 0, 1 (a clear error), 2 (wrong usage) or 130 (interrupted)."""
+    """Run the command. Exits with 0, 1 (a clear error), 2 (wrong usage), 130 (interrupted), or 128 and a signal."""
     from ps.errors import EmbringError
 
     try:
-        app(args=arguments, prog_name="embring")
+        with _ended_in_order():
+            app(args=arguments, prog_name="embring")
     except EmbringError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -77,9 +77,13 @@ def remove_server(
 
 def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | None, abort: bool, as_json: bool) -> None:
     from ps.cluster import controller
+    from ps.errors import ConfigError
 
+    if abort and dry_run:
+        raise ConfigError("--abort and --dry-run exclude each other")
     runtime = running()
     with controller(runtime) as ask:
+        copied = Copied(ask("status", fresh=True))
         if abort:
             told = ask("abort")
             say(f"going back: {', '.join(told['names'])}")
@@ -90,18 +94,20 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
                 print(json.dumps(plan) if as_json else table_of(plan))
                 return
             say(line_of(plan))
-            told = ask("move", **wanted)
-        before = _copied(ask("status"))
         interrupted = False
         try:
-            record = follow(ask, to_the_end=abort)
+            if not abort:
+                told = ask("move", **wanted)
+            follow(ask, abort, copied)
         except KeyboardInterrupt:
             interrupted = _go_back(ask)
-            record = follow(ask, to_the_end=interrupted)
+            follow(ask, interrupted, copied)
+        record = ask("status", fresh=True)
+        copied.see(record)
         _remember(runtime, record)
     if interrupted:
         raise typer.Exit(130)
-    _report("abort" if abort else kind, told["names"], record, before, as_json)
+    _report("abort" if abort else kind, told["names"], record, copied, as_json)
 
 
 def _go_back(ask: Ask) -> bool:
@@ -117,7 +123,7 @@ def _go_back(ask: Ask) -> bool:
     return True
 
 
-def _report(kind: str, names: list[str], record: Mapping[str, Any], before: tuple[int, int], as_json: bool) -> None:
+def _report(kind: str, names: list[str], record: Mapping[str, Any], copied: "Copied", as_json: bool) -> None:
     from ps.errors import NotApplied
 
     there = {s["name"] for s in record["servers"]}
@@ -125,7 +131,7 @@ def _report(kind: str, names: list[str], record: Mapping[str, Any], before: tupl
         raise NotApplied(record["move_failed"] or f"{', '.join(names)} did not join: it was aborted")
     if kind == "leave" and set(names) & there:
         raise NotApplied(f"{', '.join(sorted(set(names) & there))} did not leave: it was aborted")
-    rows, size = (now - then for now, then in zip(_copied(record), before, strict=True))
+    rows, size = copied.total()
     figures = {"epoch": record["epoch"], "servers": sorted(there), "rows_copied": rows, "bytes_copied": size}
     if as_json:
         print(json.dumps({"names": names, **figures}))
@@ -135,10 +141,24 @@ def _report(kind: str, names: list[str], record: Mapping[str, Any], before: tupl
     print(f"{', '.join(names)}: {done} in epoch {record['epoch']}; {rows:,} rows copied; the servers are {left}")
 
 
-def _copied(record: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and bytes that servers have copied to others since they started."""
-    servers = record["servers"]
-    return sum(s.get("copied_rows", 0) for s in servers), sum(s.get("copied_bytes", 0) for s in servers)
+class Copied:
+    """What servers have copied to others since a first status, also those that have left or were started meanwhile."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._last: dict[int, tuple[int, int]] = {}
+        self.see(record)
+        self._first = dict(self._last)
+
+    def see(self, record: Mapping[str, Any]) -> None:
+        """A later status. Figures are of each incarnation, and grow."""
+        for server in record["servers"]:
+            if "copied_rows" in server:
+                self._last[server["incarnation"]] = (server["copied_rows"], server["copied_bytes"])
+
+    def total(self) -> tuple[int, int]:
+        """Rows and bytes."""
+        counted = [(now, self._first.get(i, (0, 0))) for i, now in self._last.items()]
+        return sum(now[0] - then[0] for now, then in counted), sum(now[1] - then[1] for now, then in counted)
 
 
 def _remember(runtime: Any, record: Mapping[str, Any]) -> None:
@@ -152,8 +172,8 @@ def _remember(runtime: Any, record: Mapping[str, Any]) -> None:
         write_runtime(replace(runtime, addresses=addresses))
 
 
-def follow(ask: Ask, to_the_end: bool = False) -> dict[str, Any]:
-    """Wait until no change is under way, with a bar on a terminal; the status then.
+def follow(ask: Ask, to_the_end: bool = False, copied: Copied | None = None) -> dict[str, Any]:
+    """Wait until no change is under way, with a bar on a terminal; the status then. copied: sees every status.
 
     to_the_end: until nothing at all is left to copy. Raises NotApplied where the controller is away for too long: the
     change goes on when it is back.
@@ -173,6 +193,8 @@ def follow(ask: Ask, to_the_end: bool = False) -> dict[str, Any]:
                 continue
             ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
             left = to_the_end and record["slots_left"]
+            if copied is not None:
+                copied.see(record)
             if record["move"] is None and not record["starting"] and not ending and not left:
                 return record
             total = max(total, record["slots_left"])

@@ -218,7 +218,8 @@ class Control:
         if kind not in ("join", "leave") or not isinstance(names, list | tuple) or not isinstance(rate, int):
             raise RequestError("a move needs a kind, join or leave, a list of names, and bytes_per_s as a whole number")
         if kind == "join":
-            names = names_for(self.shell.view, names, self.config.server.port)
+            ending = [member.name for member in self._superfluous()]
+            names = names_for(self.shell.view, names, self.config.server.port, ending)
         return Move(kind, tuple(map(str, names)), max(0, rate))
 
     def _outlook(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,6 +253,8 @@ class Control:
             if self._aborted:
                 raise NotApplied("it was aborted")
             await self._change(Begin(move, tuple(m.server for m in members)))
+            if self._aborted:  # too late to refuse it, and too soon for the abort to find it in the view
+                await self._change(Abort())
         except (RayError, TimeoutError, EmbringError) as error:
             self._failed = f"{', '.join(move.names)} did not join: {type(error).__name__}: {error}"
             log.warning(self._failed)
@@ -263,24 +266,26 @@ class Control:
 
     async def _abort(self) -> dict[str, Any]:
         """Undo the move that is under way: servers that were joining leave, those that were leaving stay."""
-        if self._starting:
+        if self._starting and self.shell.view.move is None:
             self._aborted = True
             return {"names": list(self._starting), "epoch": self.shell.view.epoch}
         move = self.shell.view.move
         epoch = await self._change(Abort())
         return {"names": list(move.names) if move else [], "epoch": epoch}
 
+    def _superfluous(self) -> list[Member]:
+        """Servers that have left the view, and run. Their names are not free until they have ended: a process that
+        joins under one of them would be ended in their place."""
+        members = self.members.by_name.values()
+        return [m for m in members if not self._named(m.name) and m.name not in self._starting and m.incarnation]
+
     async def _end_superfluous(self) -> None:
         """End servers that have left the view, without end: drained first, and only once the others know."""
-
-        def gone() -> list[Member]:
-            members = self.members.by_name.values()
-            return [m for m in members if not self._named(m.name) and m.name not in self._starting and m.incarnation]
-
         while True:
-            await self.shell.until(lambda: bool(gone()), LEAVE_WAIT_S)
-            for member in gone():
+            await self.shell.until(lambda: bool(self._superfluous()), LEAVE_WAIT_S)
+            for member in self._superfluous():
                 await self.shell.spread(self.shell.view.epoch)
+                await self._ask_one(member, CONNECT_S)  # what it has copied goes with it
                 with contextlib.suppress(EmbringError):
                     connection = await self._dial(member.server)
                     await connection.request("drain", {}, {}, CONNECT_S)
@@ -310,7 +315,9 @@ class Control:
         if restore is None or number != fields.get("restore"):
             raise RequestError("another restore has begun, or the controller was restarted: restore again")
         self._restoring = None
-        return {"epoch": await self._change(lambda view: conclude(view, restore))}
+        epoch = await self._change(lambda view: conclude(view, restore))
+        self.keeper.save_soon()
+        return {"epoch": epoch}
 
     def _order(self, what: Job) -> dict[str, Any]:
         """What the process that saves or restores for the controller must know."""
@@ -356,6 +363,8 @@ class Control:
     async def admin(self, verb: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Answer an administrator. Raises EmbringError."""
         if verb == "status":
+            if fields.get("fresh"):
+                await asyncio.gather(*(self._ask_one(m, CONNECT_S) for m in self.members.alive()))
             return self.status()
         if not self._begun.is_set():
             raise NotApplied("the controller is still starting")

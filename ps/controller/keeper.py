@@ -61,6 +61,10 @@ class Keeper:
                 self.ended(job, await asyncio.to_thread(run_job, self._order(job)))
             await asyncio.sleep(LOOK_S)
 
+    def save_soon(self) -> None:
+        """What was restored may have another cluster's checkpoints alone: no lost slot comes back by itself of those."""
+        self._next["save"] = self._clock()
+
     def due(self) -> Job | None:
         """What is to be done now; it counts as begun."""
         now, lost = self._clock(), lost_for_good(self._view())

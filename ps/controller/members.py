@@ -131,13 +131,15 @@ class Members:
                     await asyncio.to_thread(ray.kill, member.handle)
 
     async def remove(self, name: str) -> None:
-        """End a server for good, if it runs."""
-        member = self.by_name.pop(name, None)
+        """End a server for good, if it runs. Its name is known until it has ended: who started another under it
+        meanwhile would be given the one that ends."""
+        member = self.by_name.get(name)
         if member is not None:
             self._end(member, "removed")
         with contextlib.suppress(RayError, ValueError):  # ValueError: there is none of the name
             await asyncio.to_thread(self._kill, name)
         (self._files / name).unlink(missing_ok=True)
+        self.by_name.pop(name, None)
 
     def _kill(self, name: str) -> None:
         ray.kill(ray.get_actor(name, self._setup.namespace))

@@ -1,7 +1,7 @@
 """What a move of servers would do: slots, rows, bytes, time, and loads before and after. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
 _TAKEN = re.compile(r"controller|router(-\d+)?")
 
 
-def names_for(view: View, names: Iterable[str], port: int) -> tuple[str, ...]:
+def names_for(view: View, names: Iterable[str], port: int, ending: Collection[str] = ()) -> tuple[str, ...]:
     """The names of servers that are to join, as asked for, or the next free "server-N". Raises RequestError.
 
-    port: of the first server, where it is fixed: then names tell the ports, by the numbers at their ends.
+    port: of the first server, where it is fixed: then names tell the ports, by the numbers at their ends. ending: of
+    processes that have left the view and are about to be ended, by their names.
     """
     chosen = tuple(str(name) for name in names)
     if not chosen:
-        numbers = [int(s.name[7:]) for s in view.servers if re.fullmatch(r"server-\d{1,9}", s.name)]
+        known = [*(s.name for s in view.servers), *ending]
+        numbers = [int(name[7:]) for name in known if re.fullmatch(r"server-\d{1,9}", name)]
         return (f"server-{max(numbers, default=-1) + 1}",)
     if len(chosen) > NAMES_MAX:
         raise RequestError(f"{len(chosen)} servers are named; at most {NAMES_MAX} join at a time")
@@ -42,6 +44,8 @@ def names_for(view: View, names: Iterable[str], port: int) -> tuple[str, ...]:
                 f"a server cannot be named {name[:80]!r}: a name has up to 63 letters, digits, '.', '_' and '-', and "
                 "the cluster's other processes are named controller and router-N"
             )
+        if name in ending:
+            raise RequestError(f"server {name!r} has left and its process is still ending: try again in some seconds")
         if port and not re.fullmatch(r".*-\d{1,4}", name):
             raise RequestError(f"server {name!r} has no port: with [server] port = {port} its name must end in -N")
     return chosen

@@ -3,7 +3,8 @@
 Slots that are being restored stay *lost* until every row of theirs is back: nobody is ever answered from half of them.
 
   1. Into a cluster without tables: a first view makes the tables, their slots owned by a dead server of no process,
-     hence lost. Into the cluster that the checkpoint is of, where slots were lost: it begins a new term of those.
+     hence lost. Into the cluster that the checkpoint is of, or one that was restored from it, where slots were lost: it
+     begins a new term of those.
   2. The future owners absorb the blocks, while their view has the slots lost and in the term of the first view: what
      comes late, of this restore or one before it, is not taken. No view names them yet, so they answer for none of it.
   3. A second view recovers the lost slots. Its epoch, and with it their term, is above all in the cluster and in
@@ -62,8 +63,10 @@ def prepare(
     known = [[number, first] for number, _, _, first, _ in manifest["groups"]]
     # Numbers of groups are never used again: one that is gone was dropped with its tables since, and nobody misses it.
     own = manifest["cluster"] == view.cluster and all(n not in groups or groups[n].first == f for n, f in known)
-    if own and view.lost().any() and not replace_tables:
-        return _lost(view, manifest, accept_loss)
+    if view.lost().any() and not replace_tables:
+        fit = _own(view, manifest) if own else _alike(view, manifest)
+        if own or fit[0]:
+            return _lost(view, manifest, accept_loss, *fit)
     if view.tables and not replace_tables:
         names = ", ".join(sorted(t.name for t in view.tables)[:10])
         raise RequestError(
@@ -93,11 +96,42 @@ def told(restore: Restore) -> dict[str, Any]:
     }
 
 
-def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore:
-    """Lost slots of the very cluster that the checkpoint is of: rows of the other slots stay as they are."""
+Fit = tuple[dict[int, int], list[list[int]]]
+"""The tables of a checkpoint that a view has, and their slots, as in `Restore`."""
+
+
+def _own(view: View, manifest: Mapping[str, Any]) -> Fit:
+    """Of the very cluster that the checkpoint is of."""
     group_of = {t.number: t.group for t in view.tables}
-    saved = {number for number, _, group, _ in manifest["tables"] if group_of.get(number, group) == group}
-    lost = view.lost()
+    saved = {number for number, _, group, _ in manifest["tables"] if group_of.get(number) == group}
+    return {n: n for n in saved}, [[first, first, count] for _, _, _, first, count in manifest["groups"]]
+
+
+def _alike(view: View, manifest: Mapping[str, Any]) -> Fit:
+    """Of another cluster: tables of the same name and specification, in as many slots. So are those of a cluster that
+    was restored from the checkpoint."""
+    places = {number: (first, count) for number, _, _, first, count in manifest["groups"]}
+    tables, groups = dict[int, int](), dict[int, int]()
+    for number, name, there, spec in manifest["tables"]:
+        table = view.table(name)
+        if table is None or places[there][1] != view.group(table.group).slots or _fixed(spec) != _fixed(table.spec):
+            continue
+        taken = table.group in groups.values() and groups.get(there) != table.group  # no slot is filled from two
+        if not taken and groups.setdefault(there, table.group) == table.group:
+            tables[number] = table.number
+    return tables, [[places[there][0], view.group(here).first, places[there][1]] for there, here in groups.items()]
+
+
+def _fixed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a table's specification nobody can alter."""
+    return {key: value for key, value in spec.items() if key not in ("replicas", "placement")}
+
+
+def _lost(
+    view: View, manifest: Mapping[str, Any], accept_loss: bool, tables: dict[int, int], slots: list[list[int]]
+) -> Restore:
+    """Lost slots alone: rows of the other slots stay as they are."""
+    saved, lost = set(tables.values()), view.lost()
     missing = [t.name for t in view.tables if t.number not in saved and _any_lost(view.group(t.group), lost)]
     if missing and not accept_loss:
         known = missing[0] in {name for _, name, _, _ in manifest["tables"]}
@@ -108,8 +142,6 @@ def _lost(view: View, manifest: Mapping[str, Any], accept_loss: bool) -> Restore
         )
     first = _planned(view, Renew(np.flatnonzero(lost)))
     final = _above(recovered(first), manifest["term_max"])
-    tables = {t.number: t.number for t in view.tables if t.number in saved}
-    slots = [[first, first, count] for _, _, _, first, count in manifest["groups"]]
     return Restore(first, final, slots, tables, np.flatnonzero(lost).tolist(), manifest["term_max"])
 
 

@@ -1,8 +1,10 @@
 """What `add-server` and `remove-server` print, and how they follow a change."""
 
+from typing import Any
+
 import pytest
 
-from deploy.cli_servers import follow, line_of, stage, table_of
+from deploy.cli_servers import Copied, follow, line_of, stage, table_of
 from ps.errors import NotApplied
 
 PLAN = {
@@ -90,3 +92,15 @@ def test_a_controller_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(NotApplied, match="does not answer; the change goes on once it is back"):
         follow(ask)
+
+
+def test_what_was_copied_counts_servers_that_left_and_that_joined() -> None:
+    def status(**rows: int) -> dict[str, Any]:
+        return {"servers": [{"incarnation": ord(n), "copied_rows": r, "copied_bytes": 10 * r} for n, r in rows.items()]}
+
+    copied = Copied(status(a=100, b=5000))
+    copied.see(status(a=150, b=5300, c=7))
+    copied.see({"servers": [{"incarnation": ord("a"), "name": "a"}]})  # has not been asked for its figures yet
+    copied.see(status(a=160, c=9))  # b is gone with its figures
+    assert copied.total() == (60 + 300 + 9, 3690)
+    assert Copied(status(a=1)).total() == (0, 0)

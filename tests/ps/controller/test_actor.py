@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from hashring.planner import Enlist, plan
+from hashring.planner import Begin, Enlist, plan
 from hashring.view import Server, View
 from ps.config import Config
 from ps.controller import actor
 from ps.controller.actor import Control
 from ps.controller.members import Member
+from ps.errors import RequestError
 from ps.server import Setup
 from ps.viewlog import ViewLog
 
@@ -48,3 +49,53 @@ def test_a_controller_that_was_started_again_goes_on_looking_for_its_servers(
 
     asyncio.run(test())
     assert sorted(asked) == ["server-0", "server-1", "server-1", "server-1", "server-2"]
+
+
+def test_an_abort_while_a_join_is_logged_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes: list[str] = []
+
+    async def test() -> None:
+        control = control_of(tmp_path)
+
+        async def change(wish: object) -> int:
+            wishes.append(type(wish).__name__)
+            if isinstance(wish, Begin):  # no view has it yet
+                assert (await control.admin("abort", {}))["names"] == ["s-c"]
+            return 7
+
+        async def launch(name: str) -> Member:
+            member = control.members.by_name[name] = Member(name, incarnation=20, state="alive")
+            return member
+
+        monkeypatch.setattr(control, "_change", change)
+        monkeypatch.setattr(control.members, "launch", launch)
+        await control.admin("move", {"kind": "join", "names": ["s-c"]})
+        async with asyncio.timeout(60):
+            await asyncio.gather(*control._tasks)
+        control.shell.close()
+
+    asyncio.run(test())
+    assert wishes == ["Begin", "Abort"]
+
+
+def test_the_name_of_a_process_that_is_still_ending_is_not_given_to_another(tmp_path: Path) -> None:
+    """The one that joined would be ended in its place, with the slots that it was given."""
+
+    async def test() -> None:
+        control = control_of(tmp_path)
+        control.members.by_name["server-3"] = Member("server-3", incarnation=20, state="alive")
+        with pytest.raises(RequestError, match="'server-3' has left and its process is still ending"):
+            await control.admin("move", {"kind": "join", "names": ["server-3"]})
+        assert (await control.admin("outlook", {"kind": "join", "names": []}))["names"] == ["server-4"]
+        control.shell.close()
+
+    asyncio.run(test())
+
+
+def control_of(folder: Path) -> Control:
+    """A controller of three servers that has begun."""
+    servers = tuple(Server(f"server-{i}", 10 + i, "h") for i in range(3))
+    ViewLog(folder / "views").append(plan(View.empty(1, 3), Enlist(servers)))
+    control = Control(Setup({}, str(folder), str(folder), "", "embring", "", {}), Config())
+    control._begun.set()
+    return control

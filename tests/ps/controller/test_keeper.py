@@ -62,6 +62,17 @@ def test_nothing_is_done_that_the_configuration_does_not_say() -> None:
     assert world.after(10_000) is None
 
 
+def test_what_was_restored_is_saved_soon() -> None:
+    world = World(every_s=600.0)
+    world.table()
+    assert world.after(1) is None
+    world.keeper.save_soon()
+    assert world.after(1) == "save"
+    world.keeper.ended("save", GOOD)
+    assert world.after(599) is None
+    assert World().after(10_000) is None
+
+
 def test_lost_slots_are_restored_once_the_server_had_time_to_return() -> None:
     world = World(restore_lost=True)
     world.table()

@@ -64,6 +64,35 @@ def test_lost_slots_come_back_from_a_checkpoint_that_knows_tables_dropped_since(
     assert not conclude(restore.first, restore).lost().any()
 
 
+def test_lost_slots_of_a_restored_cluster_come_back_from_the_checkpoint_that_it_was_restored_from() -> None:
+    spec = {"placement": "sharded", "replicas": 1, "dim": 4}
+    full = plan(plan(cluster(), DropTable("t")), CreateTable("a", spec, replicas=1))
+    full = plan(full, CreateTable("b", {**spec, "replicas": 2}, replicas=2))
+    saved = manifest(full)
+    empty = plan(View.empty(2, slot_bits=4), Enlist(tuple(Server(f"r{i}", 30 + i, f"h{i}") for i in range(3))))
+    again = prepare(empty, saved, replace_tables=False, accept_loss=False)
+    view = plan(conclude(again.first, again), Fail("r1"))
+    restore = prepare(view, saved, replace_tables=False, accept_loss=False)
+    assert restore.tables == again.tables
+    assert sorted(restore.slots) == sorted(again.slots)
+    assert restore.wanted == np.flatnonzero(view.lost()).tolist()
+    assert not conclude(restore.first, restore).lost().any()
+
+
+def test_lost_slots_do_not_come_back_from_a_stranger() -> None:
+    view = plan(cluster(), Fail("s1"))
+    for other in (
+        {**manifest(view), "cluster": 9, "tables": [[0, "u", view.tables[0].group, {}]]},
+        {**manifest(view), "cluster": 9, "tables": [[0, "t", view.tables[0].group, {"dim": 8}]]},
+        {**manifest(view), "cluster": 9, "groups": [[view.tables[0].group, "sharded", 1, 0, 99]]},
+    ):
+        with pytest.raises(RequestError, match=r"the cluster has tables \(t\)"):
+            prepare(view, other, replace_tables=False, accept_loss=False)
+    both = plan(plan(cluster(), CreateTable("u", {}, replicas=1)), Fail("s1"))
+    with pytest.raises(RequestError, match="the checkpoint has no table 'u', whose rows"):
+        prepare(both, {**manifest(view), "cluster": 9}, replace_tables=False, accept_loss=False)
+
+
 def test_a_restore_does_not_end_once_another_has_begun() -> None:
     view = plan(cluster(), Fail("s1"))
     restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
