@@ -1,6 +1,7 @@
 """`embring bench`: measurements of embring beside its peers."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def pull(
         servers=servers,
         placement=_chosen("--placement", placement, ("sharded", "whole"))[0],  # type: ignore[arg-type]
     )
-    _finish(suite.run(settings, _say), output)
+    _measure(suite.run, settings, output)
 
 
 @app.command()
@@ -74,7 +75,7 @@ def kernels(
     from benchmarks.suites import kernels as suite
 
     settings = suite.Settings(rows=rows, large=large, rounds=rounds, seconds=seconds)
-    _finish(suite.run(settings, _say), output)
+    _measure(suite.run, settings, output)
 
 
 @app.command()
@@ -92,8 +93,10 @@ def checkpoint(
     """
     from benchmarks.suites import checkpoint as suite
 
+    if folder is not None:
+        _check_folder("--folder", folder)
     place = str(folder.resolve()) if folder is not None else None
-    _finish(suite.run(suite.Settings(rows, dim, rounds, servers, place), _say), output)
+    _measure(suite.run, suite.Settings(rows, dim, rounds, servers, place), output)
 
 
 @app.command()
@@ -155,7 +158,7 @@ def placement(
         join=join,
         kill=kill,
     )
-    _finish(suite.run(settings, _say), output, print_placement, html, page)
+    _measure(suite.run, settings, output, print_placement, html, page)
 
 
 @app.command()
@@ -186,7 +189,7 @@ def push(
         rounds=rounds,
         seconds=seconds,
     )
-    _finish(suite.run(settings, _say), output)
+    _measure(suite.run, settings, output)
 
 
 @app.command()
@@ -216,7 +219,7 @@ def rebalance(
     settings = suite.Settings(
         rows=rows, dim=dim, replicas=replicas, servers=servers, load=load, seconds=seconds, bandwidth_mib=max_bandwidth
     )
-    _finish(suite.run(settings, _say), output)
+    _measure(suite.run, settings, output)
 
 
 @app.command()
@@ -239,7 +242,7 @@ def chaos(
 
     chosen = _chosen("--changes", changes, suite.CHANGES)
     settings = suite.Settings(changes=chosen, rounds=rounds, seconds=seconds, rows=rows, rate=rate)
-    _finish(suite.run(settings, _say), output)
+    _measure(suite.run, settings, output)
 
 
 def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -266,17 +269,23 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _finish(
-    result: dict[str, Any],
+def _measure(
+    run: Callable[[Any, Callable[[str], None]], dict[str, Any]],
+    settings: Any,
     output: Path | None,
     show: Callable[[dict[str, Any]], None] | None = None,
     html: Path | None = None,
     page: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Print the figures (as a table where there is one); write everything to `output`, and a page to `html`.
+    """Run a suite and print its figures (as a table where there is one); write everything to `output`, and a page to
+    `html`, which are looked at before anything is measured.
 
     Exit status 1 where results differed.
     """
+    for path in (output, html):
+        if path is not None:
+            _check_file(path)
+    result = run(settings, _say)
     if output is not None:
         _write(output, json.dumps(result, indent=1) + "\n")
     if html is not None and page is not None:
@@ -288,6 +297,23 @@ def _finish(
         print(json.dumps(shown, indent=1))
     if not result["equal"]:
         raise RequestError("results differ, or what was promised was broken: see the figures")
+
+
+def _check_folder(what: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise RequestError(f"{what}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"{what}: the folder {folder} may not be written to")
+
+
+def _check_file(path: Path) -> None:
+    """RequestError where a file cannot be written; it is left as it is."""
+    if path.is_dir():
+        raise RequestError(f"cannot write {path}: it is a folder")
+    if not path.exists():
+        _check_folder(f"cannot write {path}", path.parent)
+    elif not os.access(path, os.W_OK):
+        raise RequestError(f"cannot write {path}: it may not be written to")
 
 
 def _write(path: Path, text: str) -> None:

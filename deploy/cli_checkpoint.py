@@ -83,8 +83,9 @@ def restore(
 ) -> None:
     """Bring back the newest checkpoint of DIR: all of it into an empty cluster, or the lost slots of its own cluster.
 
-    An increment is restored with all that it stands on. The number of servers may be another. With --table the
-    rest of the cluster goes on, and a table of that name serves until the restored one takes its place.
+    An increment is restored with all that it stands on. Without --name, damaged manifests are named and passed over.
+    The number of servers may be another. With --table the rest of the cluster goes on, and a table of that name serves
+    until the restored one takes its place.
 
     Example:  embring checkpoint restore backups --name before --table item --replace
     """
@@ -109,23 +110,27 @@ def restore(
 
 @app.command("list")
 def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
-    """List the checkpoints of DIR, oldest first; an increment names what it stands on.
+    """List the checkpoints of DIR, oldest first; an increment names what it stands on, and tells where that is missing.
 
     Ends with status 1 where one is damaged, and names it on standard error. `verify` reads more than manifests.
 
     Example:  embring checkpoint list backups
     """
     from ps.checkpoint.files import survey
+    from ps.checkpoint.retention import severed
     from ps.checkpoint.storage import Storage
 
-    known, broken = survey(Storage(folder).existing())
+    storage = Storage(folder).existing()
+    known, broken = survey(storage)
     if as_json:
         keys = ("name", "created", "cluster", "epoch", "parent", "rows", "bytes", "models")
         tables = [{"tables": [t[1] for t in m.tables]} for m in known]
         print(json.dumps([{k: getattr(m, k) for k in keys} | t for m, t in zip(known, tables, strict=True)]))
     else:
+        lacking = {m.name for m in severed(storage, known)}
         for m in known:
             kind = (f"+ {m.parent}" if m.parent else "full") + (f"  {named_versions(m.models)}" if m.models else "")
+            kind += "  cannot be restored: its chain lacks a checkpoint" if m.name in lacking else ""
             print(f"{m.name}  {m.created[:19]}  {m.rows:,} rows  {m.bytes:,} bytes  {len(m.tables)} tables  {kind}")
         if not known and not broken:
             print(f"there is no checkpoint in {folder}")
@@ -139,7 +144,7 @@ def list_checkpoints(folder: Folder, as_json: JsonOption = False) -> None:
 def verify(folder: Folder, name: NameOption = None, as_json: JsonOption = False) -> None:
     """Read every byte of DIR's checkpoints, or of one and what it stands on, and compare checksums.
 
-    Ends with status 1 where a file is damaged, too short or missing, and names each.
+    Ends with status 1 where a file is damaged, too short or missing, and names each, and what stands on it.
 
     Example:  embring checkpoint verify backups
     """
@@ -169,6 +174,8 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Remove old checkpoints of the running cluster, whole chains only, and what killed saves left a day ago.
+
+    Increments go too where a checkpoint that they stand on is missing: they can restore nothing.
 
     Example:  embring checkpoint prune backups --keep 3
     """

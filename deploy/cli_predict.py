@@ -63,18 +63,22 @@ def _target(output: Path | None) -> Iterator[Any]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file; ConfigError names the line that is malformed."""
+    """The rows of a file, at least one; ConfigError names the line that is malformed."""
     from ps.errors import ConfigError
 
+    where = "standard input" if str(file) == "-" else str(file)
     try:
-        if str(file) == "-":
-            return _json_rows(sys.stdin.read(), "standard input")
         if file.suffix == ".csv":
             with file.open(newline="", encoding="utf-8") as source:
-                return list(_csv_rows(source, str(file)))
-        return _json_rows(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+                rows = list(_csv_rows(source, where))
+        else:
+            rows = _json_rows(sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8"), where)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    if not rows:
+        lacks = " below its line of names" if file.suffix == ".csv" else ": each line must be a JSON object"
+        raise ConfigError(f"{where} has no rows{lacks}")
+    return rows
 
 
 def _json_rows(text: str, where: str) -> list[dict[str, Any]]:

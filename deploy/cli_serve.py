@@ -1,12 +1,16 @@
 """`embring serve`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deploy.cli_common import JsonOption, running
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
+_TAKEN = re.compile(r"controller|ray|server-\d+")
 
 
 def serve(
@@ -25,6 +29,7 @@ def serve(
     from ps.config import RouterConfig
     from router.config import find_models
 
+    check_name(name)
     find_models(models)  # a wrong folder is refused before a process is started
     ports = RouterConfig(host=host, grpc_port=grpc_port, http_port=http_port)
     told = start_router(running(), models.resolve(), ports, name)
@@ -32,3 +37,14 @@ def serve(
         print(json.dumps(told))
         return
     print(f"the router {name} serves {models}\ngRPC: {told['grpc']}\nHTTP: {told['http']}")
+
+
+def check_name(name: str) -> None:
+    """RequestError where a router cannot be named so: names are those of servers, and none that others have."""
+    from ps.errors import RequestError
+
+    if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
+        raise RequestError(
+            f"--name is {name[:80]!r}; it must be up to 63 letters, digits, '.', '_' and '-', and the cluster's other "
+            "processes are named controller, ray and server-N"
+        )

@@ -39,8 +39,10 @@ def import_rows(
     source = open_source(file, values, ids)
     with connect() as client, progress("importing") as counter:
         check_dim(file, source, name, client.describe(name).dim)
-        record = _Record(file, view.cluster, view.table(name).number)
+        record = _Record(file, values, ids, view.cluster, view.table(name).number)
         start = record.read() if resume else 0
+        if not start:  # else, were this one killed at once, a resume would believe how far an older one came
+            record.remove()
         bring(client, name, file, source, start, record, counter)
         record.remove()
     told = {"table": name, "rows": counter.rows, "skipped": start, "bytes": counter.bytes}
@@ -81,24 +83,31 @@ def _view(runtime: Any) -> Any:
     return newest_view(servers_of(runtime), access_to(runtime))
 
 
+def _known(file: Path) -> dict[str, Any]:
+    """What tells a file from another, and from itself when it has changed."""
+    known = file.resolve().stat()
+    return {"file": str(file.resolve()), "size": known.st_size, "changed": known.st_mtime_ns}
+
+
 class _Record:
     """How many rows of a file an import has brought, in the user's state folder, until it ends."""
 
-    def __init__(self, file: Path, cluster: int, table: int) -> None:
+    def __init__(self, file: Path, values: str | None, ids: str | None, cluster: int, table: int) -> None:
         import xxhash
 
+        from ps.bulk import ids_file
         from ps.cluster import state_folder
 
-        known = file.resolve().stat()
+        beside = ids_file(file, ids)
         self._of = {
-            "file": str(file.resolve()), "size": known.st_size, "changed": known.st_mtime_ns,
+            **_known(file), "values": values, "ids": _known(beside) if beside else ids,
             "table": table, "cluster": cluster,
         }  # fmt: skip
         digest = xxhash.xxh64_hexdigest(f"{file.resolve()}\0{table}".encode())
         self._path = state_folder() / "imports" / f"{digest}.json"
 
     def read(self) -> int:
-        """Rows that are there already; 0 where the file, the table's cluster, or nothing was the same."""
+        """Rows that are there already; 0 where the file, what of it was chosen, or the table was another."""
         try:
             plain = json.loads(self._path.read_bytes())
             return int(plain["rows"]) if plain["of"] == self._of else 0

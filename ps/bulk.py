@@ -151,9 +151,18 @@ class _Npy:
             yield as_float32(self._rows[at : at + count])
 
 
+def ids_file(path: Path, ids: str | None) -> Path | None:
+    """The .npy file that holds the ids, where the file of rows does not itself; ids: as in `open_source`."""
+    kind = _kind(path)
+    if kind == ".npy":
+        beside = ids_path(path)
+        return Path(ids) if ids is not None else beside if beside.is_file() else None
+    return Path(ids) if kind == ".safetensors" and ids and ids.endswith(".npy") else None
+
+
 def _ids_beside(path: Path, ids: str | None, rows: int) -> NDArray[np.int64]:
-    beside = Path(ids) if ids is not None else ids_path(path)
-    if ids is None and not beside.is_file():
+    beside = ids_file(path, ids)
+    if beside is None:
         return np.arange(rows)
     if not beside.is_file():
         raise RequestError(f"{beside} is missing")
@@ -186,7 +195,8 @@ class _Tensors:
         if values is None and len(matrices) != 1:
             raise RequestError(f"{path} has the matrices {', '.join(matrices) or 'none'}: choose one with --values")
         self._name = values or matrices[0]
-        for name in (self._name, *([ids] if ids and not ids.endswith(".npy") else [])):
+        beside = ids_file(path, ids)
+        for name in (self._name, *([ids] if ids and beside is None else [])):
             if name not in shapes:
                 raise RequestError(f"{path} has no tensor {name!r}; it has {', '.join(names)}")
         kind = str(self._file.get_slice(self._name).get_dtype())
@@ -195,8 +205,8 @@ class _Tensors:
         self.dim = _matrix_dim(path, f"tensor {self._name!r}", shapes[self._name], "F" in kind)
         self._count = shapes[self._name][0]
         chosen = ids or ("ids" if "ids" in shapes else None)
-        if chosen is None or chosen.endswith(".npy"):
-            self.ids = _ids_beside(path, chosen, self._count) if chosen else np.arange(self._count)
+        if chosen is None or beside is not None:
+            self.ids = _ids_beside(path, chosen, self._count)
         else:
             self.ids = _whole_numbers(path, f"tensor {chosen!r}", np.asarray(self._file.get_tensor(chosen)))
             _check_count(path, self.ids, self._count)
@@ -331,6 +341,8 @@ class Export:
             self.mark = left
         mode = "r+b" if self.resumed else "w+b"
         try:
+            if not self.resumed:  # first of all: after a kill an older mark would be believed of the new rows
+                self._partial("mark").unlink(missing_ok=True)
             self._rows = open(self._partial("rows"), mode)  # noqa: SIM115 - closed by `close`
             self._ids = open(self._partial("ids"), mode)  # noqa: SIM115
         except OSError as error:
@@ -386,6 +398,8 @@ class Export:
             file.seek(0)
             file.write(head + text.encode().ljust(self.HEAD - 11) + b"\n")
             file.flush()
+        # The rows get their name last, and older ones go first: after a kill in between they would lie beside new ids.
+        self.path.unlink(missing_ok=True)
         os.replace(self._partial("ids"), ids_path(self.path))
         os.replace(self._partial("rows"), self.path)
 

@@ -153,13 +153,20 @@ class TrainConfig:
         if isinstance(loaded, PreparedRows):
             self._check_rows(loaded, "[data]")
             return Batches(loaded, self.batch, self.shuffle, self.seed, self.drop_last)
+        if not hasattr(loaded, "__len__") or not callable(getattr(loaded, "batch", None)):
+            raise ConfigError(
+                f"[data]: {self.source('data').function} returned {type(loaded).__name__}; it must return "
+                "PreparedRows, or a Dataset with len() and batch(epoch, index)"
+            )
         return loaded
 
     def test_rows(self) -> PreparedRows:
         """The rows of [test]."""
         loaded = self._loaded("test")
         if not isinstance(loaded, PreparedRows):
-            raise ConfigError(f"[test] gives a {type(loaded).__name__}; it must give PreparedRows")
+            raise ConfigError(
+                f"[test]: {self.source('test').function} returned {type(loaded).__name__}; it must return PreparedRows"
+            )
         self._check_rows(loaded, "[test]")
         return loaded
 
@@ -180,12 +187,16 @@ class TrainConfig:
             sys.path.append(str(self.folder.resolve()))
         try:
             loaded = getattr(import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"[{name}]: function {source.function!r} cannot be imported: {error}") from None
+        except SyntaxError as error:
+            where = f"{error.filename} line {error.lineno}"
+            raise ConfigError(f"[{name}]: module {module!r} has a syntax error in {where}: {error.msg}") from None
+        except Exception as error:  # whatever the module does
+            raise ConfigError(f"[{name}]: function {source.function!r} cannot be imported: {_cause(error)}") from None
         try:
-            return loaded(**source.arguments)
-        except (TypeError, OSError) as error:
-            raise RequestError(f"[{name}]: {source.function} failed: {error}") from error
+            rows = loaded(**source.arguments)
+            return rows.check() if isinstance(rows, PreparedRows) else rows
+        except Exception as error:
+            raise RequestError(f"[{name}]: {source.function} failed: {_cause(error)}") from error
 
     def fingerprint(self) -> str:
         """Of what a run computes: two settings with one fingerprint apply the same batches in the same order."""
@@ -197,3 +208,8 @@ class TrainConfig:
     def to_plain(self) -> dict[str, Any]:
         """What `from_plain` takes."""
         return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+def _cause(error: Exception) -> str:
+    """An exception's type and message, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

@@ -24,6 +24,7 @@ the parent's manifest; it needs its parent, up to a full checkpoint: a *chain*, 
 """
 
 import contextlib
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ from ps.checkpoint.codec import pack, read_frame, unpack
 from ps.checkpoint.storage import CheckpointError, Sink, Storage
 from ps.rowblock import Watermark
 from ps.wire import Buffer, Message
+
+log = logging.getLogger("embring.checkpoint")
 
 FORMAT = 2
 MANIFEST = "manifest"
@@ -167,11 +170,26 @@ class Saving:
         return BlockFile(self.storage.create(self.name, file_name(number)), number)
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Make it a checkpoint, durable when this returns; its manifest with the checksum. Raises OSError."""
+        """Make it a checkpoint, durable when this returns; its manifest with the checksum.
+
+        Raises OSError, and CheckpointError where the parent is not there any more.
+        """
+        if manifest.parent:
+            self._check_parent(manifest)
         data = encode_manifest(manifest)
         self.storage.publish(self.name, MANIFEST, data)
         self._committed = True
         return decode_manifest(data, self.name)
+
+    def _check_parent(self, manifest: Manifest) -> None:
+        """The parent was chosen when the save began; another process may have pruned it since."""
+        parent = f"the checkpoint it is an increment to, {manifest.parent!r},"
+        try:
+            check_link(self.storage, manifest, read_manifest(self.storage, manifest.parent))
+        except CheckpointError as error:
+            if missing(self.storage, manifest.parent):
+                raise CheckpointError(f"{parent} was removed meanwhile; save again") from None
+            raise CheckpointError(f"{parent} is of no use any more; save again ({error})") from None
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -241,11 +259,34 @@ def survey(storage: Storage) -> tuple[list[Manifest], list[CheckpointError]]:
 
 
 def checkpoints(storage: Storage) -> list[Manifest]:
-    """The checkpoints of a folder, oldest first. Raises CheckpointError where one cannot be read."""
+    """The checkpoints of a folder that can be read, oldest first. Raises CheckpointError where all are damaged."""
     good, bad = survey(storage)
-    if bad:
+    if bad and not good:
         raise bad[0]
     return good
+
+
+def newest(storage: Storage) -> Manifest:
+    """The newest checkpoint that can be read: an old damaged one is in nobody's way.
+
+    Nobody knows when a damaged one was taken, so each is named in the log, which commands have on standard error.
+    Raises CheckpointError where there is none.
+    """
+    good, bad = survey(storage)
+    if not good:
+        raise bad[0] if bad else CheckpointError(f"there is no checkpoint in {storage.root}")
+    for error in bad:
+        log.warning("%s; it is passed over, and the newest of the others is %r", error, good[-1].name)
+    return good[-1]
+
+
+def missing(storage: Storage, name: str) -> bool:
+    """Whether there is surely no such checkpoint: storage that does not answer for a moment is no proof."""
+    try:
+        storage.size(name, MANIFEST)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
 
 
 def chain(storage: Storage, name: str | None) -> list[Manifest]:
@@ -254,13 +295,7 @@ def chain(storage: Storage, name: str | None) -> list[Manifest]:
     Raises CheckpointError where there is none, or where a link of the chain is missing or another one.
     """
     storage.existing()
-    if name is None:
-        known = checkpoints(storage)
-        if not known:
-            raise CheckpointError(f"there is no checkpoint in {storage.root}")
-        manifest = known[-1]
-    else:
-        manifest = read_manifest(storage, name)
+    manifest = newest(storage) if name is None else read_manifest(storage, name)
     links = [manifest]
     while manifest.parent:
         there = storage.has(manifest.parent, MANIFEST)

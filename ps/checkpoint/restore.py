@@ -4,6 +4,7 @@ A chain is absorbed link by link, the full one first: a slot takes an increment 
 increment begins, and at last where the manifest says, so that no link can be left out.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ps.checkpoint.codec import decode_block
 from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
 from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
 from ps.checkpoint.storage import CheckpointError, Storage
+from ps.errors import EmbringError
 from ps.rowblock import RowBlock, Section
 
 FILES_AT_ONCE = 4
@@ -72,9 +74,15 @@ def restore(
     )
     work = _Work(storage, Translation.of(answer, manifest), access, counter or Counter())
     work.counter.expect(sum(link.bytes for link in links))
-    for link in links:
-        work.absorb(link)
-    work.check(manifest)
+    try:
+        for link in links:
+            work.absorb(link)
+        work.check(manifest)
+    except (CheckpointError, KeyboardInterrupt):
+        for hidden in answer["hidden"]:  # its slots would stay lost, and nothing could be saved
+            with contextlib.suppress(EmbringError):
+                ask("drop_table", name=hidden)
+        raise
     ask("restored", restore=answer["restore"])
     plan = work.plan
     return Restored(

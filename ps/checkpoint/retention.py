@@ -1,10 +1,10 @@
 """What is kept of the checkpoints of a folder, and whether it is sound."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import MANIFEST, Manifest, check_link, read_blocks, survey, unfinished
+from ps.checkpoint.files import MANIFEST, Manifest, check_link, missing, read_blocks, survey, unfinished
 from ps.checkpoint.reach import Counter
 from ps.checkpoint.storage import CheckpointError, Storage
 
@@ -25,23 +25,41 @@ class Checked:
 def verify(storage: Storage, name: str | None = None, counter: Counter | None = None) -> Iterator[Checked]:
     """Read every byte of the checkpoints of a folder (or of one, with what it needs), oldest first, and compare.
 
+    Those come first whose manifest is damaged. What stands on an unsound checkpoint is not sound either.
     Raises CheckpointError where there is none of that name.
     """
     counter = counter or Counter()
     known, broken = survey(storage)
     names = {m.name: m for m in known}
+    damaged = {str(e).removeprefix(storage.path("")).partition("/")[0]: str(e) for e in broken}
     if name is not None:
         if name not in names:
-            raise next((e for e in broken if storage.path(name, MANIFEST) in str(e)), None) or CheckpointError(
-                f"{storage.path(name)} is not a checkpoint: it has no {MANIFEST}"
+            raise CheckpointError(
+                damaged.get(name) or f"{storage.path(name)} is not a checkpoint: it has no {MANIFEST}"
             )
-        known, broken = _needed(names, names[name]), []
+        known = _needed(names, names[name])
+        damaged = {n: e for n, e in damaged.items() if n == known[0].parent}
     counter.expect(sum(m.bytes for m in known))
-    for error in broken:
-        yield Checked(str(error).split("/" + MANIFEST)[0].rpartition("/")[2], 0, 0, (str(error),))
+    for folder, error in damaged.items():
+        yield Checked(folder, 0, 0, (error,))
+    found = {}
     for manifest in known:
-        problems = [*_link_problems(storage, names, manifest), *_file_problems(storage, manifest, counter)]
+        links = [] if manifest.parent in damaged else _link_problems(storage, names, manifest)
+        found[manifest.name] = [*links, *_file_problems(storage, manifest, counter)]
+    # Only now: a clock that was set back lists a checkpoint before the one that it stands on.
+    unsound = damaged.keys() | {n for n, problems in found.items() if problems}
+    for manifest in known:
+        problems = found[manifest.name]
+        if below := _unsound_below(names, manifest, unsound):
+            path = storage.path(manifest.name)
+            problems.append(f"{path} cannot be restored: it stands on {below!r}, which is not sound")
         yield Checked(manifest.name, manifest.rows, manifest.bytes, tuple(problems))
+
+
+def _unsound_below(names: dict[str, Manifest], manifest: Manifest, unsound: Collection[str]) -> str:
+    """The first unsound checkpoint of the chain that this one stands on, "" for none."""
+    links = _needed(names, manifest)
+    return next((n for n in (links[0].parent, *(m.name for m in links[:-1])) if n in unsound), "")
 
 
 def _needed(names: dict[str, Manifest], manifest: Manifest) -> list[Manifest]:
@@ -86,14 +104,23 @@ def chains(manifests: list[Manifest]) -> list[list[Manifest]]:
     return [out[m.name] for m in manifests if m.name in out]
 
 
+def severed(storage: Storage, manifests: list[Manifest]) -> list[Manifest]:
+    """Increments whose chain lacks a checkpoint (it is missing, not damaged): nothing can be restored from them."""
+    names = {m.name: m for m in manifests}
+    roots = {m.name: _needed(names, m)[0].parent for m in manifests}
+    gone = {parent for parent in roots.values() if parent and missing(storage, parent)}
+    return [m for m in manifests if roots[m.name] in gone]
+
+
 def prune(storage: Storage, keep: int, cluster: int) -> list[str]:
     """Remove all but the newest `keep` chains of a cluster, and what saves left that were killed; the names removed.
 
-    Only whole chains go, their newest increments first, so that whatever is left is whole. Raises CheckpointError.
+    Only whole chains go, their newest increments first, so that whatever is left is whole; and increments whose chain
+    lacks a checkpoint. Raises CheckpointError.
     """
     known, _ = survey(storage)
-    old = chains([m for m in known if m.cluster == cluster])[: -max(1, keep)]
-    names = [m.name for links in old for m in reversed(links)]
+    mine = [m for m in known if m.cluster == cluster]
+    names = [m.name for links in [severed(storage, mine), *chains(mine)[: -max(1, keep)]] for m in reversed(links)]
     killed = [name for name in unfinished(storage) if storage.age_s(name) > UNFINISHED_S]
     try:
         for name in names:

@@ -157,14 +157,14 @@ class Control:
                 log.warning("the runtime file %s cannot be written: %s", self._setup.runtime_file, error)
 
     async def _ask_one(self, member: Member, timeout: float) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            reply = await self.shell.ask(member.incarnation, "statistics", timeout)
-        except EmbringError:
-            return
+        with contextlib.suppress(EmbringError):
+            self._told(member, (await self.shell.ask(member.incarnation, "statistics", timeout)).fields)
+
+    def _told(self, member: Member, statistics: dict[str, Any]) -> None:
+        now = asyncio.get_running_loop().time()
         before, asked = member.statistics
-        member.statistics = (reply.fields, loop.time())
-        member.figures = figures(reply.fields, before, loop.time() - asked)
+        member.statistics = (statistics, now)
+        member.figures = figures(statistics, before, now - asked)
 
     async def _launch(self, name: str, tell: bool = True) -> None:
         member = await self.members.launch(name)
@@ -285,9 +285,10 @@ class Control:
             await self.shell.until(lambda: bool(self._superfluous()), LEAVE_WAIT_S)
             for member in self._superfluous():
                 await self.shell.spread(self.shell.view.epoch)
-                await self._ask_one(member, CONNECT_S)  # what it has copied goes with it
                 with contextlib.suppress(EmbringError):
                     connection = await self._dial(member.server)
+                    # What it has copied goes with it: the status tells until it has ended.
+                    self._told(member, (await connection.request("statistics", {}, {}, CONNECT_S)).fields)
                     await connection.request("drain", {}, {}, CONNECT_S)
                     await asyncio.sleep(DRAIN_S)
                     connection.close()

@@ -62,7 +62,7 @@ class Keeper:
             await asyncio.sleep(LOOK_S)
 
     def save_soon(self) -> None:
-        """What was restored may have another cluster's checkpoints alone: no lost slot comes back by itself of those."""
+        """What was restored has no checkpoint of this cluster yet: until then no lost slot comes back by itself."""
         self._next["save"] = self._clock()
 
     def due(self) -> Job | None:

@@ -81,6 +81,7 @@ def told(restore: Restore) -> dict[str, Any]:
 
     slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot here, as bytes; an index into servers
     ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted. term: that of the slots meanwhile.
+    hidden: names of tables that must not stay if it fails.
     """
     final = restore.final
     owners = np.full(final.slots_total, -1, "<i2")
@@ -91,6 +92,7 @@ def told(restore: Restore) -> dict[str, Any]:
         "term": restore.first.epoch,
         "slots": restore.slots,
         "tables": [[there, here] for there, here in restore.tables.items()],
+        "hidden": list(restore.renames),
         "owners": owners.tobytes(),
         "servers": [[s.name, s.incarnation, s.host, s.zone, list(s.addresses)] for s in final.servers],
     }

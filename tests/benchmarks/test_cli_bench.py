@@ -1,13 +1,14 @@
 """`embring bench`: help with an example, bad options named, figures printed and written."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.suites import placement, pull
+from benchmarks.suites import checkpoint, placement, pull
 from deploy.cli_bench import app
 from ps.errors import RequestError
 from tests.benchmarks.test_bench_placement import placement_result
@@ -95,5 +96,28 @@ def test_placement_prints_a_table_and_writes_a_page(monkeypatch: pytest.MonkeyPa
     assert "whole tables" in shown.stdout
     assert "<svg" in page.read_text()
     assert (asked[0].rows, asked[0].rounds, asked[0].seconds) == (20_000, 2, 1.0)
-    missing = invoke("placement", "--html", str(tmp_path / "no" / "page.html"))
-    assert "cannot write" in str(missing.exception)
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_nothing_is_measured_that_cannot_be_written(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[placement.Settings] = []
+    monkeypatch.setattr(placement, "run", lambda settings, report: asked.append(settings) or placement_result())
+    (tmp_path / "file").touch()
+    for place, says in (
+        ("no/page", "cannot write .*no/page: the folder .*no does not exist"),
+        ("file/page", "cannot write .*file/page: the folder .*file does not exist"),
+        ("", "cannot write .*: it is a folder"),
+    ):
+        refused = invoke("placement", option, str(tmp_path / place))
+        assert isinstance(refused.exception, RequestError)
+        assert re.fullmatch(says, str(refused.exception))
+    assert not asked
+
+
+def test_a_checkpoint_is_measured_in_a_folder_that_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checkpoint, "run", lambda settings, report: pytest.fail("it was measured"))
+    refused = invoke("checkpoint", "--folder", str(tmp_path / "no"))
+    assert isinstance(refused.exception, RequestError)
+    assert re.fullmatch("--folder: the folder .*/no does not exist", str(refused.exception))

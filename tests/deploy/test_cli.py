@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from deploy.cli import COMMANDS, app
+from deploy.cli import COMMANDS, _ended_in_order, app
 from ps.config import config_from_plain, load_config
+from ps.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
@@ -101,6 +103,10 @@ def test_help_fills_its_lines():
         (("checkpoint", "verify", "missing"), 1, "missing is missing"),
         (("table", "import", "item", "rows.csv"), 1, "no cluster is running"),
         (("checkpoint", "list", "missing"), 1, "missing"),
+        (("serve", "models", "--name", "a b"), 1, "--name is 'a b'; it must be up to 63 letters, digits, '.', '_' and"),
+        (("serve", "models", "--name", "server-0"), 1, "--name is 'server-0'"),
+        (("bench", "checkpoint", "--folder", "nodir"), 1, "--folder: the folder nodir does not exist"),
+        (("bench", "placement", "--html", "nodir/x.html"), 1, "cannot write nodir/x.html: the folder nodir does not"),
         (("demo", "--data", "foo"), 1, "data set 'foo' is unknown; there is movielens"),
     ],
 )
@@ -112,6 +118,23 @@ def test_an_error_is_one_sentence_and_a_status(arguments, status, sentence, tmp_
     if status == 1:
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["a", "router-9", "A.b_c-1", "x" * 63, "", "a b", "-a", "a/b", "x" * 64, "controller"])
+def test_a_router_may_have_the_names_of_servers_and_of_routers(name):
+    from deploy.cli_serve import check_name
+    from hashring.view import View
+    from ps.controller.outlook import names_for
+
+    def refused(check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except RequestError:
+            return True
+        return False
+
+    of_servers = refused(lambda: names_for(View.empty(1), (name,), 0)) and not name.startswith("router-")
+    assert refused(lambda: check_name(name)) == of_servers
 
 
 def test_a_damaged_checkpoint_is_listed_as_an_error_beside_the_others(tmp_path):
@@ -270,3 +293,19 @@ def _own_address() -> str:
     import ray.util
 
     return ray.util.get_node_ip_address()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_as_an_exception_does(number: int) -> None:
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, _ended_in_order():
+            signal.raise_signal(number)
+        assert ended.value.code == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with _ended_in_order():
+            signal.raise_signal(number)  # as under nohup
+    finally:
+        signal.signal(number, before)

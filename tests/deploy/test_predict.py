@@ -73,6 +73,24 @@ def test_a_malformed_line_is_named(tmp_path: Path, name: str, text: str, message
         read_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", r"rows\.jsonl has no rows: each line must be a JSON object$"),
+        ("rows.jsonl", b"\n \n", r"rows\.jsonl has no rows"),
+        ("rows.jsonl", b"\xff\x00\x9c", r"rows\.jsonl cannot be read: 'utf-8' codec"),
+        ("rows.csv", b"", r"rows\.csv has no rows below its line of names$"),
+        ("rows.csv", b"a,b\n", r"rows\.csv has no rows below its line of names$"),
+        ("rows.csv", b"\x01\x02\x03", r"rows\.csv has no rows below"),
+        ("rows.csv", b"a\n" + b"x" * 200_000, r"rows\.csv cannot be read: field larger than"),
+    ],
+)
+def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_rows(tmp_path / name)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
         read_rows(tmp_path / "none.jsonl")

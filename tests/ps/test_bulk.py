@@ -185,6 +185,74 @@ def test_what_another_table_left_counts_for_nothing(tmp_path: Path) -> None:
     assert imported(path) == {5: ROWS[1].tolist()}
 
 
+def interrupted(path: Path, dies: int = 5) -> Table:
+    """A table, and what an export of it left that died after some parts, when the table had few rows."""
+    table = Table(dies)
+    table.rows = {int(i): row for i, row in zip(IDS[:20], ROWS, strict=False)}
+    with pytest.raises(InterruptedError):
+        take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    return table
+
+
+def test_an_export_begun_anew_forgets_how_far_an_older_one_came(tmp_path: Path, kind: str) -> None:
+    """Else its rows, longer than those of the older one, would be taken for them."""
+    path = tmp_path / f"out{kind}"
+    table = interrupted(path)
+    anew = Export(path, 1, 2, DIM, resume=False)
+    first = next(bulk._pulled(table, "t", 0))[1]
+    for _ in range(20):
+        anew.write(first.ids, first.rows)
+    anew.close()  # as a kill before its own first mark leaves it
+    export = Export(path, 1, 2, DIM, resume=True)
+    assert not export.resumed
+    take(table, "t", export, Counter())
+    assert imported(path) == expected()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_older_mark_is_gone_before_anything_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """So that a kill in between leaves no mark of rows that are no more. resume: of another table."""
+    path = tmp_path / "out.npy"
+    interrupted(path)
+    marks: list[bool] = []
+
+    def opened(file: Path, mode: str) -> Any:
+        marks.append((tmp_path / ".out.npy.mark").exists())
+        return open(file, mode)
+
+    monkeypatch.setattr(bulk, "open", opened, raising=False)
+    Export(path, 1, 3 if resume else 2, DIM, resume).close()
+    assert marks == [False, False]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_kill_between_ids_and_rows_leaves_nothing_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: int
+) -> None:
+    """An older export of as many rows lay there. dies: before how many of the two got their names."""
+    path, table = tmp_path / "out.npy", Table()
+    table.rows = dict(zip((IDS + 1000).tolist(), ROWS, strict=True))
+    take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    replace = bulk.os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == (ids_path(path), path)[dies]:
+            raise InterruptedError
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.os, "replace", killed)
+        with pytest.raises(InterruptedError):
+            take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
+    assert not path.exists()
+    take(table, "t", Export(path, 1, 2, DIM, resume=True), Counter())
+    assert imported(path) == expected()
+
+
 def test_a_state_dict_counts_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     bag = torch.nn.EmbeddingBag(20, DIM)

@@ -275,3 +275,29 @@ def test_data_come_from_a_folder_or_a_function_beside_the_settings(tmp_path: Pat
     ):
         with pytest.raises(ConfigError, match=says):
             TrainConfig.from_plain({**config.to_plain(), "data": {"function": function}}, folder=tmp_path).dataset()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (
+            "return 5",
+            r"\[data\]: MODULE:load returned int; it must return PreparedRows, or a Dataset with len\(\) and ",
+        ),
+        ("return [1, 2]", r"\[data\]: MODULE:load returned list; it must return PreparedRows"),
+        ("return {}['user']", r"\[data\]: MODULE:load failed: KeyError: 'user'$"),
+        ("raise ValueError('one\\n  two')", r"\[data\]: MODULE:load failed: ValueError: one two$"),
+        ("raise RuntimeError", r"\[data\]: MODULE:load failed: RuntimeError$"),
+        ("return PreparedRows({}, None, None)", r"\[data\]: MODULE:load failed: TypeError: object of type 'NoneType'"),
+        ("return (", r"\[data\]: module 'MODULE' has a syntax error in .*MODULE.py line 4: '\(' was never closed$"),
+        ("pass\n1 / 0", r"\[data\]: function 'MODULE:load' cannot be imported: ZeroDivisionError: division by zero$"),
+    ],
+)
+def test_a_function_that_gives_no_rows_is_named(body: str, says: str, tmp_path: Path) -> None:
+    module = f"rows_of_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(
+        f"from router.training_data import PreparedRows\n\ndef load():\n    {body}\n"
+    )
+    config = TrainConfig.from_plain({**GOOD, "data": {"function": f"{module}:load"}}, folder=tmp_path)
+    with pytest.raises(RequestError, match=says.replace("MODULE", module)):
+        config.dataset()

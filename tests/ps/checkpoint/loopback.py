@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hashring.planner import CreateTable, Fail, Join, Return, plan
+from hashring.planner import CreateTable, DropTable, Fail, Join, Return, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
 from ps.checkpoint.reach import Access
@@ -176,6 +176,9 @@ class LoopCluster:
             return {"fingerprint": CONFIG.fingerprint}
         if verb == "restored":
             self.install(conclude(self.view, self._restoring))
+            return {}
+        if verb == "drop_table":
+            self.change(DropTable(fields["name"]))
             return {}
         self._restoring = prepare(self.view, fields.pop("manifest"), **fields)
         self.install(self._restoring.first)

@@ -5,7 +5,7 @@ import pytest
 
 from hashring.planner import DropTable
 from hashring.view import View
-from ps.checkpoint.storage import Storage
+from ps.checkpoint.storage import CheckpointError, Storage
 from ps.controller.restore import conclude, prepare
 from ps.errors import RequestError
 from ps.spec import SGD, Adagrad, Initializer, TableSpec
@@ -76,6 +76,21 @@ def test_the_old_table_serves_until_the_last_view(monkeypatch: pytest.MonkeyPatc
     cluster.restore(storage, tables=["item"], replace_tables=True)
     assert asked == [True]
     assert cluster.rows("item") != later
+
+
+def test_a_damaged_checkpoint_leaves_no_hidden_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, cluster = Storage("memory://beside/three"), source()
+    cluster.save(storage, "full")
+
+    def damaged(work: object, link: object) -> None:
+        raise CheckpointError("block 3 is damaged")
+
+    monkeypatch.setattr("ps.checkpoint.restore._Work.absorb", damaged)
+    with pytest.raises(CheckpointError, match="block 3 is damaged"):
+        cluster.restore(storage, tables=["item"], replace_tables=True)
+    assert sorted(t.name for t in cluster.view.tables) == ["item", "user", "whole"]
+    assert not cluster.view.lost().any()
+    cluster.save(storage, "next")
 
 
 def manifest(view: View) -> dict:

@@ -1,0 +1,243 @@
+"""Chains that lack a sound checkpoint: never committed anew, never counted as sound, never in the way of others."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from deploy.cli import app
+from ps.checkpoint.files import MANIFEST, Saving, chain, checkpoints
+from ps.checkpoint.job import newest_of
+from ps.checkpoint.retention import Checked, prune, verify
+from ps.checkpoint.storage import CheckpointError, Storage
+from ps.spec import SGD, TableSpec
+from tests.ps.checkpoint.loopback import ACCESS, LoopCluster, without_sockets
+
+__all__ = ["without_sockets"]
+pytestmark = pytest.mark.usefixtures("without_sockets")
+
+ITEM = TableSpec("item", 2, SGD(lr=1.0), seed=3)
+
+
+def source(storage: Storage, *names: str) -> LoopCluster:
+    """A cluster that was saved under these names; "a0" is full, "a1", "a2", ... are increments."""
+    cluster = LoopCluster(2, cluster=1)
+    cluster.create(ITEM)
+    for name in names:
+        cluster.push("item", list(range(40)), np.ones((40, 2)))
+        cluster.save(storage, name, incremental=not name.endswith("0"))
+    return cluster
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def blocks(folder: Path) -> Path:
+    return sorted(folder.glob("*.blocks"))[0]
+
+
+def remove(storage: Storage, name: str) -> None:
+    storage.withdraw(name, MANIFEST)
+    storage.remove(name)
+
+
+def unsound(storage: Storage, name: str | None = None) -> dict[str, Checked]:
+    return {c.name: c for c in verify(storage, name) if c.problems}
+
+
+# -- the parent goes during the save
+
+
+def during_a_save(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Call `act` once, after the next save has chosen its parent and before it commits."""
+    real = Saving.file
+
+    def file(saving: Saving) -> Any:
+        monkeypatch.setattr(Saving, "file", real)
+        act()
+        return real(saving)
+
+    monkeypatch.setattr(Saving, "file", file)
+
+
+def test_no_increment_is_committed_to_a_parent_that_prune_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    cluster = source(storage, "a0", "a1")
+
+    def other() -> None:
+        cluster.save(storage, "b0")
+        assert prune(storage, 1, 1) == ["a1", "a0"]
+
+    during_a_save(monkeypatch, other)
+    sentence = r"^the checkpoint it is an increment to, 'a1', was removed meanwhile; save again$"
+    with pytest.raises(CheckpointError, match=sentence):
+        cluster.save(storage, "a2", incremental=True)
+    assert storage.names() == ["b0"]
+    assert cluster.save(storage, "b1", incremental=True).parent == "b0"
+
+
+def test_no_increment_is_committed_to_a_parent_that_is_damaged_or_another_one_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    cluster = source(storage, "a0", "a1")
+
+    def replaced() -> None:
+        remove(storage, "a1")
+        cluster.save(storage, "a1")
+
+    for act, why in (
+        (replaced, "is an increment to another 'a1' than the one here"),
+        (lambda: damage(tmp_path / "a1" / MANIFEST), f"{tmp_path}/a1/manifest is damaged"),
+    ):
+        during_a_save(monkeypatch, act)
+        sentence = rf"^the checkpoint it is an increment to, 'a1', is of no use any more; save again \(.*{why}"
+        with pytest.raises(CheckpointError, match=sentence):
+            cluster.save(storage, "a2", incremental=True)
+        assert storage.names() == ["a0", "a1"]
+
+
+# -- retention
+
+
+def test_prune_removes_increments_whose_chain_lacks_a_checkpoint(tmp_path: Path) -> None:
+    storage, other = Storage(tmp_path), LoopCluster(1, cluster=9)
+    source(storage, "a0", "a1", "a2", "b0")
+    other.save(storage, "theirs0")
+    other.save(storage, "theirs1", incremental=True)
+    for name in ("a0", "theirs0"):
+        remove(storage, name)
+    listed = CliRunner().invoke(app, ["checkpoint", "list", str(tmp_path)]).stdout.splitlines()
+    lacking = {line.split()[0] for line in listed if "cannot be restored: its chain lacks a checkpoint" in line}
+    assert lacking == {"a1", "a2", "theirs1"}
+    assert prune(storage, 3, 1) == ["a2", "a1"]
+    assert storage.names() == ["b0", "theirs1"]
+
+
+def test_prune_keeps_increments_whose_parent_is_there_but_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that does not answer for a moment is no proof that a checkpoint is gone."""
+    storage = Storage(tmp_path)
+    source(storage, "a0", "a1", "b0")
+    damage(tmp_path / "a0" / MANIFEST)
+    assert prune(storage, 3, 1) == []
+    real_has, real_size = Storage.has, Storage.size
+
+    def size(storage: Storage, folder: str, name: str) -> int:
+        if folder == "a0":
+            raise OSError(5, "Input/output error")
+        return real_size(storage, folder, name)
+
+    monkeypatch.setattr(Storage, "has", lambda s, *parts: parts[:1] != ("a0",) and real_has(s, *parts))
+    monkeypatch.setattr(Storage, "size", size)
+    assert prune(storage, 3, 1) == []
+    assert storage.names() == ["a0", "a1", "b0"]
+
+
+# -- the newest
+
+
+@pytest.mark.parametrize("name", ["a1", "c0"])
+def test_the_newest_is_chosen_past_damaged_manifests_which_are_named(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path)
+    source(storage, "a0", "a1", "b0", "b1", "c0")
+    damage(tmp_path / name / MANIFEST)
+    newest = ["b0", "b1"] if name == "c0" else ["c0"]
+    assert [m.name for m in chain(storage, None)] == newest
+    assert newest_of(storage, 1) == newest[-1]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message == (
+        f"{tmp_path}/{name}/manifest is damaged: it fails its checksum; "
+        f"it is passed over, and the newest of the others is {newest[-1]!r}"
+    )
+    with pytest.raises(CheckpointError, match="damaged"):
+        chain(storage, name)
+    assert [m.name for m in checkpoints(storage)] == [n for n in ("a0", "a1", "b0", "b1", "c0") if n != name]
+    assert set(unsound(storage)) == {name}
+
+
+def test_damaged_manifests_alone_are_no_empty_folder(tmp_path: Path) -> None:
+    """`embring up --restore latest` would begin with an empty cluster."""
+    storage = Storage(tmp_path)
+    source(storage, "a0")
+    damage(tmp_path / "a0" / MANIFEST)
+    for choose in (checkpoints, lambda storage: chain(storage, None)):
+        with pytest.raises(CheckpointError, match="a0/manifest is damaged"):
+            choose(storage)
+
+
+@pytest.mark.parametrize("command", ["restore", "up"])
+def test_commands_restore_the_newest_past_an_old_damaged_manifest(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from deploy.cli_cluster import _restored
+
+    cluster, target = source(Storage(tmp_path), "a0", "b0"), LoopCluster(1, cluster=2)
+    damage(tmp_path / "a0" / MANIFEST)
+
+    @contextmanager
+    def controller(runtime: Any) -> Iterator[Any]:
+        yield target.ask
+
+    monkeypatch.setattr("ps.cluster.controller", controller)
+    monkeypatch.setattr("deploy.cli_checkpoint.running", SimpleNamespace)
+    monkeypatch.setattr("deploy.cli_checkpoint.access_to", lambda runtime: ACCESS)
+    if command == "up":
+        _restored(SimpleNamespace(), str(tmp_path), "latest")
+    else:
+        done = CliRunner().invoke(app, ["checkpoint", "restore", str(tmp_path), "--json"])
+        assert json.loads(done.stdout)["name"] == "b0"
+    assert f"{tmp_path}/a0/manifest is damaged" in caplog.text
+    assert target.rows("item") == cluster.rows("item")
+
+
+# -- verify
+
+
+def test_an_increment_on_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    source(storage, "a0", "a1", "a2", "b0")
+    damage(blocks(tmp_path / "a0"))
+    found = unsound(storage)
+    assert list(found) == ["a0", "a1", "a2"]
+    for name in ("a1", "a2"):
+        told = (f"{tmp_path}/{name} cannot be restored: it stands on 'a0', which is not sound",)
+        assert found[name].problems == unsound(storage, name)[name].problems == told
+    told = CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path)])
+    assert told.exit_code == 1
+    assert "a2 cannot be restored: it stands on 'a0', which is not sound" in told.stdout
+    assert "1 of 4 checkpoints are sound" in told.stdout
+
+
+def test_verify_finds_the_damage_below_whatever_it_is(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "manifests")  # the folder's own name is not taken for the file's
+    source(storage, "a0", "a1", "a2")
+    damage(tmp_path / "manifests" / "a0" / MANIFEST)
+    for name in (None, "a2"):
+        found = unsound(storage, name)
+        assert list(found) == ["a0", "a1", "a2"]
+        assert "manifest is damaged" in found["a0"].problems[0]
+        for above in ("a1", "a2"):
+            (problem,) = found[above].problems
+            assert problem.endswith(f"{above} cannot be restored: it stands on 'a0', which is not sound")
+    with pytest.raises(CheckpointError, match="a0/manifest is damaged"):
+        unsound(storage, "a0")
+    storage.remove("a0")
+    found = unsound(storage)
+    assert list(found) == ["a1", "a2"]
+    assert "a1 is an increment to 'a0', which is missing" in found["a1"].problems[0]
+    assert "it stands on 'a1', which is not sound" in found["a2"].problems[0]
