@@ -22,7 +22,7 @@ ROW_EXTRA_BYTES = 12
 
 NAMES_MAX = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
-_TAKEN = re.compile(r"controller|router(-\d+)?")
+_TAKEN = re.compile(r"controller|ray|router(-\d+)?")
 
 
 def names_for(view: View, names: Iterable[str], port: int, ending: Collection[str] = ()) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def names_for(view: View, names: Iterable[str], port: int, ending: Collection[st
         if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
             raise RequestError(
                 f"a server cannot be named {name[:80]!r}: a name has up to 63 letters, digits, '.', '_' and '-', and "
-                "the cluster's other processes are named controller and router-N"
+                "the cluster's other processes are named controller, ray and router-N"
             )
         if name in ending:
             raise RequestError(f"server {name!r} has left and its process is still ending: try again in some seconds")

@@ -81,7 +81,7 @@ def test_names() -> None:
     assert names_for(View.empty(1), (), 0) == ("server-0",)
     assert names_for(view, ("a", "b-2"), 0) == ("a", "b-2")
     assert names_for(view, ("b-2",), 5000) == ("b-2",)
-    for bad in ("", "-x", "a/b", "x" * 64, "controller", "router", "router-3", "a b"):
+    for bad in ("", "-x", "a/b", "x" * 64, "controller", "ray", "router", "router-3", "a b"):
         with pytest.raises(RequestError, match="a server cannot be named"):
             names_for(view, (bad,), 0)
     with pytest.raises(RequestError, match="its name must end in -N"):
