@@ -81,7 +81,7 @@ def restore(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring back the newest checkpoint of DIR: all of it into an empty cluster, or the lost slots of its own cluster.
+    """Bring back the newest checkpoint of DIR: all of it into an empty cluster, or the slots that a cluster has lost.
 
     An increment is restored with all that it stands on. Without --name, damaged manifests are named and passed over.
     The number of servers may be another. With --table the rest of the cluster goes on, and a table of that name serves

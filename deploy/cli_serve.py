@@ -9,7 +9,6 @@ import typer
 
 from deploy.cli_common import JsonOption, running
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
 _TAKEN = re.compile(r"controller|ray|server-\d+")
 
 
@@ -41,9 +40,10 @@ def serve(
 
 def check_name(name: str) -> None:
     """RequestError where a router cannot be named so: names are those of servers, and none that others have."""
+    from ps.controller.outlook import NAME
     from ps.errors import RequestError
 
-    if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
+    if not NAME.fullmatch(name) or _TAKEN.fullmatch(name):
         raise RequestError(
             f"--name is {name[:80]!r}; it must be up to 63 letters, digits, '.', '_' and '-', and the cluster's other "
             "processes are named controller, ray and server-N"

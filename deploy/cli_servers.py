@@ -83,7 +83,6 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
         raise ConfigError("--abort and --dry-run exclude each other")
     runtime = running()
     with controller(runtime) as ask:
-        copied = Copied(ask("status", fresh=True))
         if abort:
             told = ask("abort")
             say(f"going back: {', '.join(told['names'])}")
@@ -94,7 +93,7 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
                 print(json.dumps(plan) if as_json else table_of(plan))
                 return
             say(line_of(plan))
-        interrupted = False
+        copied, interrupted = Copied(ask("status", fresh=True)), False
         try:
             if not abort:
                 told = ask("move", **wanted)

@@ -55,8 +55,9 @@ def restore(
     """Bring a checkpoint's rows (the newest one's, or the named one's) into the cluster.
 
     Into a cluster without tables (or replace_tables: it drops them, once every checksum was compared) everything; into
-    the cluster that the checkpoint is of, where slots were lost, the lost slots. Until all is there, those slots answer
-    SlotsLost. tables: only these, into any cluster: one of the same name (with replace_tables) serves on until then.
+    the cluster that the checkpoint is of, or another with the same tables, the slots that it has lost. Until all is
+    there, those slots answer SlotsLost. tables: only these, into any cluster: one of the same name (with
+    replace_tables) serves on until then.
     Raises CheckpointError or RequestError.
     """
     links = chain(storage, name)

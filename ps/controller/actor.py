@@ -287,8 +287,9 @@ class Control:
                 await self.shell.spread(self.shell.view.epoch)
                 with contextlib.suppress(EmbringError):
                     connection = await self._dial(member.server)
-                    # What it has copied goes with it: the status tells until it has ended.
-                    self._told(member, (await connection.request("statistics", {}, {}, CONNECT_S)).fields)
+                    with contextlib.suppress(EmbringError):
+                        # What it has copied goes with it: the status tells until it has ended.
+                        self._told(member, (await connection.request("statistics", {}, {}, CONNECT_S)).fields)
                     await connection.request("drain", {}, {}, CONNECT_S)
                     await asyncio.sleep(DRAIN_S)
                     connection.close()

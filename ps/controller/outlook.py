@@ -21,7 +21,9 @@ ROW_EXTRA_BYTES = 12
 """An id and its table's number, which travel with each row."""
 
 NAMES_MAX = 64
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,62}")
+"""Names of servers, and of routers."""
+
 _TAKEN = re.compile(r"controller|ray|router(-\d+)?")
 
 
@@ -39,7 +41,7 @@ def names_for(view: View, names: Iterable[str], port: int, ending: Collection[st
     if len(chosen) > NAMES_MAX:
         raise RequestError(f"{len(chosen)} servers are named; at most {NAMES_MAX} join at a time")
     for name in chosen:
-        if not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
+        if not NAME.fullmatch(name) or _TAKEN.fullmatch(name):
             raise RequestError(
                 f"a server cannot be named {name[:80]!r}: a name has up to 63 letters, digits, '.', '_' and '-', and "
                 "the cluster's other processes are named controller, ray and router-N"
