@@ -243,10 +243,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def line_of(plan: Mapping[str, Any]) -> str:
     """The change in one line."""
     verb = "joins" if plan["kind"] == "join" else "leaves"
+    later = f"; {plan['lost']:,} slots are lost: loads are evened out once they are back" if plan["lost"] else ""
     return (
         f"{', '.join(plan['names'])} {verb}: {plan['slots']:,} copies of slots with about {plan['rows']:,} rows "
         f"({size(plan['bytes'])}) are copied, some {plan['seconds']:,.10g} s; "
-        f"{plan['turns']:,} slots get another primary"
+        f"{plan['turns']:,} slots get another primary" + (later if plan["kind"] == "join" else "")
     )
 
 

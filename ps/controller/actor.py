@@ -32,7 +32,7 @@ from ps.controller.keeper import Job, Keeper
 from ps.controller.members import Member, Members
 from ps.controller.metrics import serve_metrics
 from ps.controller.outlook import begun, names_for, outlook
-from ps.controller.restore import Restore, conclude, prepare, recovered, told
+from ps.controller.restore import Restore, conclude, prepare, receivers, recovered, told
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
 from ps.errors import EmbringError, NotApplied, RequestError
@@ -222,10 +222,21 @@ class Control:
             names = names_for(self.shell.view, names, self.config.server.port, ending)
         return Move(kind, tuple(map(str, names)), max(0, rate))
 
+    def _refuse(self, view: View, move: Move) -> None:
+        """Raise RequestError where a server is to leave that rows of a restore are on their way to."""
+        if self._restoring is None or move.kind != "leave":
+            return
+        if taking := sorted(receivers(view, self._restoring[1]) & set(move.names)):
+            raise RequestError(
+                f"rows of a restore are on their way to {', '.join(taking)}: wait until it has ended, or, if it was "
+                "killed, restore again first"
+            )
+
     def _outlook(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         figures_of = {m.name: m.figures for m in self.members.by_name.values()}
-        limit = self.config.server.copy_max_mib_per_s << 20
-        return outlook(self.shell.view, self._move_of(fields), figures_of, limit)
+        limit, move = self.config.server.copy_max_mib_per_s << 20, self._move_of(fields)
+        self._refuse(self.shell.view, move)
+        return outlook(self.shell.view, move, figures_of, limit)
 
     async def _move(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin to add or remove servers: how far it is, `status` tells."""
@@ -240,7 +251,12 @@ class Control:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             return {"names": list(move.names), "epoch": self.shell.view.epoch}
-        return {"names": list(move.names), "epoch": await self._change(Begin(move))}
+
+        def wish(view: View) -> Change:
+            self._refuse(view, move)
+            return Begin(move)
+
+        return {"names": list(move.names), "epoch": await self._change(wish)}
 
     async def _join(self, move: Move) -> None:
         """Start the servers, and have them join; where one does not start, none does."""

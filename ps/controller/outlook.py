@@ -92,7 +92,8 @@ def pair_loads(view: View, figures: Mapping[str, Mapping[str, Any]]) -> tuple[ND
 def outlook(view: View, move: Move, figures: Mapping[str, Mapping[str, Any]], limit: int = 0) -> dict[str, Any]:
     """What the move would do. Raises RequestError where it is refused.
 
-    limit: bytes a second of a server's copies by the settings, 0 for none. slots: copies of slots that are made.
+    limit: bytes a second of a server's copies by the settings, 0 for none. slots: copies of slots that are made. lost:
+    slots that nobody has: while there are some, who joins is given no more than copies that are missing.
     servers, hosts: copies, primaries and bytes of each before and after.
     """
     after = begun(view, move)
@@ -120,6 +121,7 @@ def outlook(view: View, move: Move, figures: Mapping[str, Mapping[str, Any]], li
         "kind": move.kind,
         "names": list(move.names),
         "slots": int(made.sum()),
+        "lost": int(view.lost().sum()),
         "turns": int((present[:, 0] != wanted[:, 0]).sum()),
         "rows": round(float((rows * made.sum(axis=1)).sum())),
         "bytes": round(share),

@@ -163,13 +163,27 @@ def conclude(view: View, restore: Restore) -> View:
     return _renamed(_above(_planned(view, Reassign(wanted, owners)), restore.term_max), restore.renames)
 
 
+def receivers(view: View, restore: Restore) -> set[str]:
+    """Names of the servers that rows are sent to, while the restore can still end: whoever leaves, dooms it."""
+    wanted = np.array(restore.wanted, np.int64)
+    waiting = view.lost()[wanted] & (view.terms()[wanted] == restore.first.epoch)
+    planned = {restore.final.servers[i].incarnation for i in np.unique(restore.final.owners()[wanted[waiting], 0])}
+    return {s.name for s in view.servers if s.alive and s.incarnation in planned}
+
+
 def recovered(view: View) -> View:
-    """The view with every lost slot given to one living server. Raises RequestError where none lives."""
+    """The view with every lost slot given to one living server, which is neither joining nor leaving where there are
+    others. Raises RequestError where none lives."""
     after, lost = _planned(view, Recover()), view.lost()
+    moving = view.move.names if view.move is not None else ()
+    settled = np.array([i for i, s in enumerate(after.servers) if s.alive and s.name not in moving], np.int16)
     groups = []
     for group in after.groups:
-        owners = group.owners.copy()
-        owners[lost[group.first : group.first + group.slots], 1:] = -1
+        owners, mine = group.owners.copy(), lost[group.first : group.first + group.slots]
+        owners[mine, 1:] = -1
+        others = np.flatnonzero(mine & ~np.isin(owners[:, 0], settled))
+        if len(settled):  # a whole table keeps to one of them
+            owners[others, 0] = settled[(others if group.placement == "sharded" else group.number) % len(settled)]
         groups.append(replace(group, owners=owners))
     return replace(after, groups=tuple(groups)).check()
 

@@ -12,6 +12,7 @@ PLAN = {
     "names": ["server-3"],
     "slots": 8192,
     "turns": 4164,
+    "lost": 0,
     "rows": 100_000,
     "bytes": 9_200_000,
     "seconds": 3.2,
@@ -44,6 +45,10 @@ def test_a_plan_is_told_in_a_line_and_in_a_table() -> None:
     assert "no limit" in table
     assert "50 MiB/s a server" in table_of({**PLAN, "bytes_per_s": 50 * 2**20})
     assert "1,048,576 MiB/s a server" in table_of({**PLAN, "bytes_per_s": 2**40})
+    assert "lost" not in table
+    later = "; 9 slots are lost: loads are evened out once they are back"
+    assert line_of({**PLAN, "lost": 9}).endswith(later)
+    assert later not in line_of({**PLAN, "lost": 9, "kind": "leave"})
     assert "some 12,345,678 s" in line_of({**PLAN, "seconds": 12345678.0})
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from hashring.planner import Begin, Enlist, plan
-from hashring.view import Server, View
+from hashring.planner import Begin, CreateTable, Enlist, Fail, plan
+from hashring.view import Move, Server, View
 from ps.config import Config
 from ps.controller import actor
 from ps.controller.actor import Control
 from ps.controller.members import Member
 from ps.errors import RequestError
+from ps.failover import Wish
 from ps.server import Setup
 from ps.viewlog import ViewLog
 
@@ -87,6 +88,40 @@ def test_the_name_of_a_process_that_is_still_ending_is_not_given_to_another(tmp_
         with pytest.raises(RequestError, match="'server-3' has left and its process is still ending"):
             await control.admin("move", {"kind": "join", "names": ["server-3"]})
         assert (await control.admin("outlook", {"kind": "join", "names": []}))["names"] == ["server-4"]
+        control.shell.close()
+
+    asyncio.run(test())
+
+
+def test_a_server_that_rows_of_a_restore_are_on_their_way_to_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        control = control_of(tmp_path)
+        mind = control.shell.mind
+        mind.view = plan(plan(mind.view, CreateTable("t", {}, replicas=1)), Fail("server-1"))
+        manifest = {
+            "cluster": mind.view.cluster,
+            "term_max": 1,
+            "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in mind.view.tables],
+            "groups": [[g.number, g.placement, g.replicas, g.first, g.slots] for g in mind.view.groups],
+        }
+
+        async def change(wish: Wish) -> int:
+            change = wish(mind.view) if callable(wish) else wish
+            assert change is not None
+            mind.view = change if isinstance(change, View) else plan(mind.view, change)
+            return mind.view.epoch
+
+        monkeypatch.setattr(control, "_change", change)
+        begun = await control.admin("restore", {"manifest": manifest})
+        for verb in ("move", "outlook"):
+            with pytest.raises(RequestError, match="rows of a restore are on their way to server-0"):
+                await control.admin(verb, {"kind": "leave", "names": ["server-0"]})
+        assert control.shell.view.move is None
+        await control.admin("restored", {"restore": begun["restore"]})
+        await control.admin("move", {"kind": "leave", "names": ["server-0"]})
+        assert control.shell.view.move == Move("leave", ("server-0",))
         control.shell.close()
 
     asyncio.run(test())

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hashring.planner import CreateTable, DropTable, Enlist, Fail, Return, plan
-from hashring.view import Server, View
-from ps.controller.restore import conclude, prepare, recovered
+from hashring.planner import Begin, CreateTable, DropTable, Enlist, Fail, Return, plan
+from hashring.view import Move, Server, View
+from ps.controller.restore import conclude, prepare, receivers, recovered
 from ps.errors import RequestError
 
 
@@ -129,3 +129,43 @@ def test_a_checkpoint_without_tables() -> None:
     after = conclude(restore.first, restore)
     assert after.tables == ()
     assert [s.name for s in after.servers] == ["s0", "s1", "s2"]
+
+
+def test_lost_slots_are_not_given_to_who_is_joining_or_leaving() -> None:
+    """A leaver would go before it has them, or never; who joins may be taken back."""
+    whole = plan(cluster(), CreateTable("w", {}, "whole", replicas=1, slots=4))
+    holder = whole.servers[whole.owners()[whole.group(whole.table("w").group).first, 0]].name
+    view = plan(whole, Fail(holder))
+    stays, goes = (s.name for s in view.servers if s.alive)
+    join = Begin(Move("join", ("s9",)), (Server("s9", 30, "h9"),))
+    for move, settled in ((Begin(Move("leave", (goes,))), {stays}), (join, {stays, goes})):
+        moving = plan(view, move)
+        after = recovered(moving)
+        given = {after.servers[i].name for i in after.owners()[view.lost(), 0]}
+        assert not after.lost().any()
+        assert given <= settled
+        kept = ~view.lost()
+        assert (after.owners()[kept] == moving.owners()[kept]).all()
+        group = after.group(after.table("w").group)
+        assert len(np.unique(group.owners[:, 0])) == 1
+
+
+def test_where_everybody_moves_lost_slots_go_to_who_does() -> None:
+    view = plan(View.empty(1, slot_bits=4), Enlist((Server("s0", 10, "h0"),)))
+    view = plan(plan(view, CreateTable("t", {}, replicas=1)), Fail("s0"))
+    view = plan(view, Begin(Move("join", ("s1",)), (Server("s1", 11, "h1"),)))
+    assert not recovered(view).lost().any()
+
+
+def test_those_whom_rows_are_sent_to_are_known_while_the_restore_can_end() -> None:
+    view = plan(cluster(), Fail("s1"))
+    restore = prepare(view, manifest(view), replace_tables=False, accept_loss=False)
+    assert receivers(restore.first, restore) == {"s0", "s2"}
+    assert receivers(plan(restore.first, Fail("s0")), restore) == {"s2"}
+    assert receivers(conclude(restore.first, restore), restore) == set()
+    assert receivers(recovered(restore.first), restore) == set()
+    assert (
+        receivers(prepare(restore.first, manifest(view), replace_tables=False, accept_loss=False).first, restore)
+        == set()
+    )
+    assert receivers(plan(restore.first, DropTable("t")), restore) == set()
