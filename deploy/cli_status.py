@@ -91,8 +91,8 @@ def render(record: Mapping[str, Any]) -> Any:
             *(f"{s.get('requests_per_s', 0.0):,.0f}", *latency, _lag(s), str(s["restarts"])),
         )
     tables = Table(box=None, pad_edge=False)
-    for title in ("table", "dim", "placement", "replicas", "optimizer", "rows"):
-        tables.add_column(title, justify="right" if title in ("dim", "replicas", "rows") else "left")
+    for title in ("table", "dim", "placement", "replicas", "optimizer", "rows in all copies"):
+        tables.add_column(title, justify="right" if title in ("dim", "replicas", "rows in all copies") else "left")
     for t in record["tables"]:
         rows = sum(s.get("rows_by_table", {}).get(t["name"], 0) for s in record["servers"])
         kind = t["optimizer"]["kind"]
