@@ -242,7 +242,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def line_of(plan: Mapping[str, Any]) -> str:
     """The change in one line."""
-    verb = "joins" if plan["kind"] == "join" else "leaves"
+    verb = plan["kind"] + ("s" if len(plan["names"]) == 1 else "")
     later = f"; {plan['lost']:,} slots are lost: loads are evened out once they are back" if plan["lost"] else ""
     return (
         f"{', '.join(plan['names'])} {verb}: {plan['slots']:,} copies of slots with about {plan['rows']:,} rows "

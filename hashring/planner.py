@@ -255,7 +255,9 @@ def _check_leave(view: View, names: Sequence[str]) -> None:
 def _begin(view: View, move: Move, servers: Sequence[Server]) -> View:
     if view.move is not None:
         verb = "joining" if view.move.kind == "join" else "leaving"
-        raise PlanError(f"{', '.join(view.move.names)} are {verb}; wait until that is done, or abort it")
+        raise PlanError(
+            f"a change is under way ({', '.join(view.move.names)} {verb}): wait until it is done, or abort it"
+        )
     if len(set(move.names)) < len(move.names) or not move.names:
         raise PlanError(f"the servers are {', '.join(move.names) or 'none'}; each must be named once")
     if move.kind == "join":

@@ -241,7 +241,9 @@ class Control:
     async def _move(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin to add or remove servers: how far it is, `status` tells."""
         if self._starting:
-            raise RequestError(f"{', '.join(self._starting)} are being started to join; wait until they have, or abort")
+            raise RequestError(
+                f"a change is under way ({', '.join(self._starting)} starting): wait until it is done, or abort it"
+            )
         move = self._move_of(fields)
         begun(self.shell.view, move)  # refused before any process is started
         self._failed = ""

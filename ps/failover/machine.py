@@ -365,7 +365,7 @@ class Failover:
         """The way to the goal; None where it cannot be told, since a server that owns slots does not answer."""
         view, servers = self.view, self.view.servers
         unusable = frozenset(s.name for s in servers if s.alive and not self._usable(s.incarnation))
-        if not view.groups or 2 * len(unusable) > sum(s.alive for s in servers):
+        if 2 * len(unusable) > sum(s.alive for s in servers):
             return None
         shared = view.owners()[count_of(view.owners() >= 0) > 1]
         if any(s.name in unusable and (shared == i).any() for i, s in enumerate(servers)):

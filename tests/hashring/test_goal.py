@@ -229,7 +229,7 @@ def test_refusals(change: Begin | Abort | End, says: str) -> None:
 
 def test_one_move_at_a_time_and_none_ends_early() -> None:
     view = plan(cluster(3, bits=4), Begin(Move("leave", ("s2",))))
-    with pytest.raises(PlanError, match="s2 are leaving; wait until that is done, or abort it"):
+    with pytest.raises(PlanError, match=r"\(s2 leaving\): wait until it is done, or abort it"):
         plan(view, Begin(Move("leave", ("s1",))))
     with pytest.raises(PlanError, match="s2 still own"):
         plan(view, End())

@@ -155,6 +155,16 @@ def test_a_server_joins_and_no_more_is_copied_than_its_share(replicas: int) -> N
     assert world.copies <= SLOTS * replicas / 4 + 1
 
 
+def test_servers_join_and_leave_where_there_is_no_table_yet() -> None:
+    world = World(plan(View.empty(1, slot_bits=BITS), Enlist(tuple(server(i) for i in range(3)))))
+    world.run(3)
+    for change, left in ((joining(3), names(0, 1, 2, 3)), (leaving(0, 2), names(1, 3))):
+        world.begin(change)
+        world.run()
+        assert world.view.move is None
+        assert {s.name for s in world.view.servers} == left
+
+
 def test_several_join_and_leave_at_once() -> None:
     world = World(cluster(3))
     world.run(3)
@@ -357,7 +367,7 @@ def test_a_second_move_while_one_runs_is_refused() -> None:
     world.begin(leaving(0))
     assert [t.token for t in world.told if isinstance(t, Changed)] == ["wish"]
     (refused,) = [t for t in world.told if isinstance(t, Refused)]
-    assert "s3 are joining; wait until that is done, or abort it" in str(refused.error)
+    assert "a change is under way (s3 joining): wait until it is done, or abort it" in str(refused.error)
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 3), (2, "all"), (3, 1)])
