@@ -136,7 +136,8 @@ def _checkpoint(record: Mapping[str, Any]) -> str:
         parts.append(f"a {told['doing']} is under way")
     if told["error"]:
         parts.append(f"the last one failed: {told['error']}")
-    return f"checkpoints in {told['directory']}: {'; '.join(parts) or 'none yet'}"
+    none = "the controller has saved none of this cluster yet" if told["every_s"] else ""
+    return f"checkpoints in {told['directory']}: {'; '.join(parts) or none}" if parts or none else ""
 
 
 def _lag(server: Mapping[str, Any]) -> str:
