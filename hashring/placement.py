@@ -8,17 +8,19 @@ one copy of each slot while there are enough hosts, so the servers of a big host
 that joins takes its fair share from those above theirs; the slots of a leaver go to those below. Both come out within
 one slot of the fair share: sharing each slot's copies out in fractions would, and a flow rounds that to whole numbers
 (`flow.settle`). The exception is a host with a copy of nearly every slot: few slots can go to or from it, and loads
-may stay uneven until `spread`. Which slots go is the ring's choice, by `distances`.
+may stay uneven until `spread`. Which slots go is chosen so that each keeps its owners in different teams (teams.py),
+and else by the ring, by `distances`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hashring.flow import offers, rooms, settle
+from hashring.teams import CLASH, NEVER, members, teams, untangle
 
 Owners = NDArray[np.int16]
 _ROUNDING = 1e-6
@@ -163,6 +165,7 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     owners = np.tile(np.array(order[:copies], np.int16), (slots, 1))
     for count in range(copies, len(order)):
         owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)
+    owners = untangle(owners, teams(owners, live, sites.usable, copies), partial(_over, sites=sites, copies=copies))
     for _ in range(3):  # nothing lies there yet: all may move
         if excess(owners, sites, copies, live) > (0, 0):
             owners = spread(owners, sites, distances, copies, live)
@@ -187,8 +190,8 @@ def join(
 ) -> Owners:
     """The newcomer's fair share: first of places that nobody holds, then from the servers that are above theirs.
 
-    Nothing moves between the others. Slots go that the ring puts nearest to the newcomer, from the owners that it puts
-    farthest; those first that have two owners on one host, and would not then.
+    Nothing moves between the others. Slots go first that have two owners on one host, or in one team, and would not
+    then; else those that the ring puts nearest to the newcomer, from the owners that it puts farthest.
     """
     owners = _wide(owners, copies)
     slots, k = len(owners), len(sites.hosts)
@@ -214,13 +217,14 @@ def join(
     goal = min(len(willing), max(goal, int(must.sum())))
     if goal <= 0:
         return owners
-    near_first = willing[np.lexsort((nearness[willing], ~must[willing]))]
-    far = np.where(options[:, :-1] >= 0, np.take_along_axis(distances, np.maximum(options[:, :-1], 0), axis=1), -1)
+    gifts = _gifts(owners, options[:, :-1], newcomer, distances, teams(owners, live, sites.usable, copies))
+    best = gifts.min(axis=1)
+    apart = -(-best // CLASH)  # without the distance
     choice = np.full(slots, k, np.int64)
-    givers = near_first[:goal]
-    choice[givers] = options[givers, far[givers].argmax(axis=1)]
+    givers = willing[np.lexsort((nearness[willing], apart[willing], ~must[willing]))][:goal]
+    choice[givers] = options[givers, gifts[givers].argmin(axis=1)]
     costs = np.empty(options.shape, np.int32)
-    costs[:, :-1] = nearness[:, None] - far  # to give: near to the newcomer, far from the giver
+    costs[:, :-1] = nearness[:, None] + gifts
     costs[:, -1] = -nearness  # to keep after all: far from the newcomer
     surplus = _loads(owners, live, k) - fair
     low, high = _bounds(surplus)
@@ -230,11 +234,29 @@ def join(
     return owners
 
 
+def _crowded(owners: Owners, team: NDArray[np.int8]) -> NDArray[np.int32]:
+    """int32[slots, k]: what it costs that a server becomes an owner, by the owner that its team has already."""
+    return np.where(members(owners, team)[:, team] > 0, np.int32(CLASH), np.int32(0))
+
+
+def _gifts(
+    owners: Owners, givers: Owners, newcomer: int, distances: NDArray[np.int32], team: NDArray[np.int8]
+) -> NDArray[np.int32]:
+    """int32[slots, c]: what it costs that this giver's place becomes the newcomer's: by how many more or fewer owners
+    are not alone in their team then, and less if the giver is far on the ring."""
+    held, theirs, mine = members(owners, team), team[givers], team[newcomer]
+    leaves_alone = np.take_along_axis(held, theirs.astype(np.int64), axis=1) > 1
+    worse = np.where(theirs == mine, 0, (held[:, [mine]] > 0).astype(np.int32) - leaves_alone)
+    far = np.take_along_axis(distances, np.maximum(givers, 0), axis=1)
+    return np.where(givers >= 0, worse * np.int32(CLASH) - far, np.int32(NEVER))
+
+
 def fill(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:
     """Give live slots with fewer than `copies` owners more of them, from the servers below their fair share."""
     owners = _wide(owners, copies)
     k = len(sites.hosts)
     fair, limits = sites.fair(int(live.sum()), copies), sites.limits(copies)
+    team = teams(owners, live, sites.usable, copies)
     while True:
         short = np.flatnonzero(live & (owners[:, copies - 1] < 0))
         if not len(short):
@@ -243,7 +265,7 @@ def fill(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int
         rooms(owners[short], sites.usable, sites.places, limits, options)
         wanted = np.maximum(fair - _loads(owners, live, k), 0)
         wanted *= min(1.0, len(short) / max(1.0, wanted.sum()))
-        costs = distances[short]
+        costs = distances[short] + _crowded(owners[short], team)
         choice = np.where(options >= 0, costs, np.iinfo(np.int32).max).argmin(axis=1)
         settle(choice, options, costs, *_bounds(wanted))
         owners[short, (owners[short] >= 0).sum(axis=1)] = choice
@@ -279,16 +301,21 @@ def shed(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int
 def excess(owners: Owners, sites: Sites, copies: int, live: NDArray[np.bool_]) -> tuple[int, float]:
     """How far live slots are from what they should be: owners that share a host or zone beyond the limits, and copies
     beyond one slot of the servers' fair shares."""
-    limits, listed = sites.limits(copies), owners[live]
-    over = 0
-    for kind in range(2):
-        places = np.where(listed >= 0, sites.places[kind][listed], -1)
-        for c in range(1, listed.shape[1]):
-            same = (places[:, :c] == places[:, c : c + 1]).sum(axis=1)
-            over += int(((same >= limits[kind]) & (listed[:, c] >= 0)).sum())
+    over = int(_over(owners[live], sites, copies).sum())
     loads = _loads(owners, live, len(sites.hosts))
     off = np.abs(loads - sites.fair(int(live.sum()), copies))[sites.usable] - 1
     return over, float(np.round(np.maximum(off, 0).sum(), 6))
+
+
+def _over(owners: Owners, sites: Sites, copies: int) -> NDArray[np.int64]:
+    """int64[slots]: owners that share a host or zone beyond the limits."""
+    limits, over = sites.limits(copies), np.zeros(len(owners), np.int64)
+    for kind in range(2):
+        places = np.where(owners >= 0, sites.places[kind][owners], -1)
+        for c in range(1, owners.shape[1]):
+            same = (places[:, :c] == places[:, c : c + 1]).sum(axis=1)
+            over += (same >= limits[kind]) & (owners[:, c] >= 0)
+    return over
 
 
 def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: int, live: NDArray[np.bool_]) -> Owners:
@@ -300,10 +327,11 @@ def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: i
     owners = fill(owners, sites, distances, copies, live)
     k, rows = len(sites.hosts), np.flatnonzero(live)
     fair, limits = sites.fair(len(rows), copies), sites.limits(copies)
-    costs = distances[rows]
+    team = teams(owners, live, sites.usable, copies)
     for column in reversed(range(copies)):
         others = owners[rows]
         others[:, column] = -1
+        costs = distances[rows] + _crowded(others, team)
         options = np.full((len(rows), k), -1, np.int16)
         rooms(others, sites.usable, sites.places, limits, options)
         choice = owners[rows, column].astype(np.int64)
