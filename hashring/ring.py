@@ -41,8 +41,3 @@ def distances(servers: Sequence[str], slots: int, points: int = POINTS) -> NDArr
     if not servers:
         return np.empty((slots, 0), np.int32)
     return _distances(tuple(servers), slots, points)
-
-
-def preferences(servers: Sequence[str], slots: int, points: int = POINTS) -> NDArray[np.int16]:
-    """int16[slots, len(servers)]: for each slot the servers (by index) in the order in which the ring meets them."""
-    return np.argsort(distances(servers, slots, points), axis=1, kind="stable").astype(np.int16)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-STAGES = ("prepare", "queue", "pull", "head", "total")
 _SECONDS = tuple(base * 10.0**power for power in (-5, -4, -3, -2, -1, 0) for base in (1, 2, 5))
 _ROWS = tuple(2.0**power for power in range(15))
 

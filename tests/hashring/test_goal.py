@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashring.balance import balance
 from hashring.goal import goal
 from hashring.planner import (
     Abort,
@@ -25,6 +24,7 @@ from hashring.planner import (
     plan,
 )
 from hashring.view import Move, Server, View
+from tests.hashring.balance import balance
 
 BITS = 10
 SLOTS = 2**BITS

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hashring.balance import balance
 from hashring.placement import Sites, fresh
 from hashring.planner import CreateTable, Fail, Join, Leave, PlanError, Rebalance, Recover, Return, plan
 from hashring.ring import distances
 from hashring.view import Server, View
+from tests.hashring.balance import balance
 
 SLOTS = 1 << 12
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashring.balance import balance
 from hashring.planner import (
     AlterTable,
     CreateTable,
@@ -28,6 +27,7 @@ from hashring.planner import (
     plan,
 )
 from hashring.view import SLOTS_MAX, Group, Server, View
+from tests.hashring.balance import balance
 
 BITS = 14
 

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from uhashring import HashRing
 
-from hashring.ring import preferences
+from hashring.ring import distances
+
+
+def preferences(names: list[str], slots: int) -> np.ndarray:
+    """The servers of each slot in the order in which the ring meets them."""
+    return np.argsort(distances(names, slots), axis=1)
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], [f"s{i}" for i in range(9)]])

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashring.balance import balance
 from hashring.planner import Abort, Begin, CreateTable, Enlist, Withdraw, plan
 from hashring.view import Move, Server, View
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused
 from ps.failover.moves import course
 from ps.replication import ADMISSION, LESSON, Standing
+from tests.hashring.balance import balance
 
 BITS = 5
 SLOTS = 2**BITS
