@@ -118,8 +118,8 @@ def choose_readers(slots: I32, readers: I16, load: F64) -> I16:
 
     Greedy cover: next comes a server that holds all that is still uncovered, or else one of those that hold nearly the
     most of it (at least NEARLY of that); among several, the least loaded. Were it always the one that holds the most,
-    the owner of a few hot ids would answer two to four times its share, whatever its load; so, it takes 0 to 4 % more
-    servers a request, and none with three servers.
+    the owner of a few hot ids would answer two to four times its share, whatever its load; so, it takes up to a tenth
+    more servers a request, and none with up to five.
     readers int16[slots, C], -1 behind the last living owner. load float64[S].
     """
     ids_of = np.zeros(readers.shape[0], np.int32)
