@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -307,6 +308,18 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and gives it to nobody afterwards: it would end a command that has started a
+    cluster, and leave the cluster."""
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and callable(kept):
+            signal.signal(signal.SIGTERM, kept)
+
+
+@contextlib.contextmanager
 def _driver(runtime: Runtime) -> Iterator[None]:
     """This process as a driver of the cluster's Ray, from the state folder.
 
@@ -329,10 +342,11 @@ def _driver(runtime: Runtime) -> Iterator[None]:
             raise ConfigError("this process already uses Ray: start and ask a cluster from a process of its own")
         os.chdir(runtime.state)
         try:
-            ray.init(
-                address=runtime.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
-                configure_logging=False,
-            )  # fmt: skip
+            with _sigterm_kept():
+                ray.init(
+                    address=runtime.ray_address, namespace=NAMESPACE, log_to_driver=False,
+                    logging_level=logging.ERROR, configure_logging=False,
+                )  # fmt: skip
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise NotApplied(f"Ray at {runtime.ray_address} does not answer: {_cause(error)}") from None
         finally:
@@ -340,7 +354,8 @@ def _driver(runtime: Runtime) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with _sigterm_kept():
+                ray.shutdown()
     finally:
         for key, value in before.items():
             if value is None:

@@ -1,6 +1,9 @@
 """Starting a cluster, without one: what is tried again, what is waited for, what the user is told."""
 
+import ctypes
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -158,3 +161,22 @@ def test_each_server_that_is_up_is_told_of(monkeypatch):
     assert time.monotonic() - began < cluster.START_TIMEOUT_S
     assert [s["state"] for s in status["servers"]] == ["alive"] * 3
     assert said == [f"starting servers: {k} of 3 are up" for k in range(3)]
+
+
+@pytest.mark.parametrize("taken", ["by Python", "beneath it"])
+def test_sigterm_stays_with_the_command_whatever_ray_does_with_it(taken: str) -> None:
+    """Ray's own code sets it as the kernel's default again, which Python does not know of."""
+    met: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: met.append(number))
+    try:
+        with cluster._sigterm_kept():
+            if taken == "by Python":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            else:
+                libc = ctypes.CDLL(None)
+                libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+                libc.signal(signal.SIGTERM, None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert met == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
