@@ -45,7 +45,7 @@ def save(
     Example:  embring checkpoint save backups --incremental --keep 3
     """
     from ps.checkpoint.models import newest_versions
-    from ps.checkpoint.retention import prune
+    from ps.checkpoint.retention import prune_after
     from ps.checkpoint.save import save as save_rows
     from ps.checkpoint.storage import Storage
 
@@ -55,14 +55,18 @@ def save(
             storage, servers_of(runtime), access_to(runtime), runtime.fingerprint,
             name=name, incremental=incremental, models=newest_versions(models) if models else None, counter=counter,
         )  # fmt: skip
-    pruned = prune(storage, keep, runtime.cluster) if keep else []
-    if as_json:
-        print(json.dumps({**vars(saved), "pruned": pruned}))
-        return
     what = f"an increment to {saved.parent}: " if saved.parent else ""
-    print(f"{saved.path}: {what}{saved.rows:,} rows, {saved.bytes:,} bytes in {saved.seconds:.1f} s")
-    for gone in pruned:
-        print(f"removed {gone}")
+    if not as_json:  # before anything else can fail, or be interrupted
+        print(f"{saved.path}: {what}{saved.rows:,} rows, {saved.bytes:,} bytes in {saved.seconds:.1f} s", flush=True)
+    after = prune_after(storage, keep, runtime.cluster) if keep else {"pruned": [], "prune_error": ""}
+    if as_json:
+        print(json.dumps({**vars(saved), **after}))
+    else:
+        for gone in after["pruned"]:
+            print(f"removed {gone}")
+    if after["prune_error"]:
+        say(f"error: {after['prune_error']}")
+        raise typer.Exit(1)
 
 
 @app.command()

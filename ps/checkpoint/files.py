@@ -266,8 +266,8 @@ def checkpoints(storage: Storage) -> list[Manifest]:
     return good
 
 
-def newest(storage: Storage) -> Manifest:
-    """The newest checkpoint that can be read: an old damaged one is in nobody's way.
+def newest(storage: Storage, cluster: int = 0) -> Manifest:
+    """The newest checkpoint that can be read, of the cluster where there is one: an old damaged one is in nobody's way.
 
     Nobody knows when a damaged one was taken, so each is named in the log, which commands have on standard error.
     Raises CheckpointError where there is none.
@@ -277,7 +277,7 @@ def newest(storage: Storage) -> Manifest:
         raise bad[0] if bad else CheckpointError(f"there is no checkpoint in {storage.root}")
     for error in bad:
         log.warning("%s; it is passed over, and the newest of the others is %r", error, good[-1].name)
-    return good[-1]
+    return ([m for m in good if m.cluster == cluster] or good)[-1]
 
 
 def missing(storage: Storage, name: str) -> bool:
@@ -289,13 +289,13 @@ def missing(storage: Storage, name: str) -> bool:
     return False
 
 
-def chain(storage: Storage, name: str | None) -> list[Manifest]:
-    """What a named checkpoint (None: the newest) needs, a full one first, itself last.
+def chain(storage: Storage, name: str | None, cluster: int = 0) -> list[Manifest]:
+    """What a named checkpoint (None: the newest, of the cluster if it has any) needs, a full one first, itself last.
 
     Raises CheckpointError where there is none, or where a link of the chain is missing or another one.
     """
     storage.existing()
-    manifest = newest(storage) if name is None else read_manifest(storage, name)
+    manifest = newest(storage, cluster) if name is None else read_manifest(storage, name)
     links = [manifest]
     while manifest.parent:
         there = storage.has(manifest.parent, MANIFEST)

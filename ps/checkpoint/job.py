@@ -16,7 +16,7 @@ from ps.checkpoint.files import survey
 from ps.checkpoint.models import newest_versions
 from ps.checkpoint.reach import Access, controller_through
 from ps.checkpoint.restore import restore
-from ps.checkpoint.retention import chains, prune
+from ps.checkpoint.retention import chains, prune_after
 from ps.checkpoint.save import save
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import EmbringError
@@ -37,7 +37,7 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
     servers = [Server(name, number, "", "", tuple(places)) for name, number, places in order["servers"]]
     if order["what"] == "restore":
         with controller_through(servers, access) as ask:
-            return vars(restore(storage, ask, access, name=newest_of(storage, order["cluster"])))
+            return vars(restore(storage, ask, access, name=newest_of(storage, order["cluster"]), same_tables=True))
     known = chains([m for m in survey(storage)[0] if m.cluster == order["cluster"]])
     incremental = bool(known) and len(known[-1]) < order["full_every"]
     models = {}
@@ -45,7 +45,7 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(CheckpointError):  # a repository that cannot be read keeps no rows from being saved
             models = newest_versions(order["models"])
     saved = save(storage, servers, access, order["fingerprint"], incremental=incremental, models=models)
-    return {**vars(saved), "pruned": prune(storage, order["keep"], order["cluster"])}
+    return {**vars(saved), **prune_after(storage, order["keep"], order["cluster"])}
 
 
 def newest_of(storage: Storage, cluster: int) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hashring.view import Server, View
 from ps.checkpoint.storage import CheckpointError
-from ps.errors import NotApplied
+from ps.errors import EmbringError, NotApplied, PerhapsApplied, WrongView
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
 from ps.rowblock import RowBlock
@@ -29,6 +29,9 @@ CONNECT_S = 5.0
 
 AHEAD = 4
 """Parts asked for, or blocks sent, before the first of them is answered."""
+
+_PASSED_OVER = (NotApplied, PerhapsApplied, WrongView)
+"""Of a server in whose place another one is asked for its view. WrongView: a new process has its old port."""
 
 Ask = Callable[..., Mapping[str, Any]]
 """ask(verb, **fields) of the controller (ps.cluster.controller)."""
@@ -65,7 +68,7 @@ def newest_view(servers: Sequence[Server], access: Access) -> View:
     for server in servers:
         if not server.alive or not server.addresses:
             continue
-        with contextlib.suppress(NotApplied), connected(server, access, CONNECT_S) as connection:
+        with contextlib.suppress(*_PASSED_OVER), connected(server, access, CONNECT_S) as connection:
             reply = call(connection, "view", {}, {})
             if newest is None or int(reply.fields["view_epoch"]) > newest.epoch:
                 newest = view_of(reply.fields, reply.arrays)
@@ -79,13 +82,14 @@ def controller_through(servers: Sequence[Server], access: Access) -> Iterator[As
     """`ask(verb, **fields)` of the controller, through the first of these servers that answers."""
 
     def ask(verb: str, **fields: Any) -> Mapping[str, Any]:
+        failed: EmbringError = NotApplied("no server of the cluster is known")
         for server in servers:
             try:
                 with connected(server, access, CONNECT_S) as connection:
                     return call(connection, "admin", {"verb": verb, **fields}, {}).fields
-            except NotApplied as error:
+            except (NotApplied, WrongView) as error:
                 failed = error
-        raise failed if servers else NotApplied("no server of the cluster is known")
+        raise failed
 
     yield ask
 

@@ -5,6 +5,8 @@ increment begins, and at last where the manifest says, so that no link can be le
 """
 
 import contextlib
+import threading
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from ps.checkpoint.codec import decode_block
 from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
 from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
 from ps.checkpoint.storage import CheckpointError, Storage
-from ps.errors import EmbringError
+from ps.errors import EmbringError, NotApplied
 from ps.rowblock import RowBlock, Section
 
 FILES_AT_ONCE = 4
@@ -50,41 +52,42 @@ def restore(
     replace_tables: bool = False,
     accept_loss: bool = False,
     tables: Sequence[str] = (),
+    same_tables: bool = False,
     counter: Counter | None = None,
 ) -> Restored:
-    """Bring a checkpoint's rows (the newest one's, or the named one's) into the cluster.
+    """Bring a checkpoint's rows into the cluster: the named one's, or the newest one's, of this cluster if it has any.
 
     Into a cluster without tables (or replace_tables: it drops them, once every checksum was compared) everything; into
     the cluster that the checkpoint is of, or another with the same tables, the slots that it has lost. Until all is
     there, those slots answer SlotsLost. tables: only these, into any cluster: one of the same name (with
-    replace_tables) serves on until then.
+    replace_tables) serves on until then. same_tables: no rows of tables that were dropped since, and made again.
     Raises CheckpointError or RequestError.
     """
-    links = chain(storage, name)
+    status = ask("status")
+    links = chain(storage, name, status["cluster"])
     manifest = links[-1]
     for link in links:
         check_files(storage, link)
-    check_fingerprint(storage, manifest, ask)
+    check_fingerprint(storage, manifest, status["fingerprint"])
     if replace_tables and not tables:  # from "restore" on the cluster's own are gone: damage is to be known before
         for link in links:
             for file in link.files:
                 deque(read_blocks(storage, link, file), maxlen=0)
     wanted = {k: getattr(manifest, k) for k in ("cluster", "term_max", "tables", "groups")}
     answer = ask(
-        "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables)
-    )
+        "restore", manifest=wanted, replace_tables=replace_tables, accept_loss=accept_loss, tables=list(tables),
+        same_tables=same_tables,
+    )  # fmt: skip
     work = _Work(storage, Translation.of(answer, manifest), access, counter or Counter())
     work.counter.expect(sum(link.bytes for link in links))
     try:
         for link in links:
             work.absorb(link)
         work.check(manifest)
-    except (CheckpointError, KeyboardInterrupt):
-        for hidden in answer["hidden"]:  # its slots would stay lost, and nothing could be saved
-            with contextlib.suppress(EmbringError):
-                ask("drop_table", name=hidden)
+        ask("restored", restore=answer["restore"])
+    except BaseException:  # whatever ended it, a full server or SIGTERM, nobody would remove them
+        _drop_hidden(ask, answer)
         raise
-    ask("restored", restore=answer["restore"])
     plan = work.plan
     return Restored(
         storage.path(manifest.name), manifest.name, len(links), work.rows, work.bytes,
@@ -92,9 +95,17 @@ def restore(
     )  # fmt: skip
 
 
-def check_fingerprint(storage: Storage, manifest: Manifest, ask: Ask) -> None:
+def _drop_hidden(ask: Ask, answer: Mapping[str, Any]) -> None:
+    """Drop the hidden tables of this restore: one that has begun since gave its own the same names."""
+    mine = [here for _, here in answer["tables"]]
+    with contextlib.suppress(EmbringError):
+        for table in ask("status")["tables"] if answer["hidden"] else ():
+            if table["name"] in answer["hidden"] and table["number"] in mine:
+                ask("drop_table", name=table["name"])
+
+
+def check_fingerprint(storage: Storage, manifest: Manifest, here: str) -> None:
     """Raise CheckpointError where ids have other places here than in the checkpoint."""
-    here = ask("status")["fingerprint"]
     if manifest.fingerprint != here:
         raise CheckpointError(
             f"{storage.path(manifest.name)} was saved under fingerprint {manifest.fingerprint}; "
@@ -127,12 +138,13 @@ class Translation:
         for number, _, _, first, count in manifest.groups:
             first_of[number], count_of[number] = first, count
         end = max((first + count for _, _, _, first, count in manifest.groups), default=0)
-        here_owners = np.frombuffer(answer["owners"], "<i2")
-        slots = np.full(end, -1, np.int64)
+        told, at = np.frombuffer(zlib.decompress(answer["owners"]), "<i2"), 0
+        slots, owners = np.full(end, -1, np.int64), np.full(end, -1, np.int16)
         for there, first, count in answer["slots"]:
-            numbers = np.arange(first, first + count)
-            slots[there : there + count] = np.where(here_owners[numbers] >= 0, numbers, -1)
-        owners = np.where(slots >= 0, here_owners[np.maximum(slots, 0)], -1) if len(here_owners) else slots
+            mine = told[at : at + count]
+            slots[there : there + count] = np.where(mine >= 0, np.arange(first, first + count), -1)
+            owners[there : there + count] = mine
+            at += count
         highest = max((entry[0] for entry in manifest.tables), default=0)
         tables, homes = np.full(highest + 2, -1, np.int32), np.zeros((2, highest + 2), np.int64)
         for there, here in answer["tables"]:
@@ -140,11 +152,13 @@ class Translation:
         for number, _, group, _ in manifest.tables:
             homes[:, number] = first_of[group], first_of[group] + count_of[group]
         servers = tuple(Server(n, i, h, z, tuple(a)) for n, i, h, z, a in answer["servers"])
-        return cls(int(answer["cluster"]), int(answer["term"]), slots, tables, homes, owners.astype(np.int16), servers)
+        return cls(int(answer["cluster"]), int(answer["term"]), slots, tables, homes, owners, servers)
 
     def split(self, block: RowBlock) -> Iterator[tuple[int, RowBlock]]:
         """(server, block of the slots that it will own), in this cluster's numbers."""
-        inside = np.minimum(block.slots, max(0, len(self.slots) - 1))
+        if not len(self.slots):  # all tables were dropped before the last link of the chain
+            return
+        inside = np.minimum(block.slots, len(self.slots) - 1)
         known = (block.slots < len(self.slots)) & (self.owners[inside] >= 0)
         owner = np.where(known, self.owners[inside], -1)
         sections = tuple(self._section(s, block.slots) for s in block.sections)
@@ -203,19 +217,26 @@ class _Work:
         self.counter = counter
         self._storage, self._access = storage, access
         self._stood = np.full(len(plan.slots), -1, np.int64)
+        self._stopped = threading.Event()
 
     def absorb(self, link: Manifest) -> None:
         """Send one link's blocks; its files side by side, each in order."""
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            for rows, size in pool.map(lambda file: self._file(link, file), link.files):
-                self.rows += rows
-                self.bytes += size
+            try:
+                for rows, size in pool.map(lambda file: self._file(link, file), link.files):
+                    self.rows += rows
+                    self.bytes += size
+            except BaseException:  # the pool waits for the other files, which may have gigabytes before them
+                self._stopped.set()
+                raise
 
     def _file(self, link: Manifest, file: str) -> tuple[int, int]:
         rows = size = 0
         with ExitStack() as stack:
             absorbers: dict[int, Absorber] = {}
             for entry, message in read_blocks(self._storage, link, file):
+                if self._stopped.is_set():
+                    raise NotApplied("another part of the restore failed")
                 block = decode_block(message)
                 for server, part in self.plan.split(block):
                     if server not in absorbers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ps.checkpoint.codec import decode_block
 from ps.checkpoint.files import MANIFEST, Manifest, check_link, missing, read_blocks, survey, unfinished
@@ -121,7 +122,7 @@ def prune(storage: Storage, keep: int, cluster: int) -> list[str]:
     known, _ = survey(storage)
     mine = [m for m in known if m.cluster == cluster]
     names = [m.name for links in [severed(storage, mine), *chains(mine)[: -max(1, keep)]] for m in reversed(links)]
-    killed = [name for name in unfinished(storage) if storage.age_s(name) > UNFINISHED_S]
+    killed = [name for name in unfinished(storage) if _idle_s(storage, name) > UNFINISHED_S]
     try:
         for name in names:
             storage.withdraw(name, MANIFEST)
@@ -131,3 +132,20 @@ def prune(storage: Storage, keep: int, cluster: int) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"{storage.root} cannot be pruned: {error.strerror or error}") from None
     return names + killed
+
+
+def _idle_s(storage: Storage, name: str) -> float:
+    """Seconds since a block was written to any file of a folder, 0 where that is not known. The folder's own time says
+    less: object stores keep none, and a disk keeps that of the last file that was begun in it."""
+    return min((storage.age_s(name, file) for file in storage.names(name)), default=0.0)
+
+
+def prune_after(storage: Storage, keep: int, cluster: int) -> dict[str, Any]:
+    """What a save tells of the `prune` that follows it, and takes nothing from it: pruned, and prune_error, "" if none.
+
+    A key that may write and not remove is enough to fail; whoever saved again for it would fill the disk.
+    """
+    try:
+        return {"pruned": prune(storage, keep, cluster), "prune_error": ""}
+    except CheckpointError as error:
+        return {"pruned": [], "prune_error": str(error)}

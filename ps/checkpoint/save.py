@@ -7,10 +7,10 @@ Pushes and pulls go on: servers cut an export into parts of a few milliseconds, 
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hashring.view import Group, Server, View
 from ps.checkpoint.codec import encode_block
 from ps.checkpoint.files import BlockFile, Manifest, Saving, survey
+from ps.checkpoint.hidden import hidden, missed
 from ps.checkpoint.reach import Access, Counter, connected, exported, newest_view
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import NotApplied, PerhapsApplied, RequestError, SlotsLost, WrongView
@@ -62,11 +63,13 @@ def save(
     incremental: only what changed since the newest checkpoint of the same cluster, where there is one: deletions too.
     models: versions of the dense models that go with the rows, by name (ps.checkpoint.models).
     Each slot is saved as it stood at one moment, its position; the moments of different slots differ. Tables that are
-    made meanwhile are not in it. Raises SlotsLost where slots are lost, CheckpointError, NotApplied.
+    made meanwhile are not in it, nor such as a restore beside them still hides. Raises SlotsLost where slots are
+    lost, CheckpointError, NotApplied.
     """
-    began, now = time.monotonic(), datetime.now(UTC)
-    view = newest_view(servers, access)
-    parent = _parent(storage, view, fingerprint) if incremental else None
+    began, view = time.monotonic(), newest_view(servers, access)
+    known = _known(storage, incremental)
+    now = _moment(known, view.cluster)
+    parent = _parent(known, view, fingerprint) if incremental else None
     with Saving(storage, now.strftime("%Y-%m-%dT%H-%M-%S.%fZ") if name is None else name) as saving:
         try:
             work = _Work(view, parent, access, counter or Counter())
@@ -88,9 +91,25 @@ def save(
     )  # fmt: skip
 
 
-def _parent(storage: Storage, view: View, fingerprint: str) -> Manifest | None:
+def _known(storage: Storage, incremental: bool) -> list[Manifest]:
+    """The checkpoints there, oldest first. A full save goes on where they cannot be listed: it stands on none."""
+    try:
+        return survey(storage)[0]
+    except CheckpointError:
+        if incremental:
+            raise
+        return []
+
+
+def _moment(known: Iterable[Manifest], cluster: int) -> datetime:
+    """Now, or just behind the newest of the cluster's checkpoints where the clock was set back since: by these times
+    the newest one is restored, and old ones are removed."""
+    made = (datetime.fromisoformat(m.created) for m in known if m.cluster == cluster)
+    return max((datetime.now(UTC), *(at + timedelta(microseconds=1) for at in made)))
+
+
+def _parent(known: Sequence[Manifest], view: View, fingerprint: str) -> Manifest | None:
     """The newest checkpoint that an increment can follow: one whose chain is whole, and of this very cluster."""
-    known, _ = survey(storage)
     names = {m.name: m for m in known}
     for manifest in reversed(known):
         if manifest.cluster != view.cluster or manifest.fingerprint != fingerprint:
@@ -127,7 +146,7 @@ class _Work:
 
     def lanes(self) -> list[NDArray[np.int64]]:
         """The slots of each server."""
-        primaries = self.view.owners()[:, 0]
+        primaries = np.where(hidden(self.view), -1, self.view.owners()[:, 0])
         lanes = [np.flatnonzero(primaries == i).astype(np.int64) for i in range(len(self.view.servers))]
         self._counter.expect(sum(map(len, lanes)))
         return [slots for slots in lanes if len(slots)]
@@ -204,7 +223,8 @@ class _Work:
         """What was saved, by the tables of now. Raises CheckpointError where a table's rows moved meanwhile."""
         servers = self.view.servers
         view = self._newer(self.view) if any(s.alive for s in servers) else self.view
-        before = {t.name: t.group for t in self._before.tables}
+        unseen = hidden(self._before)
+        before = {t.name: t.group for t in self._before.tables if not unseen[self._before.group(t.group).first]}
         tables = [t for t in view.tables if t.name in before]
         moved = [t.name for t in tables if before[t.name] != t.group or not self._saved(view.group(t.group))]
         if moved:
@@ -245,5 +265,5 @@ def stale(block: RowBlock, view: View) -> NDArray[np.bool_]:
 
 
 def _refuse_lost(view: View) -> None:
-    if lost := int(view.lost().sum()):
+    if lost := int(missed(view).sum()):
         raise SlotsLost(f"{lost} slots are lost: nothing was saved, since the checkpoint would lack their rows")

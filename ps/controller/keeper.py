@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
-
 from hashring.view import View
+from ps.checkpoint.hidden import unrestored
 from ps.config.checkpoint import CheckpointConfig
 
 LOOK_S = 0.5
@@ -88,11 +87,15 @@ class Keeper:
         if self._error:
             log.warning("checkpoint: %s", self._error)
             return
+        if told.get("prune_error"):  # the save stands: the next one is due as ever, and will try it again
+            self._error = f"prune: {told['prune_error']}"
+            log.warning("checkpoint: %s", self._error)
         log.info("checkpoint: %s %s, %d rows, %d bytes", job, told["name"], told["rows"], told["bytes"])
         self._last[job] = {"at": time.time(), **{k: told[k] for k in ("name", "rows", "bytes")}}
 
     def status(self) -> dict[str, Any]:
-        """doing: the job under way, or None. last: by job, the last that ended well. error: of the last, "" if none."""
+        """doing: the job under way, or None. last: by job, the last that ended well. error: of the last, or of the
+        pruning that followed it, "" if none."""
         return {
             "directory": self._config.directory,
             "every_s": self._config.every_s,
@@ -103,9 +106,8 @@ class Keeper:
 
 
 def lost_for_good(view: View) -> bool:
-    """Whether slots are lost that no restore is under way for: such ones are, by name, owned by "restore~EPOCH"."""
-    hidden = np.array([s.name.startswith("restore~") for s in view.servers] + [False])
-    return bool((view.lost() & ~hidden[view.owners()[:, 0]]).any())
+    """Whether slots are lost that no restore has made, which may be under way."""
+    return bool((view.lost() & ~unrestored(view)).any())
 
 
 def complete(view: View) -> bool:

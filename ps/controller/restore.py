@@ -20,6 +20,7 @@ Slots that begin anew have one owner, whose copies are then made as after a fail
 older copy of its own.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 
 from hashring.planner import CreateTable, DropTable, PlanError, Reassign, Recover, Renew, plan
 from hashring.view import Group, Server, View
+from ps.checkpoint.hidden import hidden, hidden_name, missed, nobody
 from ps.errors import RequestError
 
 
@@ -50,12 +52,19 @@ class Restore:
 
 
 def prepare(
-    view: View, manifest: Mapping[str, Any], *, replace_tables: bool, accept_loss: bool, tables: Sequence[str] = ()
+    view: View,
+    manifest: Mapping[str, Any],
+    *,
+    replace_tables: bool,
+    accept_loss: bool,
+    tables: Sequence[str] = (),
+    same_tables: bool = False,
 ) -> Restore:
     """Plan a restore. Raises RequestError, in one sentence, where the checkpoint does not fit.
 
     manifest: cluster, term_max, tables and groups of a checkpoint (ps.checkpoint.files.Manifest). tables: only these,
-    beside whatever else there is.
+    beside whatever else there is. same_tables: of this cluster's checkpoint no tables that were dropped since, and
+    made again under their names: a restore may have made them, or somebody who begins anew.
     """
     if tables:
         return _beside(view, manifest, tables, replace_tables)
@@ -63,25 +72,37 @@ def prepare(
     known = [[number, first] for number, _, _, first, _ in manifest["groups"]]
     # Numbers of groups are never used again: one that is gone was dropped with its tables since, and nobody misses it.
     own = manifest["cluster"] == view.cluster and all(n not in groups or groups[n].first == f for n, f in known)
-    if view.lost().any() and not replace_tables:
-        fit = _own(view, manifest) if own else _alike(view, manifest)
+    if missed(view).any() and not replace_tables:
+        fit = _own(view, manifest) if own else NOTHING
+        if not (own and same_tables):
+            fit = _alike(view, manifest, fit)
         if own or fit[0]:
             return _lost(view, manifest, accept_loss, *fit)
     if view.tables and not replace_tables:
-        names = ", ".join(sorted(t.name for t in view.tables)[:10])
-        raise RequestError(
-            f"the cluster has tables ({names}) and none of this checkpoint's slots is lost: "
-            "restore into an empty cluster, choose tables with --table, or say --replace to drop the cluster's"
-        )
+        raise RequestError(_occupied(view))
     return _afresh(view, manifest)
+
+
+def _occupied(view: View) -> str:
+    """Why a checkpoint cannot be restored into the cluster, and what can be done."""
+    hides = hidden(view)
+    left = sorted(t.name for t in view.tables if hides[view.group(t.group).first])
+    names = ", ".join(sorted(t.name for t in view.tables)[:10])
+    why = "none of this checkpoint's slots is lost"
+    if missed(view).any():
+        why = "lost slots, but the checkpoint has none of the same name, dim, seed, optimizer and number of slots"
+    cure = "restore into an empty cluster, choose tables with --table, or say --replace to drop the cluster's"
+    tidy = f"; {', '.join(left[:10])} is of a restore that has not ended: drop it if that was killed" if left else ""
+    return f"the cluster has tables ({names}) and {why}: {cure}{tidy}"
 
 
 def told(restore: Restore) -> dict[str, Any]:
     """What whoever carries the rows must know: plain data.
 
-    slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot here, as bytes; an index into servers
-    ([name, incarnation, host, zone, addresses] each), -1 where rows are not wanted. term: that of the slots meanwhile.
-    hidden: names of tables that must not stay if it fails.
+    slots and tables as in `Restore`, tables as pairs. owners: int16 of each slot in `slots`, in their order, packed by
+    zlib, since it travels in the header of a frame; an index into servers ([name, incarnation, host, zone, addresses]
+    each), -1 where rows are not wanted. term: that of the slots meanwhile. hidden: names of tables that must not stay
+    if it fails.
     """
     final = restore.final
     owners = np.full(final.slots_total, -1, "<i2")
@@ -93,7 +114,7 @@ def told(restore: Restore) -> dict[str, Any]:
         "slots": restore.slots,
         "tables": [[there, here] for there, here in restore.tables.items()],
         "hidden": list(restore.renames),
-        "owners": owners.tobytes(),
+        "owners": zlib.compress(b"".join(owners[first : first + count].tobytes() for _, first, count in restore.slots)),
         "servers": [[s.name, s.incarnation, s.host, s.zone, list(s.addresses)] for s in final.servers],
     }
 
@@ -101,43 +122,52 @@ def told(restore: Restore) -> dict[str, Any]:
 Fit = tuple[dict[int, int], list[list[int]]]
 """The tables of a checkpoint that a view has, and their slots, as in `Restore`."""
 
+NOTHING: Fit = ({}, [])
+
 
 def _own(view: View, manifest: Mapping[str, Any]) -> Fit:
     """Of the very cluster that the checkpoint is of."""
     group_of = {t.number: t.group for t in view.tables}
     saved = {number for number, _, group, _ in manifest["tables"] if group_of.get(number) == group}
-    return {n: n for n in saved}, [[first, first, count] for _, _, _, first, count in manifest["groups"]]
+    here = {g.number for g in view.groups}
+    slots = [[first, first, count] for number, _, _, first, count in manifest["groups"] if number in here]
+    return {n: n for n in saved}, slots
 
 
-def _alike(view: View, manifest: Mapping[str, Any]) -> Fit:
-    """Of another cluster: tables of the same name and specification, in as many slots. So are those of a cluster that
-    was restored from the checkpoint."""
+def _alike(view: View, manifest: Mapping[str, Any], known: Fit) -> Fit:
+    """Those that are known, and others of the same name and specification, in as many slots: such are those of another
+    cluster that was restored from the checkpoint, or of this one, if they were dropped for a restore."""
     places = {number: (first, count) for number, _, _, first, count in manifest["groups"]}
+    filled = {first for _, first, _ in known[1]}
     tables, groups = dict[int, int](), dict[int, int]()
     for number, name, there, spec in manifest["tables"]:
         table = view.table(name)
-        if table is None or places[there][1] != view.group(table.group).slots or _fixed(spec) != _fixed(table.spec):
+        if table is None or view.group(table.group).first in filled:
+            continue
+        if places[there][1] != view.group(table.group).slots or _fixed(spec) != _fixed(table.spec):
             continue
         taken = table.group in groups.values() and groups.get(there) != table.group  # no slot is filled from two
         if not taken and groups.setdefault(there, table.group) == table.group:
             tables[number] = table.number
-    return tables, [[places[there][0], view.group(here).first, places[there][1]] for there, here in groups.items()]
+    slots = [[places[there][0], view.group(here).first, places[there][1]] for there, here in groups.items()]
+    return {**known[0], **tables}, known[1] + slots
 
 
-def _fixed(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a table's specification nobody can alter."""
-    return {key: value for key, value in spec.items() if key not in ("replicas", "placement")}
+def _fixed(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a table's specification nobody can alter (ps.controller.admin): it decides where rows lie and what is in
+    them."""
+    return spec.get("dim"), spec.get("seed"), (spec.get("optimizer") or {}).get("kind")
 
 
 def _lost(
     view: View, manifest: Mapping[str, Any], accept_loss: bool, tables: dict[int, int], slots: list[list[int]]
 ) -> Restore:
-    """Lost slots alone: rows of the other slots stay as they are."""
-    saved, lost = set(tables.values()), view.lost()
+    """Lost slots alone: rows of the other slots stay as they are, and tables that another restore hides."""
+    saved, lost = set(tables.values()), missed(view)
     missing = [t.name for t in view.tables if t.number not in saved and _any_lost(view.group(t.group), lost)]
     if missing and not accept_loss:
         known = missing[0] in {name for _, name, _, _ in manifest["tables"]}
-        has = "has other slots of" if known else "has no"
+        has = "has other slots, or an earlier state, of" if known else "has no"
         raise RequestError(
             f"the checkpoint {has} table {missing[0]!r}, whose rows in lost slots would be gone: "
             "choose a newer one, or say --accept-loss"
@@ -201,15 +231,15 @@ def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
     """The tables of a checkpoint beside those of the view, whose slots stay as they are."""
     made, groups = _made(view, manifest["tables"], manifest["groups"])
     epoch = view.epoch + 1
-    nobody = Server(f"restore~{epoch}", 0, "", alive=False)
+    owner = Server(nobody(epoch), 0, "", alive=False)
     here = set(groups.values())
-    hidden = (
+    lost = (
         replace(g, owners=np.full((g.slots, 1), len(made.servers), np.int16), terms=np.full(g.slots, epoch))
         if g.number in here
         else g
         for g in made.groups
     )
-    first = replace(made, epoch=epoch, servers=(*made.servers, nobody), groups=tuple(hidden)).check()
+    first = replace(made, epoch=epoch, servers=(*made.servers, owner), groups=tuple(lost)).check()
     final = _above(recovered(first), manifest["term_max"]) if here else _empty(first)
     there = sorted(number for number, _, _, _ in manifest["tables"])
     tables = dict(zip(there, (t.number for t in first.tables[len(view.tables) :]), strict=True))
@@ -250,16 +280,16 @@ def _beside(view: View, manifest: Mapping[str, Any], names: Sequence[str], repla
             raise RequestError(f"the checkpoint has no table {name!r}; it has {', '.join(sorted(known)) or 'none'}")
         if view.table(name) is not None and not replace_tables:
             raise RequestError(f"table {name!r} exists: say --replace to have it replaced once all rows are there")
-    hidden = {name: f"{name}.restoring" for name in names}
-    for left in hidden.values():
+    names_of = {name: hidden_name(name) for name in names}
+    for left in names_of.values():
         if (table := view.table(left)) is not None:
             if not _any_lost(view.group(table.group), view.lost()):
                 raise RequestError(f"table {left!r} is in the way: a restore uses that name")
             view = _planned(view, DropTable(left))  # of a restore that did not end
-    saved = [entry for entry in manifest["tables"] if entry[1] in hidden]
-    chosen = [[number, hidden[name], group, {**spec, "name": hidden[name]}] for number, name, group, spec in saved]
+    saved = [entry for entry in manifest["tables"] if entry[1] in names_of]
+    chosen = [[number, names_of[name], group, {**spec, "name": names_of[name]}] for number, name, group, spec in saved]
     restore = _into(view, {**manifest, "tables": chosen})
-    return replace(restore, renames={there: name for name, there in hidden.items()})
+    return replace(restore, renames={there: name for name, there in names_of.items()})
 
 
 def _renamed(view: View, renames: Mapping[str, str]) -> View:

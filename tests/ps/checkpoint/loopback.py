@@ -173,7 +173,8 @@ class LoopCluster:
 
     def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         if verb == "status":
-            return {"fingerprint": CONFIG.fingerprint}
+            tables = [{"name": t.name, "number": t.number} for t in self.view.tables]
+            return {"cluster": self.view.cluster, "fingerprint": CONFIG.fingerprint, "tables": tables}
         if verb == "restored":
             self.install(conclude(self.view, self._restoring))
             return {}

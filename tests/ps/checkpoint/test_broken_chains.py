@@ -170,6 +170,23 @@ def test_the_newest_is_chosen_past_damaged_manifests_which_are_named(
     assert set(unsound(storage)) == {name}
 
 
+def test_the_newest_of_the_cluster_goes_before_newer_ones_of_others(tmp_path: Path) -> None:
+    """Tables of another may be named alike: lost slots would be filled with its rows."""
+    storage = Storage(tmp_path)
+    ours = source(storage, "a0", "a1")
+    other = LoopCluster(2, cluster=2)
+    other.create(ITEM)
+    other.push("item", list(range(40)), 5 * np.ones((40, 2)))
+    other.save(storage, "z0")
+    assert [m.name for m in chain(storage, None, 1)] == ["a0", "a1"]
+    assert [m.name for m in chain(storage, None, 2)] == ["z0"]
+    assert [m.name for m in chain(storage, None, 3)] == ["z0"]
+    before = ours.rows("item")
+    ours.kill("s1")
+    assert ours.restore(storage).name == "a1"
+    assert ours.rows("item") == before
+
+
 def test_damaged_manifests_alone_are_no_empty_folder(tmp_path: Path) -> None:
     """`embring up --restore latest` would begin with an empty cluster."""
     storage = Storage(tmp_path)

@@ -1,9 +1,11 @@
 """A checkpoint's files: committed whole or absent, whatever the moment of a crash, and every damage named."""
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +341,32 @@ def test_a_crash_while_pruning_leaves_whole_chains(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("ps.checkpoint.retention.UNFINISHED_S", -1.0)
     assert prune(storage, 1, 1) == ["a0", "a1", "a2"]
     assert storage.names() == ["b0"]
+
+
+def test_what_a_killed_save_left_goes_by_the_age_of_its_files() -> None:
+    """Object stores keep no times of folders; on a disk, a folder's is that of its first block."""
+    storage = Storage("memory://files/killed")
+    long_ago = datetime.now(UTC) - timedelta(days=30)
+    for name in ("killed", "goes-on"):
+        storage.make(name)
+        for number in range(2):
+            sink = storage.create(name, files.file_name(number))
+            sink.write(b"rows")
+            sink.close()
+    for place, file in storage._fs.store.items():
+        if place.startswith(storage.root) and not place.endswith("goes-on/0001.blocks"):
+            file.modified = long_ago
+    assert files.unfinished(storage) == ["goes-on", "killed"]
+    assert prune(storage, 1, 1) == ["killed"]
+
+
+def test_a_save_that_goes_on_for_days_is_not_taken_for_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / "saving").mkdir()
+    (tmp_path / "saving" / files.file_name(0)).write_bytes(b"rows")
+    os.utime(tmp_path / "saving", (0, 0))
+    assert prune(Storage(tmp_path), 1, 1) == []
+    os.utime(tmp_path / "saving" / files.file_name(0), (0, 0))
+    assert prune(Storage(tmp_path), 1, 1) == ["saving"]
 
 
 def test_a_damaged_checkpoint_stops_no_further_save(tmp_path: Path) -> None:

@@ -200,6 +200,18 @@ def test_a_table_that_was_dropped_does_not_come_back() -> None:
     assert len(target.rows("item")) == 400
 
 
+def test_an_increment_of_a_cluster_whose_tables_were_all_dropped_brings_back_none() -> None:
+    storage, source = memory(), LoopCluster(2, cluster=1)
+    source.create(ITEM)
+    source.push("item", [1, 2], np.ones((2, 2)))
+    source.save(storage, "full")
+    source.change(DropTable("item"))
+    assert source.save(storage, "empty", incremental=True).parent == "full"
+    target = LoopCluster(2, cluster=2)
+    assert target.restore(storage).tables == 0
+    assert target.view.tables == ()
+
+
 def test_lost_slots_return_from_a_chain() -> None:
     storage, source = memory(), LoopCluster(3, cluster=1)
     source.create(*SPECS.values())

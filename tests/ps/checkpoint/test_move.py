@@ -87,7 +87,7 @@ class Cluster:
 
     def ask(self, verb: str, **fields: Any) -> dict[str, Any]:
         if verb == "status":
-            return {"fingerprint": CONFIG.fingerprint}
+            return {"cluster": self.view.cluster, "fingerprint": CONFIG.fingerprint}
         if verb == "restored":
             assert self.final is not None
             self.install(self.final)
@@ -370,7 +370,10 @@ def test_tables_return_in_the_slots_that_they_had_and_an_older_checkpoint_has_no
     group = target.view.group(target.view.table("item").group)
     assert (group.placement, group.slots, len(np.unique(group.owners))) == ("whole", 64, 1)
     cluster.kill("s1")
-    with pytest.raises(RequestError, match=r"has other slots of table '\w+', whose rows in lost slots would be gone"):
+    with pytest.raises(
+        RequestError,
+        match=r"has other slots, or an earlier state, of table '\w+', whose rows in lost slots would be gone",
+    ):
         cluster.restore(tmp_path / "old")
     cluster.restore(tmp_path / "new")
     assert_equal(rows(cluster), before)

@@ -54,6 +54,19 @@ def test_saves_are_due_from_the_end_of_the_last_one_on() -> None:
     assert world.keeper.status()["error"] == ""
 
 
+def test_a_prune_that_failed_is_told_and_the_save_beside_it_counts() -> None:
+    world = World(every_s=100.0)
+    world.table()
+    assert world.after(100) == "save"
+    world.keeper.ended("save", {**GOOD, "prune_error": "d cannot be pruned: Access Denied"})
+    assert world.keeper.status()["error"] == "prune: d cannot be pruned: Access Denied"
+    assert world.keeper.status()["last"]["save"]["name"] == "c"
+    assert world.after(99) is None
+    assert world.after(1) == "save"
+    world.keeper.ended("save", {**GOOD, "prune_error": ""})
+    assert world.keeper.status()["error"] == ""
+
+
 def test_nothing_is_done_that_the_configuration_does_not_say() -> None:
     world = World()
     world.table()

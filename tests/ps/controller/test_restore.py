@@ -1,12 +1,17 @@
 """Restoring as changes of the view: what began is ended in whatever view there is by then."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from msgpack import packb
 
-from hashring.planner import Begin, CreateTable, DropTable, Enlist, Fail, Return, plan
+from hashring.planner import AlterTable, Begin, CreateTable, DropTable, Enlist, Fail, Return, TruncateTable, plan
 from hashring.view import Move, Server, View
-from ps.controller.restore import conclude, prepare, receivers, recovered
+from ps.controller.restore import conclude, prepare, receivers, recovered, told
 from ps.errors import RequestError
+from ps.spec import SGD, Adagrad, Initializer, TableSpec
+from ps.wire import FrameLimits
 
 
 def cluster(replicas: int = 1) -> View:
@@ -79,18 +84,76 @@ def test_lost_slots_of_a_restored_cluster_come_back_from_the_checkpoint_that_it_
     assert not conclude(restore.first, restore).lost().any()
 
 
+def test_lost_slots_come_back_after_the_cluster_went_back_to_the_checkpoint_by_hand_alone() -> None:
+    """Tables that a restore has made anew cannot be told from those that somebody dropped to begin anew."""
+    view = plan(cluster(), DropTable("t"))
+    for copies in (1, 2):
+        view = plan(view, CreateTable("tu"[copies - 1], {"placement": "sharded", "replicas": copies}, replicas=copies))
+    saved = manifest(view)
+    again = prepare(view, saved, replace_tables=True, accept_loss=False)
+    view = plan(conclude(again.first, again), Fail("s1"))
+    restore = prepare(view, saved, replace_tables=False, accept_loss=False)
+    assert restore.tables == again.tables
+    assert restore.wanted == np.flatnonzero(view.lost()).tolist()
+    assert sorted(restore.slots) == sorted(again.slots)
+    with pytest.raises(RequestError, match="an earlier state, of table 't', whose rows in lost slots would be gone"):
+        prepare(view, saved, replace_tables=False, accept_loss=False, same_tables=True)
+
+
+def test_a_table_that_was_truncated_does_not_come_back_as_it_was_before() -> None:
+    saved = manifest(cluster())
+    view = plan(plan(cluster(), TruncateTable("t")), Fail("s1"))
+    with pytest.raises(RequestError, match="an earlier state, of table 't', whose rows in lost slots would be gone"):
+        prepare(view, saved, replace_tables=False, accept_loss=False)
+
+
+def test_what_is_told_fits_the_header_of_a_frame_after_many_tables() -> None:
+    view = plan(View.empty(1, slot_bits=14), Enlist(tuple(Server(f"s{i}", 10 + i, f"h{i}") for i in range(3))))
+    for _ in range(100):
+        view = plan(plan(view, CreateTable("t", {}, replicas=1)), DropTable("t"))
+    view = plan(plan(view, CreateTable("t", {}, replicas=1)), Fail("s1"))
+    answer = told(prepare(view, manifest(view), replace_tables=False, accept_loss=False))
+    assert len(packb(answer)) < FrameLimits().header_max / 4
+
+
 def test_lost_slots_do_not_come_back_from_a_stranger() -> None:
     view = plan(cluster(), Fail("s1"))
     for other in (
         {**manifest(view), "cluster": 9, "tables": [[0, "u", view.tables[0].group, {}]]},
         {**manifest(view), "cluster": 9, "tables": [[0, "t", view.tables[0].group, {"dim": 8}]]},
+        {**manifest(view), "cluster": 9, "tables": [[0, "t", view.tables[0].group, {"seed": 8}]]},
+        {**manifest(view), "cluster": 9, "tables": [[0, "t", view.tables[0].group, {"optimizer": {"kind": "sgd"}}]]},
         {**manifest(view), "cluster": 9, "groups": [[view.tables[0].group, "sharded", 1, 0, 99]]},
     ):
-        with pytest.raises(RequestError, match=r"the cluster has tables \(t\)"):
+        with pytest.raises(
+            RequestError, match=r"the cluster has tables \(t\) and lost slots.* has none .* dim, seed, optimizer"
+        ):
             prepare(view, other, replace_tables=False, accept_loss=False)
     both = plan(plan(cluster(), CreateTable("u", {}, replicas=1)), Fail("s1"))
     with pytest.raises(RequestError, match="the checkpoint has no table 'u', whose rows"):
         prepare(both, {**manifest(view), "cluster": 9}, replace_tables=False, accept_loss=False)
+
+
+def test_lost_slots_come_back_though_what_may_be_altered_was_altered_since() -> None:
+    spec = TableSpec("t", 4, Adagrad(lr=0.1), seed=7)
+    saved = {**manifest(_with(spec)), "cluster": 9}
+    for altered in (
+        replace(spec, optimizer=Adagrad(lr=0.05, weight_decay=0.1)),
+        replace(spec, initializer=Initializer(0, 0)),
+        replace(spec, absent="default", default=(1.0, 2.0, 3.0, 4.0)),
+        replace(spec, replicas=2),
+    ):
+        view = plan(plan(_with(spec), AlterTable("t", altered.to_plain())), Fail("s1"))
+        restore = prepare(view, saved, replace_tables=False, accept_loss=False)
+        assert restore.wanted == np.flatnonzero(view.lost()).tolist()
+    for other in (replace(spec, dim=5), replace(spec, seed=8), replace(spec, optimizer=SGD(lr=0.1))):
+        with pytest.raises(RequestError, match="has none"):
+            prepare(plan(_with(other), Fail("s1")), saved, replace_tables=False, accept_loss=False)
+
+
+def _with(spec: TableSpec) -> View:
+    view = plan(cluster(), DropTable("t"))
+    return plan(view, CreateTable(spec.name, spec.to_plain(), spec.placement, 1))
 
 
 def test_a_restore_does_not_end_once_another_has_begun() -> None:
