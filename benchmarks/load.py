@@ -33,8 +33,8 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Requests a second."""
-        return self.requests / self.seconds
+        """Requests a second that were answered: one that is refused at once is no work done."""
+        return len(self.answered) / self.seconds
 
 
 def percentiles_ms(seconds: Sequence[float], shares: Sequence[float] = (50, 95, 99)) -> dict[str, float]:

@@ -136,13 +136,12 @@ def down(
     from ps.cluster import end_leftovers, find, stop
     from ps.errors import ConfigError, NotApplied
 
+    runtime, dead = None, False
     try:
         runtime = find()
-    except NotApplied:
-        end_leftovers()
-        print(json.dumps({"ended": True}) if as_json else "ended what a dead cluster had left")
-        return
-    if runtime is None:
+    except NotApplied:  # its Ray head: servers may live on without it, with every row, and be saved
+        dead = True
+    if runtime is None and not dead:
         print(json.dumps({"ended": False}) if as_json else "no cluster is running")
         return
     if not yes and not sys.stdin.isatty():
@@ -154,6 +153,10 @@ def down(
 
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             save(checkpoint)
+    if runtime is None:
+        end_leftovers()
+        print(json.dumps({"ended": True}) if as_json else "ended what a dead cluster had left")
+        return
     killed = stop(runtime)
     if as_json:
         print(json.dumps({"ended": True, "killed": killed}))

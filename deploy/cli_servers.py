@@ -81,8 +81,7 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
 
     if abort and dry_run:
         raise ConfigError("--abort and --dry-run exclude each other")
-    runtime = running()
-    with controller(runtime) as ask:
+    with controller(running()) as ask:
         if abort:
             told = ask("abort")
             say(f"going back: {', '.join(told['names'])}")
@@ -93,6 +92,7 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
                 print(json.dumps(plan) if as_json else table_of(plan))
                 return
             say(line_of(plan))
+            told = plan  # who is asked for, until the controller answers: Ctrl-C may come before that
         copied, interrupted = Copied(ask("status", fresh=True)), False
         try:
             if not abort:
@@ -103,7 +103,6 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
             follow(ask, interrupted, copied)
         record = ask("status", fresh=True)
         copied.see(record)
-        _remember(runtime, record)
     if interrupted:
         raise typer.Exit(130)
     _report("abort" if abort else kind, told["names"], record, copied, as_json)
@@ -158,17 +157,6 @@ class Copied:
         """Rows and bytes."""
         counted = [(now, self._first.get(i, (0, 0))) for i, now in self._last.items()]
         return sum(now[0] - then[0] for now, then in counted), sum(now[1] - then[1] for now, then in counted)
-
-
-def _remember(runtime: Any, record: Mapping[str, Any]) -> None:
-    """The runtime file names the servers that there are now: those of the start may be gone."""
-    from dataclasses import replace
-
-    from ps.runtime import write_runtime
-
-    addresses = tuple(a for s in record["servers"] if s["state"] == "alive" for a in s["addresses"])
-    if addresses and set(addresses) != set(runtime.addresses):
-        write_runtime(replace(runtime, addresses=addresses))
 
 
 def follow(ask: Ask, to_the_end: bool = False, copied: Copied | None = None) -> dict[str, Any]:

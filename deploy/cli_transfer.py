@@ -115,12 +115,18 @@ class _Record:
             return 0
 
     def write(self, rows: int) -> None:
-        """So many rows are there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self._path.with_suffix(".new")
-        temporary.write_text(json.dumps({"of": self._of, "rows": rows}))
-        os.replace(temporary, self._path)
+        """So many rows are there. Raises RequestError where that cannot be written."""
+        from ps.bulk import writing
+
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps({"of": self._of, "rows": rows}))
+            os.replace(temporary, self._path)
 
     def remove(self) -> None:
         """The import has ended."""
-        self._path.unlink(missing_ok=True)
+        from ps.bulk import writing
+
+        with writing(self._path):
+            self._path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -61,10 +62,10 @@ def open_source(path: Path, values: str | None = None, ids: str | None = None) -
     Raises RequestError naming the file and what is wrong with it.
     """
     kind = _kind(path)
-    if not path.is_file():
-        raise RequestError(f"{path} is missing")
     opening: dict[str, Callable[..., Source]] = {".npy": _Npy, ".safetensors": _Tensors, ".parquet": _Parquet}
     try:
+        if not path.is_file():
+            raise RequestError(f"{path} is missing")
         source = opening[kind](path, values, ids)
     except RequestError:
         raise
@@ -254,17 +255,28 @@ class _Parquet:
             if begin + size > start:
                 break
             begin, group = begin + size, group + 1
-        groups = list(range(group, self._file.num_row_groups))
         at = begin
-        for batch in self._file.iter_batches(count, row_groups=groups, columns=[self._values]):
+        for column in self._columns(count, list(range(group, self._file.num_row_groups))):
             cut = max(0, start - at)
-            at += len(batch)
-            if cut < len(batch):
-                yield self._matrix(batch.column(0).slice(cut), at - len(batch) + cut)
+            at += len(column)
+            if cut < len(column):
+                yield self._matrix(column.slice(cut), at - len(column) + cut)
+
+    def _columns(self, count: int, groups: list[int]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        try:
+            for batch in self._file.iter_batches(count, row_groups=groups, columns=[self._values]):
+                yield batch.column(0)
+        except (OSError, pa.ArrowException) as error:  # opening it looked at its foot and its ids alone
+            raise RequestError(f"{self._path} cannot be read: {error}") from None
 
     def _matrix(self, column: Any, at: int) -> Rows:
+        import pyarrow.compute as pc
+
         flat = column.flatten()
-        if column.null_count or flat.null_count or len(flat) != len(column) * self.dim:
+        # Each length, for their sum may be right by chance: what one row lacks another may have too much.
+        if column.null_count or flat.null_count or not pc.all(pc.equal(pc.list_value_length(column), self.dim)).as_py():
             lengths = [len(row) if row is not None and None not in row else -1 for row in column.to_pylist()]
             bad = next(i for i, length in enumerate(lengths) if length != self.dim)
             what = f"{lengths[bad]} values" if lengths[bad] >= 0 else "a null"
@@ -326,6 +338,15 @@ class Mark:
     rows: int
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RequestError, naming the file and the reason, where it cannot be written: a full disk, say."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 class Export:
     """Rows on their way into a file. With `resume` what an interrupted export left is gone on with."""
 
@@ -340,17 +361,15 @@ class Export:
         if self.resumed and left is not None:
             self.mark = left
         mode = "r+b" if self.resumed else "w+b"
-        try:
+        with writing(path):
             if not self.resumed:  # first of all: after a kill an older mark would be believed of the new rows
                 self._partial("mark").unlink(missing_ok=True)
             self._rows = open(self._partial("rows"), mode)  # noqa: SIM115 - closed by `close`
             self._ids = open(self._partial("ids"), mode)  # noqa: SIM115
-        except OSError as error:
-            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
-        self._rows.truncate(self.HEAD + self.mark.rows * dim * 4)
-        self._ids.truncate(self.HEAD + self.mark.rows * 8)
-        for file in (self._rows, self._ids):
-            file.seek(0, os.SEEK_END)
+            self._rows.truncate(self.HEAD + self.mark.rows * dim * 4)
+            self._ids.truncate(self.HEAD + self.mark.rows * 8)
+            for file in (self._rows, self._ids):
+                file.seek(0, os.SEEK_END)
 
     def _partial(self, what: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{what}")
@@ -365,31 +384,34 @@ class Export:
 
     def write(self, ids: NDArray[np.int64], rows: Rows) -> None:
         """Some rows."""
-        self._ids.write(np.ascontiguousarray(ids).data)
-        self._rows.write(np.ascontiguousarray(rows).data)
+        with writing(self.path):
+            self._ids.write(np.ascontiguousarray(ids).data)
+            self._rows.write(np.ascontiguousarray(rows).data)
         self.mark.rows += len(ids)
 
     def reached(self, token: int) -> None:
         """Every row up to this token was written: an interrupted export goes on from here."""
         self.mark.token = token
-        self._rows.flush()
-        self._ids.flush()
-        temporary = self._partial("mark.new")
-        temporary.write_text(json.dumps(asdict(self.mark)))
-        os.replace(temporary, self._partial("mark"))
+        with writing(self.path):
+            self._rows.flush()
+            self._ids.flush()
+            temporary = self._partial("mark.new")
+            temporary.write_text(json.dumps(asdict(self.mark)))
+            os.replace(temporary, self._partial("mark"))
 
     def close(self) -> None:
         """Close the files; what was written stays for a resume."""
-        self._rows.close()
-        self._ids.close()
+        with writing(self.path), closing(self._rows), closing(self._ids):
+            pass  # each is closed, also where the other cannot write what it still holds
 
     def finish(self) -> None:
         """Give the file its name: it is whole."""
         n, dim = self.mark.rows, self.mark.dim
-        {".npy": self._npy, ".safetensors": self._tensors, ".parquet": self._parquet}[self.kind](n, dim)
-        self.close()
-        for what in ("rows", "ids", "mark"):
-            self._partial(what).unlink(missing_ok=True)
+        with writing(self.path):
+            {".npy": self._npy, ".safetensors": self._tensors, ".parquet": self._parquet}[self.kind](n, dim)
+            self.close()
+            for what in ("rows", "ids", "mark"):
+                self._partial(what).unlink(missing_ok=True)
 
     def _npy(self, n: int, dim: int) -> None:
         for file, code, shape in ((self._rows, "<f4", (n, dim)), (self._ids, "<i8", (n,))):

@@ -105,6 +105,14 @@ class Placed:
         for name, value in more.items():
             self.counted[name] = self.counted.get(name, 0.0) + value
 
+    def spreads(self, batch: int) -> dict[str, list[float]]:
+        """[least, greatest] over the rounds; a round may be so short that it has pushes alone."""
+        tails = [percentiles_ms(read)["p99_ms"] for read in self.read_s if read]
+        return {
+            "samples_per_s": [round(pick(o.rate for o in self.closed) * batch, 1) for pick in (min, max)],
+            **({"p99_ms": [min(tails), max(tails)]} if tails else {}),
+        }
+
 
 def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, measure, end it; one JSON-able result."""
@@ -135,10 +143,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     for p in bench.placed:
         findings.raw[p.name] = {"read": [*map(_us, p.read_s)], "push": [*map(_us, p.write_s)]}
         findings.raw[p.name]["lag"] = [_us(o.lag_s) for o in p.opened]
-        findings.spreads[p.name] = {
-            "samples_per_s": [round(pick(o.rate for o in p.closed) * settings.batch, 1) for pick in (min, max)],
-            "p99_ms": [pick(percentiles_ms(read)["p99_ms"] for read in p.read_s) for pick in (min, max)],
-        }
+        findings.spreads[p.name] = p.spreads(settings.batch)
     return findings.to_plain({"command": "embring bench placement", **asdict(settings)})
 
 

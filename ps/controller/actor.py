@@ -25,12 +25,13 @@ from ray.exceptions import RayError
 
 from hashring.planner import Abort, Begin, Change
 from hashring.view import Move, Server, View
-from ps.config import Config, ControlConfig, config_from_plain
+from ps.config import Config, config_from_plain
 from ps.controller.admin import change_of, last_owned
 from ps.controller.figures import figures
 from ps.controller.keeper import Job, Keeper
+from ps.controller.limits import limits_of
 from ps.controller.members import Member, Members
-from ps.controller.metrics import serve_metrics
+from ps.controller.metrics import on_loop, serve_metrics
 from ps.controller.outlook import begun, names_for, outlook
 from ps.controller.restore import Restore, conclude, prepare, receivers, recovered, told
 from ps.controller.shell import Shell
@@ -39,7 +40,7 @@ from ps.errors import EmbringError, NotApplied, RequestError
 from ps.fabric.aio import AsyncConnection, dial
 from ps.fabric.protocol import Hello
 from ps.fabric.tls import trusting
-from ps.failover import FailoverLimits, Wish
+from ps.failover import Wish
 from ps.loop import LoopThread
 from ps.runtime import readdress
 from ps.server import Setup, log_to
@@ -52,12 +53,11 @@ START_TIMEOUT_S = 330.0
 CONNECT_S = 2.0
 """Seconds in which a server must answer the handshake."""
 
-LEARN_S, TURN_S, DISPUTE_S = 0.5, 20.0, 10.0
-"""Between two looks at missing copies; between two views of a move that goes on; how long servers that could not reach
-each other are kept apart."""
-
 LEAVE_WAIT_S, DRAIN_S = 60.0, 1.0
 """Between two looks for servers that have left, where nothing tells; how long one that has is left to answer."""
+
+LINGER_S = 10.0
+"""How long a controller that could not begin is left to say so."""
 
 AGAIN_S = 0.5
 """Between two attempts to start a server: Ray may not have heard yet that the last process of the name is dead."""
@@ -87,13 +87,15 @@ class Control:
         self._restores = 0
         self.keeper = Keeper(config.checkpoint, lambda: self.shell.view, self._order)
         self._published: tuple[str, ...] = ()
+        self._publishing = asyncio.Lock()
         self._starting: tuple[str, ...] = ()
         self._aborted = False
         self._failed = ""
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
-        self.metrics, _ = serve_metrics(self.status, self.config.control.metrics_port)
+        scraped = on_loop(self.status, asyncio.get_running_loop())
+        self.metrics, _ = serve_metrics(scraped, self.config.control.metrics_port)
         view = self.shell.view
         self._keep(self.shell.run())
         self._keep(self._ask_figures())
@@ -142,19 +144,21 @@ class Control:
         """Ask every server for its figures, and keep the runtime file up, without end."""
         interval = self.config.control.statistics_interval_ms / 1000
         while True:
-            await asyncio.to_thread(self._publish)
+            await self._publish()
             await asyncio.gather(*(self._ask_one(m, interval) for m in self.members.alive()))
             await asyncio.sleep(interval)
 
-    def _publish(self) -> None:
+    async def _publish(self) -> None:
         """Have the runtime file name the servers that live, for clients that begin or look for them anew."""
-        addresses = tuple(a for m in self.members.alive() for a in m.addresses)
-        if addresses and addresses != self._published:
-            try:
-                if readdress(self._setup.runtime_file, self.shell.view.cluster, addresses):
-                    self._published = addresses
-            except OSError as error:
-                log.warning("the runtime file %s cannot be written: %s", self._setup.runtime_file, error)
+        file, cluster = self._setup.runtime_file, self.shell.view.cluster
+        async with self._publishing:  # else an older list might be written last
+            addresses = tuple(a for m in self.members.alive() if self._named(m.name) for a in m.addresses)
+            if addresses and addresses != self._published:
+                try:
+                    if await asyncio.to_thread(readdress, file, cluster, addresses):
+                        self._published = addresses
+                except OSError as error:
+                    log.warning("the runtime file %s cannot be written: %s", file, error)
 
     async def _ask_one(self, member: Member, timeout: float) -> None:
         with contextlib.suppress(EmbringError):
@@ -225,6 +229,8 @@ class Control:
     def _refuse(self, view: View, move: Move) -> None:
         """Raise RequestError where a server is to leave that rows of a restore are on their way to."""
         if self._restoring is None or move.kind != "leave":
+            return
+        if view.epoch < self._restoring[1].first.epoch:  # which is being logged: such a move is judged by it later
             return
         if taking := sorted(receivers(view, self._restoring[1]) & set(move.names)):
             raise RequestError(
@@ -303,6 +309,7 @@ class Control:
             await self.shell.until(lambda: bool(self._superfluous()), LEAVE_WAIT_S)
             for member in self._superfluous():
                 await self.shell.spread(self.shell.view.epoch)
+                await self._publish()  # the file may name nobody but those who leave
                 with contextlib.suppress(EmbringError):
                     connection = await self._dial(member.server)
                     with contextlib.suppress(EmbringError):
@@ -316,18 +323,27 @@ class Control:
 
     async def _restore(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a restore (see ps.controller.restore): what goes where, and the view that will own it."""
-        flags: dict[str, Any] = {name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss")}
+        flags: dict[str, Any] = {
+            name: bool(fields.get(name)) for name in ("replace_tables", "accept_loss", "same_tables")
+        }
         flags["tables"] = [str(name) for name in fields.get("tables") or ()]
-        begun: list[Restore] = []
+        before, begun = self._restoring, list[tuple[int, Restore]]()
 
         def wish(view: View) -> View | None:
-            begun.append(prepare(view, fields["manifest"], **flags))
-            return begun[0].first
+            restore = prepare(view, fields["manifest"], **flags)
+            self._restores += 1
+            self._restoring = (self._restores, restore)  # at once: a leave may be asked for before the view has spread
+            begun.append(self._restoring)
+            return restore.first
 
-        await self._change(wish)
-        self._restores += 1
-        self._restoring = (self._restores, begun[0])
-        return {**told(begun[0]), "restore": self._restores}
+        try:
+            await self._change(wish)
+        except BaseException:
+            if begun and self._restoring is begun[0]:
+                self._restoring = before
+            raise
+        number, restore = begun[0]
+        return {**told(restore), "restore": number}
 
     async def _restored(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """End a restore: its rows are where they belong."""
@@ -428,22 +444,6 @@ class Control:
         }
 
 
-def limits_of(control: ControlConfig) -> FailoverLimits:
-    """The settings in rounds of pings."""
-
-    def rounds(seconds: float) -> int:
-        return max(1, round(seconds * 1000 / control.ping_interval_ms))
-
-    return FailoverLimits(
-        pings_max=control.pings_max,
-        wait_rounds=rounds(control.copy_wait_ms / 1000),
-        learn_rounds=rounds(LEARN_S),
-        turn_rounds=rounds(TURN_S),
-        dispute_rounds=rounds(DISPUTE_S),
-        learn_max=control.copy_slots_max,
-    )
-
-
 class Controller:
     """The Ray actor around `Control`: its calls come on Ray's threads, the work is done on one loop of its own."""
 
@@ -451,12 +451,22 @@ class Controller:
         log_to(Path(setup.state) / "logs" / f"{NAME}.log")
         self._control = Control(setup, config_from_plain(setup.config))
         self._thread = LoopThread("control")
-        self._beginning = self._thread.submit(self._control.begin())
+        self._beginning = self._thread.submit(self._begin())
+
+    async def _begin(self) -> None:
+        """Whoever started the cluster hears in `start` why it could not begin; where Ray started this process, nobody
+        asks: it ends in any case, for a controller that has not begun would decide nothing."""
+        try:
+            await self._control.begin()
+        except BaseException:
+            log.exception("the controller could not begin, and ends")
+            asyncio.get_running_loop().call_later(LINGER_S, os._exit, 1)
+            raise
 
     def start(self) -> dict[str, Any]:
         """Wait until every server is in the view; the status."""
         self._beginning.result(START_TIMEOUT_S)
-        return self._control.status()
+        return self.status()
 
     def status(self) -> dict[str, Any]:
         """The status as plain data."""

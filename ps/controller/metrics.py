@@ -1,5 +1,7 @@
 """The servers' figures as Prometheus metrics, and the page that serves them."""
 
+import asyncio
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +11,11 @@ from prometheus_client.registry import Collector
 
 Status = Mapping[str, Any]
 """The controller's status record (ps.controller.status)."""
+
+SCRAPE_S = 5.0
+"""How long a scrape waits for the status: Prometheus itself gives up after ten seconds."""
+
+log = logging.getLogger("embring.controller")
 
 _CLUSTER = (
     ("epoch", "Epoch of the view"),
@@ -37,7 +44,11 @@ class _Figures(Collector):
         self._status = status
 
     def collect(self) -> Iterable[Metric]:
-        status = self._status()
+        try:
+            status = self._status()
+        except TimeoutError:  # an empty page: a scrape has a deadline of its own, and comes again
+            log.warning("the metrics were not told: the controller was busy for %g s", SCRAPE_S)
+            return
         for name, text in _CLUSTER:
             metric = GaugeMetricFamily(f"embring_{name}", text)
             metric.add_metric([], float(status[name]))
@@ -56,6 +67,24 @@ class _Figures(Collector):
             for server in status["servers"]:
                 counter.add_metric([server["name"]], float(server.get(name, 0)))
             yield counter
+
+
+def on_loop(status: Callable[[], Status], loop: asyncio.AbstractEventLoop) -> Callable[[], Status]:
+    """`status`, worked out on the loop, for callers on other threads: what it looks at changes there alone, and a look
+    may itself change what is remembered of it. TimeoutError where the loop does not come to it in time."""
+
+    async def told() -> Status:
+        return status()
+
+    def ask() -> Status:
+        asked = asyncio.run_coroutine_threadsafe(told(), loop)
+        try:
+            return asked.result(SCRAPE_S)
+        except TimeoutError:
+            asked.cancel()
+            raise
+
+    return ask
 
 
 def serve_metrics(status: Callable[[], Status], port: int) -> tuple[str, Callable[[], None]]:

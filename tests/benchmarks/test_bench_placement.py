@@ -99,6 +99,20 @@ def test_a_closed_load_keeps_as_many_in_flight_as_it_is_told() -> None:
     assert (found.requests, most) == (50, 4)
 
 
+def test_a_rate_counts_requests_that_were_answered() -> None:
+    """What is refused at once would else be the fastest."""
+    assert Outcome(2.0, requests=10, failed=4, answered=[0, 2, 3, 5, 7, 9]).rate == 3.0
+
+
+@pytest.mark.parametrize(("read_s", "tails"), [([[], [0.002], [0.001]], [1.0, 2.0]), ([[], []], None)])
+def test_rounds_without_a_read_have_no_say_in_the_spread(read_s: list[list[float]], tails: list[float] | None) -> None:
+    placed = suite.Placed("whole", [], (), [], [], read_s=read_s)
+    placed.closed = [Outcome(1.0, answered=[0, 1]), Outcome(1.0, answered=[0])]
+    spreads = placed.spreads(32)
+    assert spreads["samples_per_s"] == [32.0, 64.0]
+    assert spreads.get("p99_ms") == tails
+
+
 # -- what the figures say
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from deploy.cli import COMMANDS, _ended_in_order, app
 from ps.config import config_from_plain, load_config
-from ps.errors import RequestError
+from ps.errors import NotApplied, RequestError
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "numba", "grpc", "numpy", "msgpack")
@@ -151,16 +151,43 @@ def test_down_without_a_cluster_is_no_error(tmp_path):
     assert (done.returncode, done.stdout) == (0, "no cluster is running\n")
 
 
-def test_down_refuses_before_it_saves_where_nobody_can_be_asked(monkeypatch):
+@pytest.mark.parametrize("dead", [False, True])
+def test_down_refuses_before_it_saves_where_nobody_can_be_asked(monkeypatch, dead):
+    """Also where the Ray head has died: servers live on without it, with every row."""
     done = []
-    monkeypatch.setattr("ps.cluster.find", lambda: "a runtime")
+
+    def find():
+        if dead:
+            raise NotApplied("the Ray head of the cluster has died")
+        return "a runtime"
+
+    monkeypatch.setattr("ps.cluster.find", find)
     monkeypatch.setattr("ps.cluster.stop", lambda runtime: done.append("stop") or 0)
+    monkeypatch.setattr("ps.cluster.end_leftovers", lambda: done.append("stop"))
     monkeypatch.setattr("deploy.cli_checkpoint.save", lambda folder: done.append(f"save {folder}"))
     refused = CliRunner().invoke(app, ["down", "--checkpoint", "backups"])
     assert "say --yes where nobody can be asked" in str(refused.exception)
     assert done == []
     assert CliRunner().invoke(app, ["down", "--checkpoint", "backups", "--yes"]).exit_code == 0
     assert done == ["save backups", "stop"]
+
+
+def test_what_a_dead_cluster_left_is_not_ended_where_it_cannot_be_saved(monkeypatch):
+    done = []
+
+    def find():
+        raise NotApplied("the Ray head of the cluster has died")
+
+    def save(folder):
+        raise NotApplied("no server of the cluster answers")
+
+    monkeypatch.setattr("ps.cluster.find", find)
+    monkeypatch.setattr("ps.cluster.end_leftovers", lambda: done.append("stop"))
+    monkeypatch.setattr("deploy.cli_checkpoint.save", save)
+    assert isinstance(CliRunner().invoke(app, ["down", "--checkpoint", "x", "--yes"]).exception, NotApplied)
+    assert done == []
+    assert json.loads(CliRunner().invoke(app, ["down", "--yes", "--json"]).stdout) == {"ended": True}
+    assert done == ["stop"]
 
 
 def test_config_prints_what_up_reads(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from deploy import cli_transfer
 from deploy.cli_table import app
 from ps import bulk, client
+from ps.errors import RequestError
 
 COUNT, DIM, CHUNK = 40, 2, 4
 
@@ -158,3 +161,24 @@ def test_an_import_begun_anew_forgets_how_far_an_older_one_came(
     interrupt(table, file, *options, at=3)
     assert skipped(file, "--values", "A", "--ids", "I") == 0
     assert table.rows == dict.fromkeys(range(COUNT), [1.0] * DIM)
+
+
+@pytest.mark.parametrize("when", ["it is begun", "rows have come"])
+def test_a_record_that_cannot_be_written_is_one_sentence(table: Table, tmp_path: Path, when: str) -> None:
+    file, _ = named(".safetensors", tmp_path)
+    state = tmp_path / "state" / "embring"
+    options = ["--values", "A", "--ids", "I"]
+    if when == "it is begun":
+        state.parent.mkdir()
+        state.write_text("in the way")
+        failed = CliRunner().invoke(app, ["import", "t", str(file), *options]).exception
+    else:
+        (state / "imports").mkdir(parents=True)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # a write fails as it does on a full disk
+        try:
+            failed = CliRunner().invoke(app, ["import", "t", str(file), *options]).exception
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(failed, RequestError)
+    assert re.fullmatch(rf"{state}/imports/.*\.json cannot be written: [A-Z].*", str(failed))

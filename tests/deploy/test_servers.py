@@ -1,11 +1,19 @@
 """What `add-server` and `remove-server` print, and how they follow a change."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from deploy.cli_servers import Copied, follow, line_of, stage, table_of
-from ps.errors import NotApplied
+from deploy.cli import app
+from deploy.cli_servers import Copied, _change, follow, line_of, stage, table_of
+from ps.errors import NotApplied, RequestError
+from ps.runtime import Runtime, runtime_path, write_runtime
 
 PLAN = {
     "kind": "join",
@@ -26,7 +34,7 @@ PLAN = {
 
 
 def record(move: dict | None = None, left: int = 0, **more: object) -> dict:
-    servers = [{"name": "server-3", "state": "alive", "addresses": []}]
+    servers = [{"name": "server-3", "incarnation": 3, "state": "alive", "addresses": []}]
     return {"move": move, "slots_left": left, "starting": [], "servers": servers, "epoch": 7, "move_failed": "", **more}
 
 
@@ -109,3 +117,70 @@ def test_what_was_copied_counts_servers_that_left_and_that_joined() -> None:
     copied.see(status(a=160, c=9))  # b is gone with its figures
     assert copied.total() == (60 + 300 + 9, 3690)
     assert Copied(status(a=1)).total() == (0, 0)
+
+
+class Asked:
+    """A controller that answers by a dictionary; one answer may be an error. verbs: what it was asked."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {"outlook": {**PLAN, "kind": "leave"}, "status": record(), **answers}
+        self.verbs: list[str] = []
+
+    def __call__(self, verb: str, **fields: Any) -> Any:
+        self.verbs.append(verb)
+        answer = self.answers[verb]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def of_controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
+    def make(**answers: Any) -> Asked:
+        ask = Asked(**answers)
+
+        @contextmanager
+        def controller(runtime: Any) -> Iterator[Asked]:
+            yield ask
+
+        monkeypatch.setattr("ps.cluster.controller", controller)
+        monkeypatch.setattr("deploy.cli_servers.running", lambda: Runtime(("tcp:h:1",), ""))
+        return ask
+
+    return make
+
+
+def test_an_interrupt_while_a_move_is_asked_for_that_was_refused(of_controller: Callable[..., Asked]) -> None:
+    """There is nothing to undo: what there is now is told."""
+    refused = RequestError("no server is joining or leaving")
+    ask = of_controller(move=KeyboardInterrupt(), abort=refused)
+    with pytest.raises(NotApplied, match="server-3 did not leave: it was aborted"):
+        _change("leave", ["server-3"], False, None, False, False)
+    assert ask.verbs == ["outlook", "status", "move", "abort", "status", "status"]
+
+
+def test_an_interrupt_while_a_move_is_asked_for_that_was_taken(
+    of_controller: Callable[..., Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_controller(move=KeyboardInterrupt(), abort={"names": ["server-3"], "epoch": 8})
+    with pytest.raises(typer.Exit) as ended:
+        _change("leave", ["server-3"], False, None, False, False)
+    assert ended.value.exit_code == 130
+    gone = {"status": {**record(), "servers": []}}
+    of_controller(move=KeyboardInterrupt(), abort=RequestError("no server is joining or leaving"), **gone)
+    _change("leave", ["server-3"], False, None, False, True)
+    assert json.loads(capsys.readouterr().out)["names"] == ["server-3"]
+
+
+def test_the_runtime_file_is_the_controllers_to_write(
+    of_controller: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file that was removed with its cluster meanwhile would be brought back by who knows of it from before."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    servers = [{"name": "server-4", "state": "alive", "incarnation": 4, "addresses": ["tcp:h:4"]}]
+    of_controller(move={"names": ["server-3"]}, status=record() | {"servers": servers})
+    write_runtime(Runtime(("tcp:h:1",), ""))
+    runtime_path().unlink()
+    done = CliRunner().invoke(app, ["remove-server", "server-3", "--yes"])
+    assert done.exit_code == 0, done.exception
+    assert not runtime_path().exists()

@@ -474,7 +474,9 @@ def test_nothing_is_left_after_down(tmp_path):
     (tmp_path / "models" / "ctr" / "4").mkdir(parents=True)
     user.embring("checkpoint", "save", str(tmp_path / "saved"), "--models", str(tmp_path / "models"))
     assert "ctr 4" in user.embring("checkpoint", "list", str(tmp_path / "saved")).stdout
-    assert "ended what a dead cluster had left" in user.embring("down").stdout
+    assert "say --yes" in user.embring("down", status=1).stderr  # servers live on, and have every row
+    assert marked(mark)
+    assert "ended what a dead cluster had left" in user.embring("down", "--yes").stdout
     assert marked(mark) == []
     assert not Path(runtime.scratch).exists()
     user.embring("up", "--servers", "1")

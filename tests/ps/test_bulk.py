@@ -1,9 +1,13 @@
 """Bulk import and export: every kind of file there and back, interruptions, bad files in one sentence."""
 
+import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,12 +245,12 @@ def test_a_kill_between_ids_and_rows_leaves_nothing_that_looks_whole(
 
     def killed(source: Path, target: Path) -> None:
         if target == (ids_path(path), path)[dies]:
-            raise InterruptedError
+            raise KeyboardInterrupt
         replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(bulk.os, "replace", killed)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(KeyboardInterrupt):
             take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
     assert not path.exists()
     take(table, "t", Export(path, 1, 2, DIM, resume=True), Counter())
@@ -294,6 +298,74 @@ def test_an_export_that_cannot_be_written_ends(tmp_path: Path, monkeypatch: pyte
     assert table.calls < bulk.PARTS
 
 
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("when", ["it is begun", "rows come", "it is finished"])
+def test_a_full_disk_is_one_sentence_and_the_export_goes_on_once_there_is_room(
+    tmp_path: Path, kind: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, path = Table(), tmp_path / f"out{kind}"
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    sentence = rf"out{kind} cannot be written: .*File too large"
+    if when == "it is begun":
+        with pytest.raises(RequestError, match=sentence), disk_of(100):
+            Export(path, 1, 2, DIM, resume=False)
+    else:
+        export = Export(path, 1, 2, DIM, resume=False)
+        finish = export.finish
+
+        def late() -> None:
+            with disk_of(100):
+                finish()
+
+        monkeypatch.setattr(export, "finish", late)
+        room = Export.HEAD + 8 * 100 if when == "rows come" else 2**20
+        with pytest.raises(RequestError, match=sentence), disk_of(room):
+            take(table, "t", export, Counter())
+        assert export._rows.closed
+        assert export._ids.closed
+    assert not path.exists()
+    again = Export(path, 1, 2, DIM, resume=True)
+    assert again.resumed == (when != "it is begun")
+    take(table, "t", again, Counter())
+    assert imported(path) == expected()
+
+
+def test_rows_that_no_buffer_holds_meet_a_full_disk_in_one_sentence(tmp_path: Path) -> None:
+    export = Export(tmp_path / "out.npy", 1, 2, DIM, resume=False)
+    with pytest.raises(RequestError, match=r"out\.npy cannot be written: File too large"), disk_of(10_000):
+        export.write(np.arange(100_000), np.ones((100_000, DIM), np.float32))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), pa.ArrowInvalid("no page is there")])
+def test_rows_that_cannot_be_read_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = write(tmp_path / "in.parquet")
+    source = open_source(path)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(source, "_file", SimpleNamespace(**vars(source._file), iter_batches=broken, num_row_groups=0))
+    with pytest.raises(RequestError, match=rf"in\.parquet cannot be read: .*{error.args[-1]}"):
+        bring(Table(), "t", path, source, 0, Notes(), Counter())
+
+
+def test_a_file_that_may_not_be_looked_at_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"cannot be read as \.npy: .*File name too long"):
+        open_source(tmp_path / ("x" * 300 + ".npy"))
+
+
 def test_other_columns_and_kinds_of_lists(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     fixed = pa.FixedSizeListArray.from_arrays(pa.array(ROWS.astype(np.float64).reshape(-1)), DIM)
@@ -321,6 +393,9 @@ BAD: list[tuple[str, Any, dict[str, str], str]] = [
     ("a.parquet", parquet(id=[7, 7], row=TWO), {}, r"has id 7 in row 0 and in row 1; an id has one row"),
     ("a.parquet", parquet(id=np.array([1, 2**63], np.uint64), row=TWO), {}, r"has 9223372036854775808 in row 1"),
     ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], [3.0]]), {}, r"has 1 values in row 1; the first row has 2"),
+    ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]), {}, r"has 1 values in row 1; the"),
+    ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [3.0] * 3, [4.0]]), {}, r"has 3 values in row 1; the first"),
+    ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [], [3.0] * 4]), {}, r"has 0 values in row 1; the first"),
     ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], None]), {}, r"has a null in row 1"),
     ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], [3.0, np.nan]]), {}, r"has nan in row 1, column 1"),
     ("a.parquet", lambda path: path.write_bytes(b"no"), {}, r"cannot be read as \.parquet"),
