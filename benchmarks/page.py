@@ -104,7 +104,10 @@ def _legend(figures: Mapping[str, Any]) -> str:
 
 def _panel(figures: Mapping[str, Any], key: str, title: str) -> str:
     """A scatter of memory against one figure."""
-    points = [(name, f["measured"]["memory_bytes"] / MIB, f["measured"][key]) for name, f in figures.items()]
+    known = {name: f["measured"] for name, f in figures.items() if key in f["measured"]}  # not where nothing was read
+    points = [(name, measured["memory_bytes"] / MIB, measured[key]) for name, measured in known.items()]
+    if not points:
+        return ""
     across, up = ticks(max(x for _, x, _ in points) * 1.1), ticks(max(y for _, _, y in points) * 1.1)
 
     def place(x: float, y: float) -> tuple[float, float]:

@@ -13,6 +13,9 @@ from deploy.cli_common import JsonOption, running
 Table = Annotated[str, typer.Argument(metavar="NAME", help="The table.")]
 File = Annotated[Path, typer.Argument(help="A .npy, .safetensors or .parquet file.")]
 
+CHECKED = 4096
+"""Rows at each end of what an interrupted import brought, which are compared with the file."""
+
 
 def import_rows(
     name: Table,
@@ -41,6 +44,7 @@ def import_rows(
         check_dim(file, source, name, client.describe(name).dim)
         record = _Record(file, values, ids, view.cluster, view.table(name).number)
         start = record.read() if resume else 0
+        _check_there(client, name, file, source, start)
         if not start:  # else, were this one killed at once, a resume would believe how far an older one came
             record.remove()
         bring(client, name, file, source, start, record, counter)
@@ -73,6 +77,22 @@ def export_rows(
         take(client, name, export, counter)
     told = {"table": name, "rows": export.mark.rows, "file": str(file), "resumed": export.resumed}
     print(json.dumps(told) if as_json else f"{file}: {export.mark.rows:,} rows of {name}")
+
+
+def _check_there(client: Any, table: str, file: Path, source: Any, count: int) -> None:
+    """Raise RequestError unless the first `count` rows are still as in the file, by some at their begin and their end:
+    slots that were lost since, and restored or given up, hold some of any thousand ids."""
+    from ps.bulk import TIMEOUT_S
+    from ps.errors import RequestError
+
+    for at in {0, max(0, count - CHECKED)} if count else ():
+        rows = next(iter(source.rows(at, CHECKED)))[: count - at]
+        there = client.pull(table, source.ids[at : at + len(rows)], timeout=TIMEOUT_S)
+        if wrong := int((there != rows).any(axis=1).sum()):
+            raise RequestError(
+                f"{wrong} of {len(rows)} rows that were imported from {file} are no longer as in it: import it again "
+                "without --resume"
+            )
 
 
 def _view(runtime: Any) -> Any:

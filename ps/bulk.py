@@ -355,6 +355,8 @@ class Export:
 
     def __init__(self, path: Path, cluster: int, table: int, dim: int, resume: bool) -> None:
         self.path, self.kind = path, _kind(path)
+        if path.is_dir():
+            raise RequestError(f"{path} cannot be written: it is a folder")
         self.mark = Mark(cluster, table, dim, 0, 0)
         left = self._left()
         self.resumed = resume and left is not None and (left.cluster, left.table, left.dim) == (cluster, table, dim)

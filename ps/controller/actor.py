@@ -94,9 +94,14 @@ class Control:
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
-        scraped = on_loop(self.status, asyncio.get_running_loop())
-        self.metrics, _ = serve_metrics(scraped, self.config.control.metrics_port)
         view = self.shell.view
+        try:
+            scraped = on_loop(self.status, asyncio.get_running_loop())
+            self.metrics, _ = serve_metrics(scraped, self.config.control.metrics_port)
+        except OSError as error:
+            if not view.servers:
+                raise
+            log.error("there are no metrics: %s", error)  # whose servers run already: failover matters more
         self._keep(self.shell.run())
         self._keep(self._ask_figures())
         if view.servers:

@@ -50,6 +50,9 @@ class Table:
         self.rows |= dict(zip(ids.tolist(), rows.tolist(), strict=True))
         return SimpleNamespace(result=lambda: None)
 
+    def pull(self, name: str, ids: np.ndarray, timeout: float) -> np.ndarray:
+        return np.array([self.rows.get(i, [0.0] * DIM) for i in ids.tolist()], np.float32).reshape(len(ids), DIM)
+
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
@@ -148,6 +151,27 @@ def test_a_resumed_import_with_another_file_of_ids_or_none_begins_anew(table: Ta
     beside.unlink()
     table.rows = {}
     assert skipped(file) == 0
+    assert sorted(table.rows) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("gone", ["some at the begin", "the last"])
+def test_an_import_does_not_go_on_where_its_rows_are_gone(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """As after slots were lost, and restored from an older checkpoint, or given up."""
+    monkeypatch.setattr(cli_transfer, "CHECKED", 4)
+    file = tmp_path / "rows.npy"
+    np.save(file, 1 + np.arange(COUNT * DIM, dtype=np.float32).reshape(COUNT, DIM))
+    interrupt(table, file)
+    brought = dict(table.rows)
+    for i in sorted(brought)[:2] if gone == "some at the begin" else sorted(brought):
+        del table.rows[i]
+    done = CliRunner().invoke(app, ["import", "t", str(file), "--resume"])
+    assert isinstance(done.exception, RequestError)
+    assert "rows that were imported from" in str(done.exception)
+    assert "without --resume" in str(done.exception)
+    table.rows = brought
+    assert CliRunner().invoke(app, ["import", "t", str(file), "--resume"]).exit_code == 0
     assert sorted(table.rows) == list(range(COUNT))
 
 

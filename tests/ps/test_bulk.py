@@ -432,3 +432,10 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npy")
     with pytest.raises(RequestError, match=r"has rows of 3 values; table 'item' has 8"):
         check_dim(path, open_source(path), "item", 8)
+
+
+@pytest.mark.parametrize("kind", [".npy", ".safetensors", ".parquet"])
+def test_an_export_into_a_folder_is_refused_before_any_row_comes(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"out{kind}").mkdir()
+    with pytest.raises(RequestError, match=r"out\.\w+ cannot be written: it is a folder"):
+        Export(tmp_path / f"out{kind}", 1, 2, DIM, resume=False)

@@ -30,7 +30,12 @@ from ps.viewlog import ViewLog
 def test_a_controller_that_was_started_again_goes_on_looking_for_its_servers(
     met: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its servers may be dying, or too busy to answer, at that very moment."""
+    """Its servers may be dying, or too busy to answer, at that very moment; its port for metrics may be taken."""
+
+    def taken(*_: object) -> None:
+        raise OSError("Address already in use")
+
+    monkeypatch.setattr(actor, "serve_metrics", taken)
     monkeypatch.setattr(actor, "AGAIN_S", 0.0)
     servers = tuple(Server(f"server-{i}", 10 + i, "h") for i in range(3))
     ViewLog(tmp_path / "views").append(plan(View.empty(1, 3), Enlist(servers)))
