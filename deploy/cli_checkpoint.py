@@ -186,7 +186,7 @@ def prune(
     from ps.checkpoint.retention import prune as prune_chains
     from ps.checkpoint.storage import Storage
 
-    gone = prune_chains(Storage(folder), keep, running().cluster)
+    gone = prune_chains(Storage(folder).existing(), keep, running().cluster)
     print(json.dumps(gone) if as_json else "\n".join(f"removed {name}" for name in gone) or "nothing to remove")
 
 

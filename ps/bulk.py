@@ -179,7 +179,8 @@ def ids_path(path: Path) -> Path:
 
 def _matrix_dim(path: Path, what: str, shape: tuple[int, ...], floats: bool) -> int:
     if len(shape) != 2 or not floats:
-        raise RequestError(f"{what} in {path} has shape {list(shape)}; rows are a matrix of floats")
+        of = "" if floats else ", and not of floats"
+        raise RequestError(f"{what} in {path} has shape {list(shape)}{of}; rows are a matrix of floats")
     return int(shape[1])
 
 

@@ -58,6 +58,8 @@ class Storage:
 
     def __init__(self, url: str | Path) -> None:
         """Raises CheckpointError where there is no such scheme, or the package for it is not installed."""
+        if not str(url):
+            raise CheckpointError("the place of checkpoints is empty: name a folder or an fsspec URL")
         try:
             self._fs, self.root = fsspec.core.url_to_fs(str(url))
         except (ImportError, ValueError, TypeError, OSError) as error:

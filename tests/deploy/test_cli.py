@@ -101,6 +101,8 @@ def test_help_fills_its_lines():
         (("up", "--restore", "latest"), 2, "--restore needs the directory of [checkpoint]"),
         (("checkpoint", "save", "nowhere://x"), 1, "no cluster is known here"),
         (("checkpoint", "verify", "missing"), 1, "missing is missing"),
+        (("checkpoint", "prune", "missing", "--keep", "2"), 1, "missing is missing"),
+        (("checkpoint", "verify", ""), 1, "the place of checkpoints is empty"),
         (("table", "import", "item", "rows.csv"), 1, "no cluster is running"),
         (("checkpoint", "list", "missing"), 1, "missing"),
         (("serve", "models", "--name", "a b"), 1, "--name is 'a b'; it must be up to 63 letters, digits, '.', '_' and"),
