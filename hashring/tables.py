@@ -152,11 +152,16 @@ def create(view: View, change: CreateTable) -> View:
     _check_replicas(view, change.name, change.replicas)
     group = None
     if change.placement == "sharded":
-        group = next((g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas)), None)
+        alike = (g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas))
+        group = next((g for g in alike if not _any_lost(view, g)), None)  # else it would lack those slots at once
     if group is None:
         view, group = _new_group(view, change)
     table = Table(view.next_table, change.name, group.number, change.spec)
     return replace(view, tables=(*view.tables, table), next_table=view.next_table + 1)
+
+
+def _any_lost(view: View, group: Group) -> bool:
+    return bool(view.lost()[group.first : group.first + group.slots].any())
 
 
 def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:

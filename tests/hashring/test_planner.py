@@ -160,6 +160,15 @@ def test_a_returned_server_owns_nothing_and_the_lost_stay_lost() -> None:
     assert plan(again, Return(Server("s1", 100, "h1"))).lost().sum() == failed.lost().sum()
 
 
+def test_a_table_that_is_made_while_slots_are_lost_has_all_of_its_own() -> None:
+    """Such slots may be of a restore that is under way, too, and its table would be lost with them."""
+    failed = plan(cluster(3), Fail("s1"))
+    view = plan(failed, CreateTable("later", {}, replicas=failed.groups[0].replicas))
+    group = view.group(view.table("later").group)
+    assert not view.lost()[group.first : group.first + group.slots].any()
+    assert (view.lost()[: failed.slots_total] == failed.lost()).all()
+
+
 def test_recovery_gives_the_lost_slots_to_the_living() -> None:
     failed = plan(plan(cluster(3), Fail("s1")), Return(Server("s1", 99, "h1")))
     lost = failed.lost()
