@@ -368,10 +368,13 @@ def _driver(runtime: Runtime) -> Iterator[None]:
 def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
     """`ask(verb, **fields)` of the controller, through Ray: works while no server answers.
 
-    Raises NotApplied where Ray or the controller does not answer, and what the controller answers.
+    Raises NotApplied where Ray or the controller does not answer, PerhapsApplied where it may have heard of a change
+    that was asked for, and what the controller answers.
     """
     with _driver(runtime):
         import ray
+
+        from ps.server import LOOKS, unanswered
 
         try:
             actor = ray.get_actor("controller", runtime.namespace)
@@ -379,10 +382,15 @@ def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
             raise NotApplied("the cluster's Ray runs, but its controller is gone") from None
 
         def ask(verb: str, **fields: Any) -> dict[str, Any]:
+            sent = False
             try:
+                if verb not in LOOKS:
+                    # Ray does not say whether a call that failed had begun: see first that the controller is there.
+                    ray.get(actor.status.remote(), timeout=CALL_TIMEOUT_S)
+                    sent = True
                 reply: Any = ray.get(actor.admin.remote(verb, fields), timeout=CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
-                raise NotApplied(f"the controller does not answer: {_cause(error)}") from None
+                raise unanswered(verb, sent, _cause(error)) from None
             if "error" in reply:
                 raise_error(reply["error"])
             return reply["ok"]

@@ -19,13 +19,16 @@ import ray
 from ray.exceptions import RayError
 
 from ps.config import Config, ServerConfig, config_from_plain
-from ps.errors import ConfigError, NotApplied
+from ps.errors import ConfigError, EmbringError, NotApplied, PerhapsApplied
 from ps.fabric.address import parse_address
 from ps.loop import LoopThread
 from ps.wire import raise_error
 
 ADMIN_TIMEOUT_S = 60.0
 OPEN_TIMEOUT_S = 280.0
+LOOKS = ("status", "outlook")
+"""What an administrator asks without changing anything."""
+
 MEMORY_SHARE = 0.7
 """Of a host's memory, what its servers may fill together unless memory_max_mib says otherwise."""
 
@@ -97,6 +100,17 @@ def memory_max(config: ServerConfig) -> int:
     return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / config.servers)
 
 
+def unanswered(verb: str, sent: bool, why: str) -> EmbringError:
+    """What to tell an administrator whom the controller does not answer. sent: whether it may do what was asked."""
+    if sent:
+        return PerhapsApplied(f"the controller does not answer ({why}); {verb} may have been done, or be done later")
+    return NotApplied(f"the controller does not answer ({why}); {verb} was not done")
+
+
+async def _reply(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())
+
+
 class Server:
     """The Ray actor. Its methods run on Ray's event loop and hand the work to the data thread."""
 
@@ -159,15 +173,21 @@ class Server:
         return [f"tcp:{self._listens}:{port}", f"unix:{folder}/{self.name}-{short}"]
 
     async def _control(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """On the data thread: ask the controller, for an administrator."""
+        """On the data thread: ask the controller, for an administrator. NotApplied only where it did not hear of it."""
+        sent = False
         try:
-            if self._controller is None:
-                self._controller = await asyncio.to_thread(ray.get_actor, "controller", self._setup.namespace)
-            reference = self._controller.admin.remote(verb, fields)
-            reply = await asyncio.wait_for(asyncio.wrap_future(reference.future()), ADMIN_TIMEOUT_S)
+            async with asyncio.timeout(ADMIN_TIMEOUT_S):
+                if (controller := self._controller) is None:
+                    controller = await asyncio.to_thread(ray.get_actor, "controller", self._setup.namespace)
+                    self._controller = controller
+                if verb not in LOOKS:
+                    # Ray does not say whether a call that failed had begun: see first that the controller is there.
+                    await _reply(controller.status.remote())
+                    sent = True
+                reply = await _reply(controller.admin.remote(verb, fields))
         except (RayError, ValueError, TimeoutError) as error:
             self._controller = None
-            raise NotApplied(f"the controller does not answer ({type(error).__name__}); {verb} was not done") from None
+            raise unanswered(verb, sent, type(error).__name__) from None
         if "error" in reply:
             raise_error(reply["error"])
         return reply["ok"]

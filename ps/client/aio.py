@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.view import Server
 from ps.client.batch import Bag
-from ps.client.core import CLOSED, TIMEOUT_MAX, Ask, Command, Full, Steps, Wait, deadline, given_up
+from ps.client.core import CLOSED, TIMEOUT_MAX, Ask, Command, Core, Full, Steps, Wait, deadline, given_up
 from ps.client.places import Seeds, Tls, prepare, where
 from ps.client.ranges import PullRange
 from ps.client.request import Call
@@ -22,7 +22,7 @@ from ps.client.verbs import ADAGRAD, INITIALIZER, ClientStatistics, Modes, RowRa
 from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError
 from ps.fabric.address import pick
 from ps.fabric.aio import AsyncConnection
-from ps.fabric.protocol import Hello, Traffic
+from ps.fabric.protocol import Hello
 from ps.ragged import RaggedIds
 from ps.share import Acks
 from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
@@ -31,25 +31,48 @@ from ps.spec import Absent, Initializer, Optimizer, Placement, TableSpec
 class _Connections:
     """One connection for each server, made when it is first needed, once for all tasks that wait for it."""
 
-    def __init__(self, token: str, client: int, tls: ssl.SSLContext | None, traffic: Traffic) -> None:
+    def __init__(self, token: str, tls: ssl.SSLContext | None, core: Core) -> None:
         self._token = token
-        self._traffic = traffic
         self._tls = tls
-        self._client = client
+        self._client = core.window.client
+        self._traffic = core.counters.traffic
+        core.on_adopt = self._keep
         self._open: dict[tuple[str, int], AsyncConnection] = {}
         self._making: dict[tuple[str, int], asyncio.Lock] = {}
 
     async def of(self, server: Server, until: float) -> AsyncConnection:
-        """The connection to a server; NotApplied where none of its addresses answers."""
+        """The connection to a server; NotApplied where none of its addresses answers in time."""
         key = (server.name, server.incarnation)
         found = self._open.get(key)
         if found is not None and not found.closed:
             return found
-        async with self._making.setdefault(key, asyncio.Lock()):
+        async with self._alone(key, until):
             found = self._open.get(key)
             if found is None or found.closed:
                 found = self._open[key] = await self._connect(server, until)
             return found
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, key: tuple[str, int], until: float) -> AsyncIterator[None]:
+        """One task connects to a server at a time. The others wait no longer than they have time themselves."""
+        turn = self._making.setdefault(key, asyncio.Lock())
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                await turn.acquire()
+        except TimeoutError:
+            raise NotApplied(f"server {key[0]!r} could not be reached in time") from None
+        try:
+            yield
+        finally:
+            turn.release()
+
+    def _keep(self, servers: Sequence[Server]) -> None:
+        """Close what leads to incarnations that the newest view does not name: those own nothing."""
+        named = {(server.name, server.incarnation) for server in servers}
+        for key in self._open.keys() - named:
+            self._open.pop(key).close()
+        for key in [key for key, turn in self._making.items() if key not in named and not turn.locked()]:
+            del self._making[key]
 
     async def _connect(self, server: Server, until: float) -> AsyncConnection:
         hello = Hello(self._token, server.incarnation, client=self._client)
@@ -93,7 +116,7 @@ class AsyncClient:
         """A client that has not looked for its cluster yet: `connect` is what users call."""
         self._verbs = Verbs(addresses)
         self._verbs.configure(timeout, acks, in_place)
-        self._connections = _Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
+        self._connections = _Connections(token, tls, self._verbs)
         self._pushes: set[asyncio.Task[None]] = set()
         self._line: deque[asyncio.Future[None]] = deque()
         self._views = asyncio.Event()
@@ -183,14 +206,14 @@ class AsyncClient:
         self._views = asyncio.Event()
 
     async def _in_line(self, until: float, first: bool) -> None:
-        """Wait for room in the window. first: before all others, since another took the place that was for this one."""
+        """Wait for room in the window, until then at the longest: whoever asked looks at the clock. first: before all
+        others, since another took the place that was for this one."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.appendleft(turn) if first else self._line.append(turn)
         try:
-            async with asyncio.timeout(max(0.0, until - time.monotonic())):
-                await turn
-        except TimeoutError:
-            raise NotApplied("64 pushes are undecided, and none was decided in time") from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                    await turn
         finally:
             with contextlib.suppress(ValueError):  # who was woken is in line no more
                 self._line.remove(turn)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ps.client.batch import Bag
-from ps.client.core import CLOSED, TIMEOUT_MAX, Steps, deadline
+from ps.client.core import CLOSED, PAUSE_FIRST, TIMEOUT_MAX, Steps, deadline
 from ps.client.flight import Connections, Flight
 from ps.client.parts import Parts
 from ps.client.places import Seeds, prepare
@@ -77,7 +77,7 @@ class Client:
         self._turn = threading.RLock()
         self._flights: list[Flight] = []
         self._closed = False
-        self._connections = Connections(token, self._verbs.window.client, tls, self._verbs.counters.traffic)
+        self._connections = Connections(token, tls, self._verbs)
         _open.add(self)
         prepare()
         try:
@@ -101,7 +101,7 @@ class Client:
         return flight
 
     def _finish(self, flight: Flight) -> Any:
-        if not flight.goes_by(self._connections):
+        if not flight.done and not flight.goes_by(self._connections):
             raise NotApplied("this was asked by the parent process")
         with self._turn:
             flight.finish()
@@ -122,11 +122,12 @@ class Client:
     def _finish_oldest(self) -> None:
         """Decide one push. A failed one stays in the list, for `flush` to raise."""
         for flight in self._flights:
-            if not flight.done:
+            if not flight.done and not flight.waits:
                 flight.finish()
                 if flight.error is None:
                     self._landed(flight)
                 return
+        time.sleep(PAUSE_FIRST)  # no push of ours can make room
 
     def _landed(self, flight: Flight) -> None:
         if flight in self._flights:
@@ -136,8 +137,7 @@ class Client:
         """In a forked child: another identity, no connections, nothing under way."""
         self._turn = threading.RLock()
         self._verbs.window = Window()
-        traffic = self._verbs.counters.traffic
-        self._connections = Connections(self._token, self._verbs.window.client, self._tls, traffic)
+        self._connections = Connections(self._token, self._tls, self._verbs)
         for flight in self._flights:
             flight.done, flight.error = True, EmbringError("this push belongs to the parent process")
         self._flights = []

@@ -18,7 +18,7 @@ from hashring.view import Server, View
 from ps.client.request import Call
 from ps.client.routing import Features, Routing
 from ps.client.shared import SharedReader
-from ps.client.window import Window
+from ps.client.window import WINDOW, Window
 from ps.errors import (
     EmbringError,
     NotApplied,
@@ -156,6 +156,7 @@ class Core:
         self._suspects: dict[int, float] = {}
         self._refreshing = False
         self.on_views: Callable[[], None] = lambda: None
+        self.on_adopt: Callable[[Sequence[Server]], None] = lambda servers: None
         self._caught_up = 0.0
         self._random = random.Random()
 
@@ -175,6 +176,7 @@ class Core:
             self._load = np.zeros(len(view.servers))
             self._suspects = {}
             self.counters.views += 1
+            self.on_adopt(view.servers)
 
     # -- asking, and what a failure means
 
@@ -262,6 +264,14 @@ class Core:
             if now.epoch > routing.epoch and (moved or isinstance(error, SlotsLost)) and time.monotonic() < until:
                 return
         raise error
+
+    def room(self, began: bool, until: float) -> Steps:
+        """Wait until the window has room for a push. began: whether a part of it was sent before."""
+        while self.window.full:
+            if time.monotonic() >= until:
+                error = NotApplied(f"{WINDOW} pushes are undecided, and none was decided in time")
+                raise _last_word(error, None, began)
+            yield Full(until)
 
     # -- views
 
@@ -368,37 +378,53 @@ class Core:
 
     # -- administration
 
-    def admin(
-        self, verb: str, fields: dict[str, Any], until: float, done: Callable[[Routing], bool]
-    ) -> Generator[Command, Any, dict[str, Any]]:
+    def admin(self, verb: str, fields: dict[str, Any], until: float, done: Callable[[Routing], bool]) -> Steps:
         """Ask the controller through any server, then wait until this client's view shows that it is done."""
-        answer: dict[str, Any] = {}
-
-        def absorb(_: int, reply: Message) -> None:
-            answer.update(reply.fields)
-
         attempt = 0
-        while not answer:
-            error: EmbringError = NotApplied("no server of the view is alive")
-            for s, server in enumerate(self.routing.servers):
-                if server.alive:
-                    call = Call(s, s, "admin", {"verb": verb, **fields}, {})
-                    failures = yield Ask(self.routing.servers, [call], absorb, until)
-                    if not failures:
-                        break
-                    error = failures[s]
-                    if not isinstance(error, NotApplied):
-                        raise error
-            else:
-                yield from self._pause(attempt, until, error)
+        while isinstance(error := (yield from self._through_any(verb, fields, attempt, until)), NotApplied):
+            yield from self._pause(attempt, until, error)
             attempt += 1
+        if error is not None and not isinstance(error, PerhapsApplied):
+            raise error
+        # Not asked again where no answer came: a table would be emptied twice, or be unknown since it is gone.
+        unseen = error or PerhapsApplied(f"{verb} was asked for, and no view shows it yet")
         while not done(self.routing):
             yield from self.refresh(self.routing.epoch, until, {})
             if not done(self.routing):
-                unseen = PerhapsApplied(f"{verb} was asked for, and no view shows it yet")
                 yield from self._pause(attempt, until, unseen)
                 attempt += 1
-        return answer
+
+    def _through_any(
+        self, verb: str, fields: dict[str, Any], attempt: int, until: float
+    ) -> Generator[Command, Any, EmbringError | None]:
+        """Ask the controller through the first server that answers; what came of it, NotApplied where none does.
+
+        Each must answer a ping first: one that hangs takes a request as any other, and would have all the time.
+        """
+        servers, suspects = self.routing.servers, self._left_out()
+        failed = NotApplied("no server of the view is alive")
+        for s in sorted((s for s, server in enumerate(servers) if server.alive), key=suspects.__contains__):
+            error = yield from self._call(servers, Call(s, s, "ping", {}, {}), self.attempt_until(until, attempt))
+            if error is None:
+                error = yield from self._call(servers, Call(s, s, "admin", {"verb": verb, **fields}, {}), until)
+                if not isinstance(error, NotApplied):
+                    return error
+                failed = error
+            elif isinstance(error, RequestError):
+                return error
+            else:
+                if self.routing.servers is servers:
+                    self._suspects[s] = time.monotonic() + SUSPECT_S
+                if not failed.answered:
+                    failed = NotApplied(str(error))
+        return failed
+
+    def _call(
+        self, servers: Sequence[Server], call: Call, until: float
+    ) -> Generator[Command, Any, EmbringError | None]:
+        """Make one call whose answer says no more than that it succeeded; its error where it did not."""
+        failures: dict[int, EmbringError] = yield Ask(servers, [call], lambda key, reply: None, until)
+        return failures.get(call.key)
 
     def _pause(self, attempt: int, until: float, error: EmbringError) -> Steps:
         """Wait before the next attempt, or raise the error where there is no time for one."""

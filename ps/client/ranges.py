@@ -51,6 +51,7 @@ class PullRange:
         self._next: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._lasts: NDArray[np.uint64] = np.empty(0, np.uint64)
         self._open: NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._parts: list[RowRange] = []
         self.until()
 
     def until(self) -> float:
@@ -69,14 +70,16 @@ class PullRange:
         self._number = info.number
 
     def next(self, until: float) -> Generator[Command, dict[int, EmbringError], list[RowRange]]:
-        """Some of the rows, in no order; nothing when there are no more."""
+        """Some of the rows, in no order; nothing when there are no more.
+
+        What came before an error is kept, and handed out by the `next()` after it: it is not asked for again.
+        """
         verbs = self._verbs
         yield from verbs.features((self._name,), until)
         if self._number < 0:
             self._begin(verbs.routing.table(self._name))
-        parts: list[RowRange] = []
         attempt = 0
-        while self._open.any() and sum(part.rows.nbytes for part in parts) < BLOCK_BYTES:
+        while self._open.any() and self._bytes < BLOCK_BYTES:
             routing = verbs.routing
             info = self._same_table(routing)
             try:
@@ -84,15 +87,21 @@ class PullRange:
             except SlotsLost as error:
                 yield from verbs.hopeless(error, routing, until)
                 continue
-            failed = yield from self._round(runs, routing, info, parts, until)
+            failed = yield from self._round(runs, routing, info, until)
             if failed:
                 if time.monotonic() >= until:
                     raise next(iter(failed.values()))
                 yield from verbs.after(failed, routing, attempt, until)
                 attempt += 1
-        if sum(part.rows.nbytes for part in parts) < BLOCK_BYTES and len(parts) > 1:
-            return [RowRange(np.concatenate([p.ids for p in parts]), np.concatenate([p.rows for p in parts]))]
+        parts = self._parts
+        if self._bytes < BLOCK_BYTES and len(parts) > 1:
+            parts = [RowRange(np.concatenate([p.ids for p in parts]), np.concatenate([p.rows for p in parts]))]
+        self._parts = []
         return parts
+
+    @property
+    def _bytes(self) -> int:
+        return sum(part.rows.nbytes for part in self._parts)
 
     def _same_table(self, routing: Routing) -> TableInfo:
         info = routing.table(self._name)
@@ -118,7 +127,7 @@ class PullRange:
         return runs
 
     def _round(
-        self, runs: list[_Run], routing: Routing, info: TableInfo, parts: list[RowRange], until: float
+        self, runs: list[_Run], routing: Routing, info: TableInfo, until: float
     ) -> Generator[Command, dict[int, EmbringError], dict[int, EmbringError]]:
         """Ask for every run at once and keep what counts; errors by server."""
         replies: dict[int, Message] = {}
@@ -133,7 +142,7 @@ class PullRange:
                 if epoch < routing.epoch or not self._unmoved(run, routing, self._verbs.routing, info):
                     failed[run.server] = WrongView(f"slots moved between views {routing.epoch} and {epoch}", epoch)
                     continue
-            self._take(run, reply, parts)
+            self._take(run, reply)
         return failed
 
     def _call(self, key: int, run: _Run, routing: Routing, info: TableInfo) -> Call:
@@ -146,10 +155,10 @@ class PullRange:
         }
         return Call(key, run.server, "range", fields, {"slots": run.slots + info.first})
 
-    def _take(self, run: _Run, reply: Message, parts: list[RowRange]) -> None:
+    def _take(self, run: _Run, reply: Message) -> None:
         """Keep the rows of a run, and remember up to where it was answered."""
         if len(reply.arrays["ids"]):
-            parts.append(RowRange(reply.arrays["ids"], reply.arrays["rows"]))
+            self._parts.append(RowRange(reply.arrays["ids"], reply.arrays["rows"]))
         span = run.slots
         cursor = reply.fields.get("cursor")
         if cursor is None or int(cursor) > RING_LAST:

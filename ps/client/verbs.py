@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hashring.tokens import tokens
 from ps.client.batch import Bag, Batch, absent_code, bags_batch, modes_of, ragged_batch, rows_batch, writable
-from ps.client.core import PROBE_S, Ask, Core, Full, Steps, deadline
+from ps.client.core import PROBE_S, Ask, Core, Steps, deadline
 from ps.client.request import NONE_DONE, Call, Places, PullRequest, PushRequest, check_finite
 from ps.client.routing import Features, Routing
 from ps.errors import RequestError
@@ -285,8 +285,7 @@ class Verbs(Core):
 
     def _send_once(self, request: PushRequest, until: float) -> Steps:
         """One sequence, from the first try to the last."""
-        while self.window.full:
-            yield Full(until)
+        yield from self.room(request.began, until)
         window = self.window
         request.client, request.sequence = window.client, window.open()
         try:

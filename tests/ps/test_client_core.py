@@ -19,7 +19,9 @@ from ps.client.core import Ask, Full, Wait
 from ps.client.ranges import PullRange
 from ps.client.verbs import Verbs
 from ps.client.window import WINDOW, Window
+from ps.controller.admin import change_of
 from ps.errors import (
+    AuthError,
     EmbringError,
     MemoryFull,
     NotApplied,
@@ -60,8 +62,8 @@ class World:
     def change(self, change) -> None:
         self.view = plan(self.view, change)
 
-    def drive(self, steps):
-        """Run a generator to its end, as a shell would."""
+    def drive(self, steps, full=None):
+        """Run a generator to its end, as a shell would. full: what to do where the window has no room."""
         outcome = None
         while True:
             try:
@@ -81,7 +83,8 @@ class World:
                 self.waits += 1
             else:
                 assert isinstance(command, Full)
-                raise AssertionError("one push at a time cannot fill the window")
+                assert full is not None, "one push at a time cannot fill the window"
+                full()
 
     def call(self, server, call) -> Message:
         what = self.fault(server.name, call.op)
@@ -176,6 +179,21 @@ class World:
         rows = np.array([self.rows[table, i] for _, i in cut], np.float32).reshape(-1, DIM)
         cursor = cut[-1][0] + 1 if len(inside) > len(cut) else None
         return {"more": cursor is not None, "cursor": cursor}, {"ids": ids, "rows": rows}
+
+    def _admin(self, server, call):
+        self.change(change_of(self.view, call.fields["verb"], call.fields))
+        return {}, {}
+
+    def log(self) -> list:
+        """(server, op) of every call from now on."""
+        called, by_fault = [], self.fault
+
+        def fault(server, op):
+            called.append((server, op))
+            return by_fault(server, op)
+
+        self.fault = fault
+        return called
 
     def verbs(self) -> Verbs:
         verbs = Verbs([])
@@ -382,9 +400,10 @@ def test_who_waits_for_room_in_the_window_is_woken_in_turn_and_no_more_than_find
         window, begun, woken = client._verbs.window, [], []
 
         def push(k: int, until: float):
-            while window.full:
-                yield Full(until)
-                woken.append(k)
+            for command in client._verbs.room(False, until):
+                yield command
+                if time.monotonic() < until:
+                    woken.append(k)
             begun.append((k, window.open()))
             yield Wait(0.0)
 
@@ -597,6 +616,102 @@ def test_the_window_keeps_undecided_sequences_within_64():
     assert Window().client != Window().client
 
 
+@pytest.mark.parametrize(("parts", "raised"), [(1, NotApplied), (2, PerhapsApplied)])
+def test_a_push_for_which_the_window_never_has_room_ends_at_its_deadline(monkeypatch, parts, raised):
+    """Whatever a shell makes of `Full`; and where a part of the push went before, nobody is told that none did."""
+    monkeypatch.setattr("ps.client.verbs.CHUNK", 512)
+    world = World()
+    verbs = world.verbs()
+    held = [verbs.window.open()]
+
+    def fill() -> None:
+        while not verbs.window.full:
+            held.append(verbs.window.open())
+
+    if parts == 1:
+        fill()
+    else:
+        world.before_ask = fill
+    steps = verbs.push("a", np.arange(40 * parts), np.ones((40 * parts, DIM), np.float32), "push", 1.0, 0.2)
+    with pytest.raises(raised, match="64 pushes are undecided, and none was decided in time"):
+        world.drive(steps, full=lambda: None)
+    assert len({sequence for _, sequence, _ in world.frames}) == parts - 1
+    assert verbs.window.undecided == len(held)
+
+
+# -- administration
+
+
+def drop(world: World, verbs: Verbs, timeout: float = 30.0):
+    return world.drive(verbs.drop_table("a", timeout))
+
+
+def test_a_server_that_hangs_does_not_keep_an_administrator_from_the_others():
+    """Neither one that answers no ping, nor one that dies between that and the request."""
+    world = World()
+    verbs = world.verbs()
+    world.fault = lambda server, op: "request lost" if server == "s0" else "ok"
+    called = world.log()
+    drop(world, verbs)
+    assert [server for server, op in called if op == "admin"] == ["s1"]
+    world = World()
+    verbs = world.verbs()
+    world.fault = lambda server, op: "refused" if (server, op) == ("s0", "admin") else "ok"
+    called = world.log()
+    drop(world, verbs)
+    assert [server for server, op in called if op == "admin"] == ["s0", "s1"]
+
+
+def test_an_administrator_asks_suspects_last_and_gives_none_of_them_all_the_time():
+    world = World(servers=4)
+    verbs = world.verbs()
+    verbs._suspects = {0: time.monotonic() + 600, 2: time.monotonic() + 600}
+    steps = verbs.admin("drop_table", {"name": "a"}, time.monotonic() + 30.0, lambda now: True)
+    order, command = [], next(steps)
+    for _ in range(4):
+        (call,) = command.calls
+        assert call.op == "ping"
+        assert command.until < time.monotonic() + 1.5
+        order.append(call.server)
+        command = steps.send({call.key: PerhapsApplied("no answer")})
+    assert order == [1, 3, 0, 2]
+    assert isinstance(command, Wait)
+    for s in order:  # who failed is a suspect for a while
+        assert s in verbs._suspects
+    steps.close()
+
+
+@pytest.mark.parametrize("fault", ["reply lost", "request lost"])
+def test_what_may_be_done_is_not_asked_for_again(fault):
+    """Of a table that was dropped, the second time nobody would know; one that was emptied would lose new rows."""
+    world = World()
+    verbs = world.verbs()
+    world.fault = lambda server, op: fault if op == "admin" else "ok"
+    called = world.log()
+    if fault == "reply lost":
+        drop(world, verbs)
+        assert "a" not in verbs.routing.tables
+    else:
+        with pytest.raises(PerhapsApplied, match="no answer"):
+            drop(world, verbs, 0.3)
+    assert [op for _, op in called].count("admin") == 1
+
+
+def test_why_nobody_could_ask_the_controller_is_said_by_whoever_answered():
+    world = World()
+    verbs = world.verbs()
+    starting = NotApplied("the controller is still starting")
+    starting.answered = True
+    world.fault = lambda server, op: (
+        starting if op == "admin" else "request lost" if server == "s2" and op == "ping" else "ok"
+    )
+    with pytest.raises(NotApplied, match="still starting"):
+        drop(world, verbs, 0.3)
+    world.fault = lambda server, op: AuthError("the token is wrong") if op == "ping" else "ok"
+    with pytest.raises(AuthError):
+        drop(world, verbs, 0.3)
+
+
 # -- ranges
 
 
@@ -678,6 +793,25 @@ def test_rows_of_a_server_that_lags_behind_do_not_count():
 
     world.answer = answer
     assert sorted(scan(world, verbs, 0, None)) == list(range(100))
+
+
+@pytest.mark.parametrize("seconds", [0.2, 30.0])
+def test_rows_that_came_before_a_range_pull_failed_are_handed_out_by_the_next_call(seconds):
+    """Of too little time, and of a server that refuses for good while others answered."""
+    world = World()
+    verbs = world.verbs()
+    push(world, verbs, "a", np.arange(200))
+    pulled = PullRange(verbs, "a", 0, None, seconds)
+    calls = itertools.count()
+    fault = PerhapsApplied("no answer") if seconds < 1 else EmbringError("broken")
+    world.fault = lambda server, op: fault if op == "range" and server == "s1" and next(calls) > 2 else "ok"
+    with pytest.raises(type(fault)):
+        world.drive(pulled.next(pulled.until()))
+    world.fault = lambda server, op: "ok"
+    ids = []
+    while parts := world.drive(pulled.next(pulled.until())):
+        ids += [i for part in parts for i in part.ids.tolist()]
+    assert sorted(ids) == list(range(200))
 
 
 def test_ranges_are_aligned_to_slots_and_cover_the_ring():

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ps.client.parts import Parts
+from ps.client.ranges import PullRange
 from ps.client.verbs import RowRange
 from ps.errors import EmbringError, PerhapsApplied
+from tests.ps.test_client_core import World, push
 
 PART = RowRange(np.zeros(1, np.int64), np.zeros((1, 1), np.float32))
 
@@ -83,6 +85,27 @@ def test_no_more_time_is_spent_than_one_time_out() -> None:
     next(parts)
     with pytest.raises(PerhapsApplied, match="too late"):
         next(parts)
+
+
+def test_rows_that_came_before_what_was_asked_ahead_failed_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One server answers late, while others answered in time: their rows came, and count, with those of the retry."""
+    monkeypatch.setattr("ps.client.ranges.BLOCK_BYTES", 256)
+    world = World()
+    verbs = world.verbs()
+    push(world, verbs, "a", np.arange(200))
+    flights: list[Any] = []
+    scan = PullRange(verbs, "a", 0, None, 30.0)
+
+    def finish(steps: Any) -> Any:
+        flights.append(steps)
+        return world.drive(steps)
+
+    broken = EmbringError("broken off")  # of no class that is tried again: it ends every second flight half-way
+    world.fault = lambda server, op: broken if server == "s1" and len(flights) % 2 == 0 else "ok"
+    parts = Parts(lambda steps: steps, finish, scan)
+    found = [i for part in parts for i in part.ids.tolist()]
+    assert sorted(found) == list(range(200))
+    assert len(flights) > 4
 
 
 def test_parts_that_nobody_wants_are_dropped() -> None:

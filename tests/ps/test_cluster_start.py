@@ -1,6 +1,7 @@
 """Starting a cluster, without one: what is tried again, what is waited for, what the user is told."""
 
 import ctypes
+import importlib
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ import pytest
 from ps import cluster, rayhead
 from ps.checkpoint.storage import CheckpointError
 from ps.config import Config, RayConfig
-from ps.errors import ConfigError
+from ps.errors import ConfigError, EmbringError, NotApplied, PerhapsApplied
 from ps.rayhead import Head, StartError, ray_environment, start_head
 
 HEAD = Head(1, 2, "127.0.0.1:3")
@@ -180,3 +182,41 @@ def test_sigterm_stays_with_the_command_whatever_ray_does_with_it(taken: str) ->
         assert met == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class RayError(Exception):
+    """Stands for Ray's."""
+
+
+@pytest.mark.parametrize(
+    ("verb", "failing", "raised"),
+    [
+        ("move", "admin", PerhapsApplied),
+        ("move", "status", NotApplied),
+        ("status", "admin", NotApplied),
+        ("outlook", "admin", NotApplied),
+    ],
+)
+def test_not_done_is_said_only_where_the_controller_did_not_hear_of_it(monkeypatch, verb, failing, raised):
+    """A controller that does not answer may have logged what was asked for, and do it."""
+
+    def get(reference, timeout):
+        if reference == failing:
+            raise RayError("the actor is unavailable")
+        return {"ok": {}}
+
+    actor = SimpleNamespace(
+        status=SimpleNamespace(remote=lambda: "status"), admin=SimpleNamespace(remote=lambda verb, fields: "admin")
+    )
+    ray = SimpleNamespace(
+        get_actor=lambda name, namespace: actor, get=get, exceptions=SimpleNamespace(RayError=RayError)
+    )
+    monkeypatch.setattr(cluster, "_driver", lambda runtime: nullcontext())
+    importlib.import_module("ps.server")  # with the real Ray
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with cluster.controller(SimpleNamespace(namespace="n")) as ask:
+        with pytest.raises(EmbringError, match="the actor is unavailable") as error:
+            ask(verb)
+        assert type(error.value) is raised
+        failing = ""
+        assert ask(verb) == {}
