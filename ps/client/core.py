@@ -284,9 +284,10 @@ class Core:
 
     def refresh(self, epoch: int, until: float, told: dict[int, int], shared: bool = False) -> Steps:
         """Try to learn a view newer than `epoch`. told: servers that are known to have one. shared: where another
-        request tries already, what comes of that will do; many that fail together would else ask one after another."""
-        waited = self._refreshing
-        while self._refreshing and self.routing.epoch <= epoch and time.monotonic() < until:
+        request tries already, what comes of that will do; many that fail together would else ask one after another.
+        It is not waited for for long: the blocking client goes on with a request only when its caller waits for it."""
+        waited, patience = self._refreshing, min(until, time.monotonic() + PROBE_S)
+        while self._refreshing and self.routing.epoch <= epoch and time.monotonic() < patience:
             yield Wait(PAUSE_FIRST, until)
         if self.routing.epoch > epoch or (waited and shared):
             return

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections import defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -372,6 +373,23 @@ def test_of_many_requests_that_fail_together_one_looks_for_a_newer_view():
     assert own.send(None).calls
     own.close()
     assert told == [True, True]
+
+
+def test_who_looks_for_a_newer_view_and_is_not_gone_on_with_holds_nobody_up(monkeypatch):
+    """As the first of several imports that are under way, until its caller asks what came of it."""
+    verbs = World().verbs()
+    now = [1000.0]
+    monkeypatch.setattr("ps.client.core.time", SimpleNamespace(monotonic=lambda: now[0]))
+    until = now[0] + 60
+    first = verbs.refresh(verbs.routing.epoch, until, {})
+    assert first.send(None).calls
+    other = verbs.refresh(verbs.routing.epoch, until, {})
+    command = other.send(None)
+    while isinstance(command, Wait):
+        now[0] += command.seconds
+        command = other.send(None)
+    assert command.calls
+    assert now[0] < until - 50
 
 
 def test_the_asynchronous_shell_sleeps_until_the_one_that_looks_has_looked():
