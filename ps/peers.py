@@ -23,6 +23,12 @@ CONNECT_S = 2.0
 DEADLINE_MS = 600_000
 """Deadline of a request to another server: none that matters, since silence is judged by the machine."""
 
+FORWARD_MS = 5_000
+"""Of a push that is handed on, whose client asks again about as soon: it keeps a place in the other server's queue."""
+
+GONE_S = 1.0
+"""Seconds for which a connection outlives the view that names its server no more: that view is on its way there."""
+
 ToPeer = Send | SendView | Forward
 
 
@@ -51,6 +57,7 @@ class Peers:
         self._tls = trusting(config.tls.trusted)
         self._acted = acted
         self._wires: dict[int, _Wire] = {}
+        self._keeper: asyncio.TimerHandle | None = None
 
     def send(self, action: ToPeer, view: View) -> None:
         """Send an action on its connection, which is made where its number is new."""
@@ -68,8 +75,20 @@ class Peers:
         else:
             self._write(action.peer, wire, action)
 
+    def keep_soon(self, view: Callable[[], View]) -> None:
+        """Close the connections to servers that the view does not name, a moment from now."""
+        if self._keeper is None and self._wires:
+            self._keeper = asyncio.get_running_loop().call_later(GONE_S, lambda: self._keep(view()))
+
+    def _keep(self, view: View) -> None:
+        self._keeper = None
+        for peer in self._wires.keys() - {server.incarnation for server in view.servers}:
+            self._close(self._wires.pop(peer))
+
     def close(self) -> None:
         """Close every connection."""
+        if self._keeper is not None:
+            self._keeper.cancel()
         for wire in self._wires.values():
             self._close(wire)
         self._wires.clear()
@@ -99,6 +118,7 @@ class Peers:
 
     def _write(self, peer: int, wire: _Wire, action: ToPeer) -> None:
         assert wire.connection is not None
+        deadline_ms = DEADLINE_MS
         if isinstance(action, Send):
             op, fields, arrays = action.op, action.fields, action.arrays
         elif isinstance(action, SendView):
@@ -107,8 +127,9 @@ class Peers:
             op, (fields, arrays) = "push", push_message(action.share)
             fields |= {"acks": action.acks, "at": action.at}
             arrays |= {"only": action.only}
+            deadline_ms = FORWARD_MS
         try:
-            wire.asked[wire.connection.post(op, fields, arrays, DEADLINE_MS)] = action.number
+            wire.asked[wire.connection.post(op, fields, arrays, deadline_ms)] = action.number
         except EmbringError:
             self._broken(peer, wire)
 

@@ -50,7 +50,8 @@ Control = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
 """(verb, fields) -> answer: how administration reaches the controller."""
 
 PART_BYTES = 2 * 1024 * 1024
-"""Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work."""
+"""Rows in one part of a range or an export, in bytes, before the part is closed: a few milliseconds of work. Less where
+frames carry less."""
 
 NEWER_S = 1.0
 """How long a request that knows a newer view waits for that view to arrive here; then the present one judges."""
@@ -58,6 +59,10 @@ NEWER_S = 1.0
 TICK_S, COPYING_S = 0.05, 0.01
 """Seconds between two ticks of the machine of replication, and while copies are made: a tick sends what falls to it at
 once, and requests wait for that."""
+
+FIRST = frozenset(("ping", "view", "install", "learn", "replicate", "repair", "fork", "digest", "drain", "statistics"))
+"""What servers and the controller say to each other: heard also where the queue is full. Pushes in it may wait for an
+owner that is dead, until a view says so."""
 
 TIDY_S = 0.01
 """Seconds between two steps of giving freed memory back: requests come first."""
@@ -74,16 +79,20 @@ class Service:
         self.store = store
         self.view = View.empty(0, config.cluster.slot_bits)
         self.draining = False
-        self.listener = Listener(self.handle, token, self.welcome, *_limits(config))
+        self.listener = Listener(self.handle, token, self.welcome, *_limits(config), FIRST)
         self._config = config
         self._lease = lease(config.control.ping_interval_ms * config.control.pings_max)
         self._control = control
         self._name = name
         self._absent_ids = 0
-        self._exports = Exports(store, PART_BYTES)
+        frame = config.server.frame_max_mib << 20
+        store.held.block_max = frame - frame // 16  # the rest is for what aligns the arrays
+        self._part_max = frame // 4
+        self._exports = Exports(store, min(PART_BYTES, self._part_max))
         self._newer = asyncio.Event()
         server = config.server
         limits = ReplicationLimits(
+            block_bytes_max=min(ReplicationLimits().block_bytes_max, self._part_max),
             owners_min=server.owners_min,
             verify_slots_per_s=server.verify_slots_per_s,
             copy_bytes_per_s=server.copy_max_mib_per_s << 20,
@@ -94,6 +103,8 @@ class Service:
         self._decided: dict[int, Result | EmbringError] = {}
         self._undecided: dict[int, asyncio.Future[Result]] = {}
         self._held: dict[Any, Result] = {}
+        self._given_up = False
+        self._deleted = 0
         self._ticking: asyncio.TimerHandle | None = None
         self._due = perf_counter()
         self._asked, self._waited = 0, 0.0
@@ -148,6 +159,7 @@ class Service:
             self._newer.set()
             self._newer = asyncio.Event()
             self._tidy_soon(REUSE_S)
+            self._peers.keep_soon(lambda: self.view)
 
     # -- replication
 
@@ -161,8 +173,12 @@ class Service:
         self._asked, self._waited = 0, 0.0
         self._ticking = loop.call_later(until_next, self.begin)
         self.store.held.latch.beat(0 if self.draining else self._lease)
+        self._drop_given_up()
         self.replication.tick(loop.time(), late)
         self._perform()
+        if self._deleted != self.store.held.deleted:  # by a push, or by a block of another server
+            self._deleted = self.store.held.deleted
+            self._tidy_soon()
 
     async def end(self) -> None:
         """Stop: close the listener, the connections to other servers, and answer nobody any more."""
@@ -204,6 +220,17 @@ class Service:
             return result
         future = self._undecided[token] = asyncio.get_running_loop().create_future()
         return future
+
+    def _drop_given_up(self) -> None:
+        """Have the machine forget answers for which nobody waits any more."""
+        self._decided.clear()  # what is here now was decided after it had been given up
+        if self._given_up:
+            self._given_up = False
+            tokens = {token for token, future in self._undecided.items() if future.cancelled()}
+            for token in tokens:
+                del self._undecided[token]
+                self._held.pop(token, None)
+            self.replication.give_up(tokens)
 
     def _token(self) -> int:
         self._tokens += 1
@@ -277,6 +304,9 @@ class Service:
         try:
             fields, arrays = await result
             failed = False
+        except asyncio.CancelledError:
+            self._given_up = True
+            raise
         finally:
             meter.add(perf_counter() - begin, failed)
         return {**fields, "epoch": self.view.epoch}, arrays
@@ -314,8 +344,6 @@ class Service:
             raise RequestError(f'acks is {str(acks)[:40]!r}; it must be "all" or "primary"')
         only = vector(request.arrays, "only", "<i8") if "only" in request.arrays else None
         at = whole(request.fields, "at") if only is not None else None
-        if share.kind == "delete":
-            self._tidy_soon()
         token = self._token()
         self.replication.push(token, share, acks, only, at)
         return self._outcome(token)
@@ -334,7 +362,7 @@ class Service:
         if table is None:
             raise RequestError(f"table {number} is unknown in epoch {self.view.epoch}")
         spec = TableSpec.from_plain(table.spec)
-        rows_max = max(1, PART_BYTES // (4 * spec.dim))
+        rows_max = max(1, min(PART_BYTES, self._part_max) // (4 * spec.dim + 8))
         slots = self._slots(request) if "slots" in request.arrays else None
         for ids, rows in self.store.range(number, start, stop, rows_max, slots):
             if len(ids):
@@ -426,7 +454,8 @@ class Service:
         verb = request.fields.get("verb")
         if not isinstance(verb, str):
             raise RequestError("verb must be text")
-        return {**await self._control(verb, fields)}, {}
+        # What was begun is carried out, though nobody may wait for the answer any more.
+        return {**await asyncio.shield(asyncio.ensure_future(self._control(verb, fields)))}, {}
 
 
 def _limits(config: Config) -> tuple[FrameLimits, ListenLimits]:

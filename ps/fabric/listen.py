@@ -6,20 +6,21 @@ so that reading goes on meanwhile: only then is it known what waits, what has ex
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import socket
 import ssl
 import stat
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from ps.errors import ConfigError, EmbringError, NotApplied, Overloaded, RequestError
+from ps.errors import ConfigError, EmbringError, NotApplied, Overloaded, PerhapsApplied, RequestError
 from ps.fabric.address import Address, parse_address, widen
 from ps.fabric.protocol import ServerSession, Traffic, Welcome
 from ps.wire import LIMITS, Buffer, FrameLimits, Message, error_fields
@@ -34,6 +35,9 @@ Handler = Callable[[Message, float], Result | Coroutine[Any, Any, Result]]
 
 DEADLINE_MS = 60_000
 """Deadline of a request that names none, and the longest that one may name is a thousand times this."""
+
+GIVE_UP_S = 0.25
+"""Seconds between two looks for requests that are still being handled at their deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,10 @@ class Listener:
         welcome: Callable[[], Welcome],
         frame_limits: FrameLimits = LIMITS,
         limits: ListenLimits | None = None,
+        first: Collection[str] = (),
     ) -> None:
+        """first: operations by which the cluster itself goes on. They have as much room again where the queue is full,
+        for it may be full of requests that wait for just what these bring."""
         self.limits = limits or ListenLimits()
         self.frame_limits = frame_limits
         self.token = token
@@ -98,14 +105,16 @@ class Listener:
         self.counts = dict.fromkeys(ListenStatistics.__dataclass_fields__, 0)
         self.traffic = Traffic()
         self._handler = handler
+        self._first = first
         self._queue: deque[tuple[_Connection, Message, float, float]] = deque()
         self._turning = False
         self._held = 0
         self._held_bytes = 0
         self._servers: list[asyncio.Server] = []
         self._paths: list[str] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], tuple[_Connection, float]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
+        self._giver: asyncio.TimerHandle | None = None
 
     # -- begin and end
 
@@ -126,6 +135,7 @@ class Listener:
             await self.close()
             raise ConfigError(f"cannot listen on {', '.join(map(str, wanted))}: {error}") from None
         self._sweep()
+        self._give_up()
         return tuple(taken)
 
     async def _listen(self, where: Address, tls: ssl.SSLContext | None) -> str:
@@ -142,8 +152,9 @@ class Listener:
         """Stop listening, let what is being handled end (nothing new begins), and close every connection."""
         for server in self._servers:
             server.close()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._giver):
+            if timer is not None:
+                timer.cancel()
         while self._queue:
             connection, request, _, _ = self._queue.popleft()
             self._release(request)
@@ -172,7 +183,8 @@ class Listener:
             connection.reply(request, wrong)
             return
         size = request.size
-        if self._held >= self.limits.requests_max or self._held_bytes + size > self.limits.bytes_max:
+        full = self._held >= self.limits.requests_max or self._held_bytes + size > self.limits.bytes_max
+        if full and not self._goes_first(request.op, size):
             self.counts["overloaded"] += 1
             refusal = f"{self._held} requests of {self._held_bytes} bytes wait here already; nothing was applied"
             connection.reply(request, Overloaded(refusal))
@@ -187,6 +199,11 @@ class Listener:
             self._loop.call_soon(self._turn)
             self._handle_next(now)
 
+    def _goes_first(self, op: str, size: int) -> bool:
+        """Whether a request has a place though the queue is full."""
+        here = self._held < 2 * self.limits.requests_max and self._held_bytes + size <= 2 * self.limits.bytes_max
+        return here and op in self._first
+
     def _turn(self) -> None:
         """Handle requests until the queue is empty or the turn is over."""
         # Not the loop's clock: uvloop's stands still while a callback runs.
@@ -200,10 +217,10 @@ class Listener:
 
     def _handle_next(self, now: float) -> None:
         connection, request, came, until = self._queue.popleft()
-        self._handle(connection, request, now - came, until - now)
+        self._handle(connection, request, now - came, until, until <= now)
 
-    def _handle(self, connection: "_Connection", request: Message, waited: float, left: float) -> None:
-        if left <= 0.0 or connection.gone:
+    def _handle(self, connection: "_Connection", request: Message, waited: float, until: float, expired: bool) -> None:
+        if expired or connection.gone:
             self.counts["expired"] += 1
             self._release(request)
             connection.reply(request, NotApplied("the request expired before it was looked at"))
@@ -218,14 +235,16 @@ class Listener:
             connection.reply(request, result)
             return
         task = self._loop.create_task(self._finish(connection, request, result))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = connection, until
+        task.add_done_callback(self._tasks.pop)
 
     async def _finish(self, connection: "_Connection", request: Message, result: Coroutine[Any, Any, Result]) -> None:
-        """Await a handler that takes longer, and reply."""
+        """Await a handler that takes longer, and reply. What was given up may have been applied all the same."""
         answer: Result | Exception
         try:
             answer = await result
+        except asyncio.CancelledError:
+            answer = PerhapsApplied(f"{request.op} was not decided within its deadline, or while the server ran")
         except Exception as error:
             answer = error
         finally:
@@ -237,6 +256,15 @@ class Listener:
         self._held_bytes -= request.size
 
     # -- time
+
+    def _give_up(self) -> None:
+        """End requests whose deadline is over, or whose connection is gone: nobody waits for what they would bring,
+        and they would keep their places until then, however often they are sent again."""
+        now = monotonic()
+        for task, (connection, until) in self._tasks.items():
+            if (until <= now or connection.gone) and _begun(task):
+                task.cancel()
+        self._giver = self._loop.call_later(GIVE_UP_S, self._give_up)
 
     def _sweep(self) -> None:
         """Close the connections that are silent, stuck in a frame or in the handshake, or not reading."""
@@ -363,6 +391,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._listener.connections.discard(self)
         self.gone = True
         self._transport = None
+
+
+def _begun(task: asyncio.Task[None]) -> bool:
+    """Whether a task has taken its first step: one that is cancelled before it would not let go of its place."""
+    running = task.get_coro()
+    return inspect.iscoroutine(running) and inspect.getcoroutinestate(running) != inspect.CORO_CREATED
 
 
 def _refusal(request: Message, error: Exception) -> Message:

@@ -9,11 +9,12 @@ The shell calls a method for each event, in the order in which they happen, on t
     learn(slots, learner, epoch)         the controller's command     standing()                  for its pings
     flush()                              before rows move in memory
     hold(token, slots, positions)        an export that leaves when all owners hold it
+    give_up(tokens)                      answers for which nobody waits any more
     verify(token, slots, start, repair)  copies are to be compared
     tick(now)                            about every 50 ms
 """
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +71,11 @@ class _Parts:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     parts: _Parts
+
+
+def _asked_by(token: Hashable) -> Hashable:
+    """Whose answer it is, of a part too."""
+    return token.parts.token if isinstance(token, _Part) else token
 
 
 class _Gathering(Primary):
@@ -156,6 +162,7 @@ class Replication:
         self._take_back(view)
         self._backup.install(view)
         primary.release()
+        self._renumber()
 
     def _pass_on(self, view: View, same: NDArray[np.bool_]) -> set[int]:
         """Hand the view to the members of slots whose term ends here, behind the last block of it."""
@@ -189,6 +196,18 @@ class Replication:
             primary.lost(gone)
             del primary.links[gone.incarnation]
         return numbers
+
+    def _renumber(self) -> None:
+        """Numbers of links that have ended go to others: every push looks at each. No slot has their servers by now."""
+        primary, living = self._primary, sorted(self._primary.links.values(), key=lambda link: link.index)
+        if len(living) == len(primary.by_index):
+            return
+        numbers = np.full(len(primary.by_index) + 1, -1, np.int16)  # the last is for "no peer"
+        for index, link in enumerate(living):
+            numbers[link.index] = index
+            link.index = index
+        primary.members.peers = numbers[primary.members.peers]
+        primary.by_index = living
 
     def _end_waits(self, left: NDArray[np.int64]) -> None:
         """Whoever waits for a slot that has another primary now must ask there; who waits for one that a table has
@@ -264,6 +283,14 @@ class Replication:
     def hold(self, token: Hashable, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Answer `token` once every owner holds these slots at these positions: an export may leave then."""
         self._primary.hold(token, slots, positions, {})
+
+    def give_up(self, tokens: Collection[Hashable]) -> None:
+        """Nobody waits for these answers any more. What was changed stays, and goes to the other owners as before."""
+        self._primary.waits = [wait for wait in self._primary.waits if _asked_by(wait.token) not in tokens]
+        for link in self._primary.links.values():
+            for number, flight in link.flights.items():
+                if flight.op == "push" and _asked_by(flight.token) in tokens:
+                    link.flights[number] = replace(flight, token=None)
 
     def verify(self, token: Hashable, slots: NDArray[np.int64], start: int = 0, repair: bool = False) -> None:
         """Compare copies of slots of this server's view with those of their other owners (see `Verifier.verify`).

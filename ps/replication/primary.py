@@ -192,12 +192,24 @@ class Primary:
     def _send_block(self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False) -> None:
         fields, arrays = block.to_arrays()
         size = sum(array.nbytes for array in arrays.values())
+        if size > self.store.held.block_max and not bulk:
+            self._send_less(link, block, op)
+            return
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
         if bulk:
             self._pace.allowance -= size
             self.copied_bytes += size
             self.copied_rows += sum(len(section.ids) for section in block.sections)
         self.send(link, op, flight, {"block": fields}, arrays)
+
+    def _send_less(self, link: Link, block: RowBlock, op: str) -> None:
+        """No frame carries the block: its slots leave in two. One slot is to be copied anew, for a copy has parts."""
+        half = len(block.slots) // 2
+        if half:
+            for some in (np.arange(len(block.slots)) < half, np.arange(len(block.slots)) >= half):
+                self._send_block(link, block.select(some), op)
+        else:
+            self._unmendable(link, block.slots, self.members.column_of(block.slots, link.index))
 
     def send_view(self, link: Link, view: View) -> None:
         """Hand a view on, behind all that was sent before, or waits to be."""
@@ -295,7 +307,7 @@ class Primary:
                 return
             try:
                 block = next(link.copies[0], None)
-            except EmbringError:  # a slot of it has another primary now; the others are copied anew
+            except EmbringError:  # a slot of it has another primary now, or was deleted from too fast: copied anew
                 link.copies = []
                 slots, columns = m.where(link.index)
                 copying = m.modes[slots, columns] == COPY
@@ -313,7 +325,10 @@ class Primary:
             if not len(block.slots):
                 continue
             if block.final.all():
-                m.modes[block.slots, columns] = STREAM
+                # What was cut into blocks at one moment may have changed since: the fork tells what is missing.
+                level = block.last == self._positions[block.slots]
+                m.modes[block.slots, columns] = np.where(level, STREAM, IDLE)
+                link.untidy |= not level.all()
             self._send_block(link, block, bulk=True)
 
     # -- what peers answer

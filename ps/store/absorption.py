@@ -159,6 +159,7 @@ class _Incoming:
             arena.erase(slots[known], codes[known], ids[known])
             where = slots.astype(np.int64)
             held.tombstones.add(where, tables, ids, s.gone_versions[gone], held.slots.horizon)
+            held.deleted += len(where)
             self.rows = arena.find(self.slots, self.codes, self.ids)
         arena.insert(self.slots, self.codes, self.ids, self.rows)
         replicate.scatter(self.picked, self.rows, s.values, s.state, s.meta, arena.values, arena.state, arena.meta)

@@ -301,6 +301,7 @@ class Store:
             where = change.slots[gone].astype(np.int64)
             tables = arena.numbers[change.codes[gone]]
             self.held.tombstones.add(where, tables, change.ids[gone], positions[where], self.held.slots.horizon)
+            self.held.deleted += len(where)
             return 0
         absent = np.flatnonzero(change.rows < 0)
         if share.kind == "assign":

@@ -13,12 +13,15 @@ from ps.slots import PRIMARY, SlotTable, Tombstones
 from ps.store.registry import Registry
 from ps.window import ClientTable
 
+BLOCK_MAX = 2**27
+
 
 @dataclass(slots=True)
 class Holdings:
     """view: None before the first. latch: held while anything changes that readers of shared memory see.
 
-    clock: seconds since 1970, for metadata only: no decision hangs on it.
+    clock: seconds since 1970, for metadata only: no decision hangs on it. block_max: bytes of one block on its way out
+    at most; whoever sends blocks sets it to what a frame carries. deleted: rows that were deleted since the start.
     """
 
     slots: SlotTable
@@ -29,6 +32,8 @@ class Holdings:
     latch: Latch
     clock: Callable[[], float]
     view: View | None = None
+    block_max: int = BLOCK_MAX
+    deleted: int = 0
 
     @property
     def epoch(self) -> int:

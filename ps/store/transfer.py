@@ -3,12 +3,13 @@
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ps.arena import Arena, Entries
-from ps.errors import RequestError
+from ps.errors import NotApplied, RequestError
 from ps.rowblock import TERM_SHIFT, RowBlock, Section, Watermark
 from ps.slots import NOTHING_GONE, OWNER, PRIMARY, Gone
 from ps.store.holdings import Holdings
@@ -19,6 +20,9 @@ _RING = 2**64
 
 SCAN = 4
 """Rows whose version is read in the time in which one is copied, at the least."""
+
+_ROW_BYTES, _GONE_BYTES = 28, 20
+"""What a block says of a row beside values and state, and of a deletion."""
 
 
 # -- ranges
@@ -101,7 +105,12 @@ def export(
 
     A slot of more rows than that is cut by token intervals, which name the same ids however its segments grow
     meanwhile; its last part repeats what was changed since the first, so that the slot at `last` is exactly what stood
-    there at that moment.
+    there at that moment. What was deleted is told by every part, since the one before it. NotApplied where more was
+    deleted between two parts than is remembered: the slot must be begun anew. That ends, for each time takes as many
+    deletions as the ring holds (of rows that were there) within the time of one part, not within that of the slot.
+
+    What is more than `block_max` at one moment (windows of many clients, a last part that repeats much) leaves in
+    several blocks, of which the last one says where the slot stood at that moment.
     """
     if since is not None and since.cluster != held.cluster:
         raise RequestError(f"the watermark is of cluster {since.cluster}; this is cluster {held.cluster}")
@@ -115,10 +124,26 @@ def export(
         held.require(batch, PRIMARY)
         if part == 0:
             base = np.zeros(len(batch), np.int64) if since is None else _bases(held, batch, since)
-            began = held.slots.positions[batch]
-        elif held.slots.positions[batch[0]] >> TERM_SHIFT != began[0] >> TERM_SHIFT:
-            raise held.wrong_view(int(batch[0]), PRIMARY)  # the term ended: the copy would mix two histories
-        yield _block(held, batch, base, began, (part, parts), copy)
+            began, number = held.slots.positions[batch], 0
+            told = np.where(base > 0, base, began)
+        else:
+            _same_term(held, batch, began)
+            if (held.slots.horizon[batch] > told).any():
+                raise NotApplied(f"more of slot {batch[0]} was deleted than is remembered; it must be sent anew")
+        blocks = cut(_block(held, batch, base, began, told, (part, parts), copy), held.block_max, number)
+        told, number = held.slots.positions[batch], number + len(blocks)
+        for i, block in enumerate(blocks):
+            if i:
+                held.require(block.slots, PRIMARY)
+                _same_term(held, block.slots, block.last)
+            yield block
+
+
+def _same_term(held: Holdings, slots: NDArray[np.int64], before: NDArray[np.int64]) -> None:
+    """Raise WrongView for a slot whose term has ended since: the copy would mix two histories."""
+    ended = slots[held.slots.positions[slots] >> TERM_SHIFT != before >> TERM_SHIFT]
+    if len(ended):
+        raise held.wrong_view(int(ended[0]), PRIMARY)
 
 
 def _bases(held: Holdings, slots: NDArray[np.int64], since: Watermark) -> NDArray[np.int64]:
@@ -137,11 +162,16 @@ def _block(
     slots: NDArray[np.int64],
     base: NDArray[np.int64],
     began: NDArray[np.int64],
+    told: NDArray[np.int64],
     part: tuple[int, int],
     copy: int,
 ) -> RowBlock:
+    """One part as of now. told: from where on deletions are told."""
     final = part[0] == part[1] - 1
-    sections = [_section(held, arena, slots, base, began, part) for arena in held.registry.arenas]
+    some = bool((held.slots.positions[slots] > told).any())
+    gone = held.tombstones.of(slots, told) if some else NOTHING_GONE
+    arenas = held.registry.arenas
+    sections = [_with(arena, _section(held, arena, slots, base, began, part), gone, slots) for arena in arenas]
     lineage, offsets = held.slots.lineage(slots)
     return RowBlock(
         cluster=held.cluster,
@@ -182,10 +212,8 @@ def _section(
             inside = (found.tokens >= np.uint64(low)) & (found.tokens <= np.uint64(last))
             keep &= inside | (versions > began[owner])
         found = _keep(found, owner, keep, len(slots))
-    gone = None
-    if final and (parts > 1 or base.any()):  # of a slot that is told whole, at one moment, nothing is gone
-        gone = held.tombstones.of(slots, np.where(base > 0, base, began if parts > 1 else held.slots.positions[slots]))
-    return _fill(arena, found, gone, len(slots), slots)
+    everything = np.arange(len(found.rows), dtype=np.int32)
+    return section_of(arena, everything, found.rows, found.codes, found.ids, found.offsets)
 
 
 def _keep(found: Entries, owner: NDArray[np.int64], keep: NDArray[np.bool_], slots: int) -> Entries:
@@ -194,22 +222,58 @@ def _keep(found: Entries, owner: NDArray[np.int64], keep: NDArray[np.bool_], slo
     return Entries(found.ids[keep], found.codes[keep], found.rows[keep], found.tokens[keep], offsets)
 
 
-def _fill(arena: Arena, found: Entries, gone: Gone | None, slots: int, numbers: NDArray[np.int64]) -> Section:
-    where, tables, ids, versions = gone if gone is not None else NOTHING_GONE
+def _with(arena: Arena, section: Section, gone: Gone, slots: NDArray[np.int64]) -> Section:
+    """The section with those of the deletions that are its arena's."""
+    where, tables, ids, versions = gone
     if not len(ids):
-        return _section_of(arena, found, NOTHING_GONE, np.zeros(slots + 1, np.int64))
+        return section
     codes = arena.codes_of(tables)
     mine = codes >= 0
     where, tables, ids, versions = where[mine], tables[mine], ids[mine], versions[mine]
-    rows = arena.find(numbers[where].astype(np.int32), codes[mine], ids)
+    rows = arena.find(slots[where].astype(np.int32), codes[mine], ids)
     away = rows < 0  # an id that was pushed again since is told as a row
-    offsets = np.zeros(slots + 1, np.int64)
-    np.cumsum(np.bincount(where[away], minlength=slots), out=offsets[1:])
-    return _section_of(arena, found, (where[away], tables[away], ids[away], versions[away]), offsets)
+    offsets = np.zeros(len(slots) + 1, np.int64)
+    np.cumsum(np.bincount(where[away], minlength=len(slots)), out=offsets[1:])
+    return replace(
+        section, gone_ids=ids[away], gone_tables=tables[away], gone_versions=versions[away], gone_offsets=offsets
+    )
 
 
-def _section_of(arena: Arena, found: Entries, gone: Gone, gone_offsets: NDArray[np.int64]) -> Section:
-    _, tables, ids, versions = gone
-    everything = np.arange(len(found.rows), dtype=np.int32)
-    section = section_of(arena, everything, found.rows, found.codes, found.ids, found.offsets)
-    return replace(section, gone_ids=ids, gone_tables=tables, gone_versions=versions, gone_offsets=gone_offsets)
+# -- blocks that fit a frame
+
+
+def cut(block: RowBlock, bytes_max: int, number: int = 0) -> list[RowBlock]:
+    """The same content in blocks of up to about `bytes_max`: some slots each, or one slot in parts from `number` on."""
+    if len(block.slots) == 1:
+        return _parts(block, bytes_max, number)
+    if block.nbytes <= bytes_max:
+        return [block]
+    first = np.arange(len(block.slots)) < len(block.slots) // 2
+    return cut(block.select(first), bytes_max) + cut(block.select(~first), bytes_max)
+
+
+def _parts(block: RowBlock, bytes_max: int, number: int) -> list[RowBlock]:
+    """One slot in parts; the windows of clients are set by the last."""
+    pieces = [block.sections]
+    if block.nbytes > bytes_max:
+        pieces = [(piece,) for section in block.sections for piece in _slices(section, bytes_max)] or pieces
+    parts = [replace(block, part=np.array([number + i], np.int32), sections=p) for i, p in enumerate(pieces)]
+    unfinished, nobody = np.zeros(1, np.uint8), ClientEntries.none(1)
+    return [replace(part, final=unfinished, clients=nobody) for part in parts[:-1]] + parts[-1:]
+
+
+def _slices(section: Section, bytes_max: int) -> Iterator[Section]:
+    """The rows of one slot, some at a time, and then its deletions."""
+    rows = max(1, bytes_max // (_ROW_BYTES + 4 * (section.dim + section.state.shape[1])))
+    for at in range(0, len(section.ids), rows):
+        yield _slice(section, slice(at, at + rows), slice(0))
+    gone = max(1, bytes_max // _GONE_BYTES)
+    for at in range(0, len(section.gone_ids), gone):
+        yield _slice(section, slice(0), slice(at, at + gone))
+
+
+def _slice(section: Section, rows: slice, gone: slice) -> Section:
+    kept: dict[str, Any] = {name: getattr(section, name)[rows] for name in ("ids", "tables", "values", "state", "meta")}
+    kept |= {name: getattr(section, name)[gone] for name in ("gone_ids", "gone_tables", "gone_versions")}
+    offsets, gone_offsets = (np.array([0, len(kept[name])]) for name in ("ids", "gone_ids"))
+    return replace(section, **kept, offsets=offsets, gone_offsets=gone_offsets)

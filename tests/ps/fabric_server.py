@@ -27,11 +27,13 @@ HELLO = Hello("secret")
 class EchoServer:
     """Ops: echo; fail {error}; crash; hold (answers at `release()`); big {size} -> rows; nap {ms} blocks the thread."""
 
-    def __init__(self, token: str, limits: ListenLimits, frames: FrameLimits, tls=None, tcp: bool = True) -> None:
+    def __init__(
+        self, token: str, limits: ListenLimits, frames: FrameLimits, tls=None, tcp: bool = True, first=()
+    ) -> None:
         self._thread = LoopThread("test server")
         self._held = asyncio.Event()
         self.handled: list[str] = []
-        self.listener = Listener(self._handle, token, lambda: WELCOME, frames, limits)
+        self.listener = Listener(self._handle, token, lambda: WELCOME, frames, limits, first)
         self.path = Path(mkdtemp(prefix="eb")) / "s"
         addresses = [f"unix:{self.path}"] + (["tcp:127.0.0.1:0"] if tcp else [])
         self.unix, *rest = self._thread.call(self.listener.start(addresses, tls), WAIT_S)

@@ -545,6 +545,50 @@ def test_a_queue_full_of_bytes_answers_at_once():
         connection.close()
 
 
+def test_a_full_queue_has_room_for_what_the_cluster_goes_on_by_and_no_end_of_it():
+    with echo_server(limits=ListenLimits(requests_max=1), first=("ping", "hold")) as server:
+        connection = server.connect()
+        held = connection.send("hold", {})
+        with pytest.raises(Overloaded):
+            ask(connection, "echo")
+        ask(connection, "ping")
+        held = [held, connection.send("hold", {})]
+        with pytest.raises(Overloaded, match="2 requests"):
+            ask(connection, "ping")
+        server.release()
+        for number in held:
+            connection.receive(number, WAIT_S)
+        connection.close()
+
+
+def test_a_request_that_is_not_decided_by_its_deadline_lets_go_of_its_place():
+    with echo_server(limits=ListenLimits(requests_max=1)) as server:
+        plain = raw(server)
+        plain.sendall(bytes(encode(Message("hold", 2, {"deadline_ms": 20}))[0]))
+        got = b""
+        while b"deadline" not in got:
+            got += plain.recv(65536)
+        assert b"perhaps_applied" in got
+        assert b"not_applied" not in got
+        server.until(lambda s: s.waiting == 0)
+        plain.close()
+        connection = server.connect()
+        ask(connection, "echo")
+        connection.close()
+
+
+def test_a_request_whose_connection_is_gone_lets_go_of_its_place():
+    with echo_server(limits=ListenLimits(requests_max=1)) as server:
+        connection = server.connect()
+        connection.send("hold", {})
+        server.until(lambda s: s.waiting == 1)
+        connection.close()
+        server.until(lambda s: s.waiting == 0)
+        other = server.connect()
+        ask(other, "echo")
+        other.close()
+
+
 def test_too_many_connections_are_turned_away():
     with echo_server(limits=ListenLimits(connections_max=2)) as server:
         two = [server.connect() for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from hashring.planner import CreateTable, DropTable, Enlist, Fail, Join, Recover, Renew, plan
 from hashring.tokens import tokens
 from hashring.view import Server, View
-from ps.config import Config
+from ps.config import Config, ServerConfig
 from ps.errors import ConfigError, EmbringError, NotApplied, RequestError, WrongView
 from ps.exports import EXPORTS_MAX as EXPORTS
 from ps.fabric.blocking import BlockingConnection
@@ -284,6 +285,30 @@ def test_exported_blocks_make_an_equal_server(server, monkeypatch):
     later = list(export_all(server, slots, cluster=5, positions=positions))
     rows = sum(len(a) for r in later for name, a in r.arrays.items() if name.endswith(".ids"))
     assert rows == 1
+
+
+def test_ranges_and_exports_keep_to_the_smallest_frame():
+    """Rows of some bytes in one table, and slots of which more is said than of their rows."""
+    server = Running(view_with(), Config(server=ServerConfig(frame_max_mib=1)))
+    big = plan(server.service.view, CreateTable("one", replace(SPEC, name="one").to_plain(), "whole"))
+    server.on_thread(lambda: server.service.install(big))
+    number = big.table("one").number
+    ids = np.arange(60_000)
+    for sequence, some in enumerate(np.array_split(ids, 10), 1):
+        for table in (server.number, number):
+            server.ask("push", *push_message(push_of(table, some, np.ones((len(some), DIM)), sequence)))
+    assert sorted(all_of_range(server, 0, None)[0]) == ids.tolist()
+    slots = np.arange(big.slots_total)
+    rows, changed = 0, False
+    for reply in export_all(server, slots):
+        rows += sum(len(a) for name, a in reply.arrays.items() if name.endswith(".ids"))
+        if reply.fields["block"] and not reply.arrays["final"].all() and not changed:
+            changed = True  # the last part of the one slot repeats all of it
+            for sequence, some in enumerate(np.array_split(ids, 10), 11):
+                server.ask("push", *push_message(push_of(number, some, np.ones((len(some), DIM)), sequence)))
+    assert changed
+    assert rows >= 3 * len(ids) - 10_000
+    server.close()
 
 
 def test_exports_are_bounded_and_stand_at_one_part(server):

@@ -8,10 +8,15 @@ import pytest
 
 import ps
 from deploy.verify import Copies, lines
-from hashring.planner import CreateTable, Fail, Reassign, Withdraw
+from hashring.planner import CreateTable, Fail, Reassign, Withdraw, plan
 from ps.checkpoint.reach import Access
+from ps.fabric.blocking import BlockingConnection
+from ps.fabric.protocol import Hello
+from ps.kernels.index import HIGH
 from ps.replication import ADMISSION, COMPLAINT
+from ps.share import PushShare, features_of
 from ps.spec import SGD, Initializer, TableSpec
+from ps.wire import push_message, view_message
 from tests.ps.cluster_fixture import TOKEN, local_cluster
 
 WAIT_S = 30.0
@@ -92,6 +97,58 @@ def test_a_push_is_not_acknowledged_while_an_owner_of_the_view_does_not_hold_it(
         client.push("item", ids, -np.ones((100, 4), np.float32))
         rows = client.pull("item", ids)
         assert np.isin(rows, (2, 3)).all()
+
+
+def whole_table(cluster, replicas):
+    """A table of one slot; its owners, the primary first."""
+    spec = TableSpec("item", 4, SGD(lr=1.0), Initializer(0, 0), placement="whole", replicas=replicas)
+    cluster.change(CreateTable("item", spec.to_plain(), "whole", replicas))
+    owners = cluster.view.owners()[cluster.view.group(cluster.view.table("item").group).first]
+    return [cluster.members[cluster.view.servers[k].name] for k in owners if k >= 0]
+
+
+def owed(member):
+    """(requests in the server's queue, answers that its machine waits to give, answers that its shell does)."""
+    service = member.service
+    return service.listener.statistics().waiting, len(service.replication._primary.waits), len(service._undecided)
+
+
+@pytest.mark.parametrize("through", ["the primary", "another owner"])
+def test_pushes_that_wait_for_a_dead_owner_keep_no_place_and_do_not_keep_the_view_out(tmp_path, through, monkeypatch):
+    """Two of them fill a queue. Those that are given up let go of it, and are applied once all the same."""
+    monkeypatch.setattr("ps.peers.FORWARD_MS", 300)
+    with local_cluster(tmp_path, queue_max=2) as cluster:
+        first, second, third = whole_table(cluster, replicas=3)
+        cluster.kill(third.server.name, known=False)
+        asked = first if through == "the primary" else second
+        features = features_of([cluster.view.table("item").number], [1])
+
+        def push(sequence):
+            connection = BlockingConnection.connect(asked.server.addresses[0], Hello(TOKEN), WAIT_S)
+            share = PushShare(9, sequence, "push", features, np.array([7]), -np.ones(4, np.float32))
+            return connection, connection.send("push", *push_message(share), WAIT_S)
+
+        for sequence in (1, 2, 3):
+            connection, _ = push(sequence)
+            until(lambda: owed(asked)[0] == 1)
+            connection.close()
+            until(lambda: owed(first) == owed(second) == (0, 0, 0))
+        monkeypatch.setattr("ps.peers.FORWARD_MS", 60_000)
+        waiting = [push(sequence) for sequence in (2, 4)]
+        until(lambda: owed(asked)[0] == 2 and first.service.statistics().store.pushes == 4)
+        view = plan(cluster.view, Fail(third.server.name))
+        for member in (first, second):
+            connection = BlockingConnection.connect(member.server.addresses[0], Hello(TOKEN), WAIT_S)
+            for op, (fields, arrays) in (("ping", ({}, {})), ("install", view_message(view))):
+                connection.receive(connection.send(op, fields, arrays, WAIT_S), WAIT_S)
+            connection.close()
+        cluster.change(Fail(third.server.name))
+        for connection, _ in waiting:
+            connection.close()
+        with cluster.client() as client:
+            until(lambda: client.pull("item", [7])[0].tolist() == [4.0] * 4)
+            client.push("item", [7], -np.ones((1, 4), np.float32))
+            assert client.pull("item", [7])[0].tolist() == [5.0] * 4
 
 
 def copies(cluster):
@@ -245,3 +302,17 @@ def test_a_pull_goes_to_the_other_owner_within_its_deadline_where_one_is_stopped
             assert (client.pull("item", ids, timeout=0.5) == 1).all()
         finally:
             go_on.set()
+
+
+def test_other_owners_give_memory_back_too_after_rows_were_deleted(tmp_path):
+    with local_cluster(tmp_path, servers=2) as cluster, cluster.client() as client:
+        whole_table(cluster, replicas=2)
+        ids = np.arange(40_000)
+        client.push("item", ids, np.ones((len(ids), 4), np.float32))
+        until(lambda: all(member.service._tidying is None for member in cluster.members.values()))
+        client.delete("item", ids[:35_000])
+
+        def used(member):
+            return sum(int(arena.index.heap[HIGH]) for arena in member.service.store.held.registry.arenas)
+
+        until(lambda: all(used(member) < 20_000 for member in cluster.members.values()))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hashring.planner import Recover, plan
 from hashring.tokens import tokens
 from hashring.view import View
-from ps.errors import MemoryFull, RequestError, WrongView
+from ps.errors import MemoryFull, NotApplied, RequestError, WrongView
 from ps.rowblock import RowBlock, Watermark
 from ps.spec import SGD, Adagrad, Adam, Initializer, TableSpec
 from ps.store import Store, StoreLimits
@@ -100,6 +100,99 @@ def test_a_slot_in_parts_is_exact_though_it_changes_meanwhile() -> None:
     assert not delta.full[0]
     assert target.absorb(delta).all()
     assert (target.digest(whole_slot) == source.digest(whole_slot)).all()
+
+
+BIG = TableSpec("big", 3, SGD(lr=1.0), Initializer(0, 0), placement="whole")
+
+
+def big(rows: int) -> tuple[View, Store, NDArray[np.int64]]:
+    """A table of one slot."""
+    view = view_of([BIG])
+    source = store_of(view)
+    source.push(push_share(1, [1], [list(range(rows))], np.ones((rows, 3))))
+    return view, source, every_slot(source)
+
+
+def delete(source: Store, sequence: int, ids: list[int]) -> None:
+    source.push(push_share(sequence, [1], [ids], np.empty(0), kind="delete"))
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_slot_in_parts_is_exact_though_more_is_deleted_meanwhile_than_is_remembered(incremental: bool) -> None:
+    view, source, slots = big(4000)
+    target = store_of(view, incarnation=1234)
+    if incremental:
+        for block in source.export(slots):
+            target.absorb(block)
+    then, since = source.digest(slots), mark(target) if incremental else None
+    for part, block in enumerate(source.export(slots, since, 100)):
+        then = source.digest(slots)
+        assert target.absorb(RowBlock.from_arrays(*block.to_arrays())).all()
+        told = block.sections[0].ids.tolist() if block.sections else []
+        gone = (told + list(range(part * 400, 4000)))[:50]  # of 64 that are remembered
+        delete(source, part + 2, gone)
+        source.push(push_share(part + 2, [1], [gone[:5]], np.ones((5, 3)), client=2))
+    assert part > 5
+    assert (target.digest(slots) == then).all()
+    rows = sum(a.rows_live for a in target.held.registry.arenas)
+    for block in source.export(slots, mark(target)):
+        target.absorb(block)
+    assert rows > sum(a.rows_live for a in target.held.registry.arenas) > 0
+    assert_equal_contents(source, target)
+
+
+def test_more_deletions_between_two_parts_than_are_remembered_have_the_slot_begun_anew() -> None:
+    view, source, slots = big(2000)
+    target = store_of(view, incarnation=1234)
+    parts = source.export(slots, rows_max=500)
+    first = next(parts)
+    assert target.absorb(first).all()
+    delete(source, 2, first.sections[0].ids[:200].tolist())
+    with pytest.raises(NotApplied, match="sent anew"):
+        next(parts)
+    for block in source.export(slots, rows_max=500):
+        assert target.absorb(block).all()
+    assert_equal_contents(source, target)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_blocks_keep_to_what_a_frame_carries(data: st.DataObject) -> None:
+    """Whatever was pushed and deleted between two of them: a copy of some slots, then changes since."""
+    view = view_of(SPECS)
+    source, target = store_of(view), store_of(view, incarnation=1234)
+    source.held.block_max = 4000
+    sequence, everything = 0, list(range(150))
+    for _ in range(3):
+        for _ in range(data.draw(st.integers(0, 6))):
+            sequence += 1
+            kind, table = data.draw(st.sampled_from(["push", "push", "delete"])), data.draw(st.integers(1, 3))
+            low = data.draw(st.integers(0, 149))
+            n = 0 if kind == "delete" else (150 - low) * SPECS[table - 1].dim
+            source.push(push_share(sequence, [table], [everything[low:]], np.ones(n), kind=kind, client=sequence))
+        for block in source.export(every_slot(source), mark(target), 1000):
+            assert block.nbytes <= 4000 + 400 * len(source.held.clients)
+            assert target.absorb(RowBlock.from_arrays(*block.to_arrays())).all()
+        assert_equal_contents(source, target)
+
+
+def test_a_last_part_that_repeats_more_than_a_frame_carries_comes_in_several_of_one_moment() -> None:
+    view, source, slots = big(2000)
+    target = store_of(view, incarnation=1234)
+    source.held.block_max = 20_000
+    blocks = []
+    for block in source.export(slots, rows_max=300):
+        assert block.nbytes <= 21_000
+        blocks.append(block)
+        if block.part[0] < 8:  # up to the last interval everything changes all the time
+            source.push(push_share(len(blocks) + 1, [1], [list(range(2000))], np.ones((2000, 3))))
+            then = source.digest(slots), source.watermark(slots)
+    assert [int(b.part[0]) for b in blocks] == list(range(len(blocks)))
+    assert [int(b.final[0]) for b in blocks] == [0] * (len(blocks) - 1) + [1]
+    for block in blocks:
+        assert target.absorb(RowBlock.from_arrays(*block.to_arrays())).all()
+    assert (target.watermark(slots) == blocks[-1].last).all()
+    assert blocks[-1].last == blocks[-2].last <= then[1]
 
 
 @settings(max_examples=40)

@@ -1,13 +1,15 @@
 """Copies to learners: they go on across views, at a limited rate, and hold up nobody."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from hashring.planner import Renew, plan
 from hashring.view import Move
-from ps.replication import ADMISSION, ReplicationLimits
+from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from tests.ps.replication.test_machine import IDS, Trio
+from tests.ps.store_helpers import push_share
 
 SOME = np.array([1, 2, 3])
 
@@ -17,6 +19,85 @@ def filled(limits: ReplicationLimits, rows: int = 200) -> Trio:
     trio.push(1, 1, list(range(rows)))
     trio.deliver()
     return trio
+
+
+def bounded(trio: Trio, block_max: int) -> None:
+    """No frame carries more rows than so many bytes."""
+    for machine in trio.machines.values():
+        machine.store.held.block_max = block_max
+
+
+def learned(trio: Trio, most: int, change: Callable[[int], None] = lambda turn: None) -> list[int]:
+    """3 is admitted as a learner while things change; the bytes of what was sent to it with rows."""
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    for turn in range(most):
+        carry(trio, 1)
+        change(turn)
+        trio.tick(1)
+        trio.down = {3}
+        trio.deliver()
+        trio.down = set()
+        if trio.kinds(1).get(ADMISSION) == {0, 1, 2, 3}:
+            break
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.equal(1, 2, 3)
+    sends = [action for source, action in trio.sent if isinstance(action, Send) and action.peer == 3]
+    return [sum(a.nbytes for a in action.arrays.values()) for action in sends if action.op in ("replicate", "repair")]
+
+
+def test_a_copy_of_what_changes_all_the_time_keeps_to_what_a_frame_carries() -> None:
+    trio = filled(ReplicationLimits(copy_bytes=1000, bulk_bytes_max=600, block_bytes_max=500), rows=400)
+    bounded(trio, 3000)
+
+    def change(turn: int) -> None:
+        if turn < 12:
+            for half in (0, 1):
+                trio.push(1, 2 * turn + half + 2, list(range(200 * half, 200 * half + 200)))
+
+    sizes = learned(trio, 400, change)
+    assert max(sizes) <= 3300
+    assert len(sizes) > 10
+
+
+def test_a_copy_of_a_table_from_which_much_is_deleted_all_the_time_comes_to_its_end() -> None:
+    trio = filled(ReplicationLimits(copy_bytes=640, bulk_bytes_max=600), rows=1200)
+    left = list(range(1200))
+
+    def change(turn: int) -> None:
+        gone = [left.pop() for _ in range(min(len(left) - 100, 30))]  # of 64 that are remembered
+        trio.push(1, turn + 2, IDS)
+        if gone:
+            share = push_share(1000 + turn, [1], [gone], np.empty(0), kind="delete", client=2)
+            trio.machines[1].push(("delete", turn), share)
+
+    learned(trio, 400, change)
+    assert len(left) < 700
+
+
+def test_a_repair_that_no_frame_carries_is_sent_by_slots_and_a_slot_of_it_copied_in_parts() -> None:
+    trio = filled(ReplicationLimits(copy_bytes=640, bulk_bytes_max=10**6), rows=400)
+    learned(trio, 100)
+    bounded(trio, 4500)
+    link = trio.machines[1]._primary.links[2]
+    trio.machines[1].broken(2, link.number)
+    trio.down = {2}
+    trio.push(1, 2, list(range(400)))
+    trio.tick(1)
+    trio.down = set()
+    trio.deliver()
+    repairs = [a for _, a in trio.sent if isinstance(a, Send) and a.op == "repair" and a.peer == 2]
+    assert len(repairs) == 4
+    assert all(sum(array.nbytes for array in a.arrays.values()) <= 4500 for a in repairs)
+    trio.equal(1, 2)
+    bounded(trio, 2000)
+    trio.machines[1].broken(2, link.number)
+    trio.down = {2}
+    trio.push(1, 3, list(range(400)))
+    trio.tick(1)
+    trio.down = set()
+    trio.deliver()
+    assert trio.kinds(1)[COMPLAINT] == {0, 1, 2, 3}  # an owner leaves, and comes back by a copy
 
 
 def rows_in(trio: Trio, slots: np.ndarray) -> int:

@@ -604,3 +604,61 @@ def test_without_other_owners_a_push_is_answered_at_once() -> None:
     token = trio.push(1, 1, IDS)
     assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 12}
     assert not any(isinstance(a, Send) for i, a in trio.sent if i == 1)
+
+
+def test_links_of_servers_that_are_gone_leave_no_trace() -> None:
+    """Every push looks at each link; a later server does not inherit what was known of an earlier one."""
+    trio = Trio()
+    machine = trio.machines[1]
+    machine.learn(np.arange(4), 3, trio.view.epoch)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    view = trio.view
+    for incarnation in (13, 23, 33):
+        view = replace(
+            view, epoch=view.epoch + 1,
+            servers=tuple(replace(s, incarnation=incarnation) if s.name == "s2" else s for s in view.servers),
+        )  # fmt: skip
+        trio.install(view, 1, 2)
+        trio.deliver()
+        primary = machine._primary
+        assert sorted(primary.links) == [2, incarnation]
+        assert [link.index for link in primary.by_index] == [0, 1]
+        assert all(primary.links[link.incarnation] is link for link in primary.by_index)
+        assert trio.kinds(1) == {}
+        token = trio.push(1, incarnation, IDS)
+        trio.deliver()
+        assert token in trio.answers
+        machine.learn(np.arange(4), incarnation, view.epoch)
+        assert trio.kinds(1) == {LESSON: {0, 1, 2, 3}}
+        trio.collect()
+        trio.wires.pop((1, incarnation))
+    trio.equal(1, 2)
+
+
+def test_a_push_that_is_given_up_is_answered_by_nobody_and_stays() -> None:
+    trio = Trio()
+    trio.down = {2}
+    tokens = [trio.push(1, 1, IDS), trio.push(1, 2, IDS)]
+    trio.machines[1].give_up({tokens[0]})
+    trio.down = set()
+    trio.deliver()
+    assert tokens[0] not in trio.answers
+    assert tokens[1] in trio.answers
+    trio.equal(1, 2)
+    again = trio.push(1, 1, IDS, token="again")
+    trio.deliver()
+    assert trio.answers[again] == {"applied": 0, "seen": 4, "rows_new": 0}
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_push_that_was_handed_on_and_given_up_is_answered_by_nobody(given_up: bool) -> None:
+    trio = Trio()
+    trio.down = {1}
+    token = trio.push(2, 1, IDS)
+    if given_up:
+        trio.machines[2].give_up({token})
+    trio.down = set()
+    trio.deliver()
+    assert (token in trio.answers) != given_up
+    trio.equal(1, 2)
