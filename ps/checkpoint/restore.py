@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,6 +142,12 @@ class Translation:
         slots, owners = np.full(end, -1, np.int64), np.full(end, -1, np.int16)
         for there, first, count in answer["slots"]:
             mine = told[at : at + count]
+            if (
+                slots[there : there + count] >= 0
+            ).any():  # its rows would go to one of two places, and lack at the other
+                raise CheckpointError(
+                    f"slots {there} to {there + count - 1} of the checkpoint are wanted in two places"
+                )
             slots[there : there + count] = np.where(mine >= 0, np.arange(first, first + count), -1)
             owners[there : there + count] = mine
             at += count
@@ -223,7 +229,8 @@ class _Work:
         """Send one link's blocks; its files side by side, each in order."""
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             try:
-                for rows, size in pool.map(lambda file: self._file(link, file), link.files):
+                for done in as_completed([pool.submit(self._file, link, file) for file in link.files]):
+                    rows, size = done.result()
                     self.rows += rows
                     self.bytes += size
             except BaseException:  # the pool waits for the other files, which may have gigabytes before them

@@ -138,11 +138,11 @@ def _alike(view: View, manifest: Mapping[str, Any], known: Fit) -> Fit:
     """Those that are known, and others of the same name and specification, in as many slots: such are those of another
     cluster that was restored from the checkpoint, or of this one, if they were dropped for a restore."""
     places = {number: (first, count) for number, _, _, first, count in manifest["groups"]}
-    filled = {first for _, first, _ in known[1]}
+    used, filled = ({entry[at] for entry in known[1]} for at in (0, 1))  # what is told knows one place of each slot
     tables, groups = dict[int, int](), dict[int, int]()
     for number, name, there, spec in manifest["tables"]:
         table = view.table(name)
-        if table is None or view.group(table.group).first in filled:
+        if table is None or places[there][0] in used or view.group(table.group).first in filled:
             continue
         if places[there][1] != view.group(table.group).slots or _fixed(spec) != _fixed(table.spec):
             continue

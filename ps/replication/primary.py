@@ -260,6 +260,7 @@ class Primary:
             return
         level = m.acked[slots, columns] == self._positions[slots]
         m.modes[slots, columns] = np.where(level, STREAM, ASKED)
+        self._advance(link, slots[level])  # it may be level by what was sent before it was asked: nothing else says so
         asked = slots[~level]
         if len(asked):
             positions = self._positions[asked]

@@ -1,7 +1,9 @@
 """Some tables of a checkpoint into a cluster that runs: what is there goes on, and the last view puts them in place."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from hashring.planner import CreateTable, DropTable, Fail, plan
 from hashring.view import View
 from ps.checkpoint.files import read_manifest
 from ps.checkpoint.reach import Absorber
-from ps.checkpoint.restore import Translation
+from ps.checkpoint.restore import Translation, _Work
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.controller.keeper import lost_for_good
 from ps.controller.restore import conclude, prepare
@@ -307,3 +309,24 @@ def test_what_cannot_be_is_said_and_what_was_left_is_swept() -> None:
     assert after.table("item").spec["name"] == "item"
     with pytest.raises(RequestError, match="restore again"):
         conclude(plan(restore.first, DropTable("item.restoring")), restore)
+
+
+def test_a_file_that_fails_ends_the_others_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def file(work: Any, link: Any, name: str) -> tuple[int, int]:
+        if name == "1":
+            raise CheckpointError("damaged")
+        assert work._stopped.wait(60)
+        raise NotApplied("another part of the restore failed")
+
+    monkeypatch.setattr(_Work, "_file", file)
+    work = _Work(None, SimpleNamespace(slots=np.empty(0, np.int64)), None, None)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="damaged"):
+        work.absorb(SimpleNamespace(files=("0", "1", "2")))  # type: ignore[arg-type]
+
+
+def test_no_slot_of_a_checkpoint_goes_to_two_places() -> None:
+    owners = zlib.compress(np.zeros(8, "<i2").tobytes())
+    answer = {"slots": [[0, 0, 4], [0, 4, 4]], "tables": [], "owners": owners, "servers": [], "cluster": 1, "term": 1}
+    manifest = SimpleNamespace(groups=[[1, "sharded", 1, 0, 4]], tables=[])
+    with pytest.raises(CheckpointError, match="slots 0 to 3 of the checkpoint are wanted in two places"):
+        Translation.of(answer, manifest)  # type: ignore[arg-type]

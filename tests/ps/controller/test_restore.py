@@ -100,6 +100,31 @@ def test_lost_slots_come_back_after_the_cluster_went_back_to_the_checkpoint_by_h
         prepare(view, saved, replace_tables=False, accept_loss=False, same_tables=True)
 
 
+@pytest.mark.parametrize("how", ["restored beside", "made again while slots are lost"])
+def test_tables_that_shared_slots_and_do_not_any_more_are_not_filled_from_them(how: str) -> None:
+    """Each slot of a checkpoint is sent to one place: the other would be called restored, without its rows."""
+    spec = {"placement": "sharded", "replicas": 1}
+    view = plan(cluster(), DropTable("t"))
+    for name in "tu":
+        view = plan(view, CreateTable(name, spec, replicas=1))
+    saved = manifest(view)
+    if how == "restored beside":
+        beside = prepare(view, saved, replace_tables=True, accept_loss=False, tables=["u"])
+        view = plan(conclude(beside.first, beside), Fail("s1"))
+    else:
+        view = plan(plan(plan(view, Fail("s1")), DropTable("u")), CreateTable("u", spec, replicas=1))
+    lost = view.lost()
+    groups = [view.group(view.table(name).group) for name in "tu"]
+    if lost[groups[1].first : groups[1].first + groups[1].slots].any():
+        with pytest.raises(
+            RequestError, match="an earlier state, of table 'u', whose rows in lost slots would be gone"
+        ):
+            prepare(view, saved, replace_tables=False, accept_loss=False)
+    restore = prepare(view, saved, replace_tables=False, accept_loss=True)
+    assert len({there for there, _, _ in restore.slots}) == len(restore.slots)
+    assert [groups[0].first] == [here for _, here, _ in restore.slots]
+
+
 def test_a_table_that_was_truncated_does_not_come_back_as_it_was_before() -> None:
     saved = manifest(cluster())
     view = plan(plan(cluster(), TruncateTable("t")), Fail("s1"))

@@ -7,6 +7,7 @@ import numpy as np
 
 from hashring.planner import Renew, plan
 from hashring.view import Move
+from ps.kernels.replicate import IDLE, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
@@ -73,6 +74,21 @@ def test_a_copy_of_a_table_from_which_much_is_deleted_all_the_time_comes_to_its_
 
     learned(trio, 400, change)
     assert len(left) < 700
+
+
+def test_a_learner_that_is_level_is_admitted_though_the_answer_to_its_repair_was_lost_and_nobody_pushes() -> None:
+    """As blocks that were on their way when its fork was asked have made it so."""
+    trio = filled(ReplicationLimits(copy_bytes=640, bulk_bytes_max=10**6))
+    learned(trio, 100)
+    primary = trio.machines[1]._primary
+    (link,) = (link for link in primary.links.values() if link.incarnation == 3)
+    slots, columns = primary.members.where(link.index)
+    primary.members.ranks[slots, columns], primary.members.modes[slots, columns] = LEARNING, IDLE
+    link.untidy = True
+    assert ADMISSION not in trio.kinds(1)
+    trio.tick(1)
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
 
 
 def test_a_repair_that_no_frame_carries_is_sent_by_slots_and_a_slot_of_it_copied_in_parts() -> None:
