@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hashring.desk import Desk
 from hashring.placement import fresh
@@ -153,15 +154,16 @@ def create(view: View, change: CreateTable) -> View:
     group = None
     if change.placement == "sharded":
         alike = (g for g in view.groups if (g.placement, g.replicas) == ("sharded", change.replicas))
-        group = next((g for g in alike if not _any_lost(view, g)), None)  # else it would lack those slots at once
+        group = next((g for g in alike if not any_lost(g, view.lost())), None)  # else it would lack those slots at once
     if group is None:
         view, group = _new_group(view, change)
     table = Table(view.next_table, change.name, group.number, change.spec)
     return replace(view, tables=(*view.tables, table), next_table=view.next_table + 1)
 
 
-def _any_lost(view: View, group: Group) -> bool:
-    return bool(view.lost()[group.first : group.first + group.slots].any())
+def any_lost(group: Group, lost: NDArray[np.bool_]) -> bool:
+    """Whether some of a group's slots are; lost bool[slots_total]."""
+    return bool(lost[group.first : group.first + group.slots].any())
 
 
 def _new_group(view: View, change: CreateTable) -> tuple[View, Group]:

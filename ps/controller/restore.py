@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from hashring.planner import CreateTable, DropTable, PlanError, Reassign, Recover, Renew, plan
-from hashring.view import Group, Server, View
+from hashring.tables import any_lost
+from hashring.view import Server, View
 from ps.checkpoint.hidden import hidden, hidden_name, missed, nobody
 from ps.errors import RequestError
 
@@ -164,7 +165,7 @@ def _lost(
 ) -> Restore:
     """Lost slots alone: rows of the other slots stay as they are, and tables that another restore hides."""
     saved, lost = set(tables.values()), missed(view)
-    missing = [t.name for t in view.tables if t.number not in saved and _any_lost(view.group(t.group), lost)]
+    missing = [t.name for t in view.tables if t.number not in saved and any_lost(view.group(t.group), lost)]
     if missing and not accept_loss:
         known = missing[0] in {name for _, name, _, _ in manifest["tables"]}
         has = "has other slots, or an earlier state, of" if known else "has no"
@@ -216,10 +217,6 @@ def recovered(view: View) -> View:
             owners[others, 0] = settled[(others if group.placement == "sharded" else group.number) % len(settled)]
         groups.append(replace(group, owners=owners))
     return replace(after, groups=tuple(groups)).check()
-
-
-def _any_lost(group: Group, lost: np.ndarray) -> bool:
-    return bool(lost[group.first : group.first + group.slots].any())
 
 
 def _afresh(view: View, manifest: Mapping[str, Any]) -> Restore:
@@ -283,7 +280,7 @@ def _beside(view: View, manifest: Mapping[str, Any], names: Sequence[str], repla
     names_of = {name: hidden_name(name) for name in names}
     for left in names_of.values():
         if (table := view.table(left)) is not None:
-            if not _any_lost(view.group(table.group), view.lost()):
+            if not any_lost(view.group(table.group), view.lost()):
                 raise RequestError(f"table {left!r} is in the way: a restore uses that name")
             view = _planned(view, DropTable(left))  # of a restore that did not end
     saved = [entry for entry in manifest["tables"] if entry[1] in names_of]
