@@ -116,9 +116,7 @@ def test_a_server_that_rows_of_a_restore_are_on_their_way_to_does_not_leave(
         manifest = manifest_of(mind.view)
 
         async def change(wish: Wish) -> int:
-            change = wish(mind.view) if callable(wish) else wish
-            assert change is not None
-            mind.view = change if isinstance(change, View) else plan(mind.view, change)
+            mind.view = granted(mind.view, wish)
             return mind.view.epoch
 
         monkeypatch.setattr(control, "_change", change)
@@ -147,10 +145,9 @@ def test_who_is_to_take_rows_of_a_restore_does_not_leave_while_its_first_view_sp
         spreading, go_on = asyncio.Event(), asyncio.Event()
 
         async def change(wish: Wish) -> int:
-            change = wish(mind.view) if callable(wish) else wish
-            assert change is not None
+            after = granted(mind.view, wish)
             control._refuse(mind.view, Move("leave", ("server-0",)))  # asked for while the new view is being logged
-            mind.view = change if isinstance(change, View) else plan(mind.view, change)
+            mind.view = after
             spreading.set()
             await go_on.wait()
             return mind.view.epoch
@@ -311,6 +308,13 @@ def test_a_controller_that_cannot_begin_tells_who_waits_and_ends(
     controller._thread.close()
     assert "the controller could not begin, and ends" in caplog.text
     assert "Address already in use" in caplog.text
+
+
+def granted(view: View, wish: Wish) -> View:
+    """The view that an administrator's wish leads to."""
+    change = wish(view) if callable(wish) else wish
+    assert change is not None
+    return change if isinstance(change, View) else plan(view, change)
 
 
 def control_of(folder: Path, runtime_file: str = "") -> Control:
