@@ -15,6 +15,7 @@ and else by the ring, by `distances`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,14 +163,21 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     """Owners of slots that have none: as if the servers had joined one by one, so that one mechanism places all."""
     live = np.ones(slots, np.bool_)
     order = _apart_first(sites)
-    owners = np.tile(np.array(order[:copies], np.int16), (slots, 1))
+    owners = _in_turn(np.tile(np.array(order[:copies], np.int16), (slots, 1)))
     for count in range(copies, len(order)):
         owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)
     owners = untangle(owners, teams(owners, live, sites.usable, copies), partial(_over, sites=sites, copies=copies))
     for _ in range(3):  # nothing lies there yet: all may move
         if excess(owners, sites, copies, live) > (0, 0):
             owners = spread(owners, sites, distances, copies, live)
-    return even_primaries(owners, sites, distances, live)
+    return even_primaries(_in_turn(owners), sites, distances, live)
+
+
+def _in_turn(owners: Owners) -> Owners:
+    """Full lists in orders that go by the slots' numbers: of those who own the same slots each is first in as many."""
+    copies = owners.shape[1]
+    turned = (np.arange(len(owners))[:, None] + np.arange(copies)) % copies
+    return np.take_along_axis(np.sort(owners, axis=1), turned, axis=1)
 
 
 def _apart_first(sites: Sites) -> list[int]:
@@ -191,7 +199,8 @@ def join(
     """The newcomer's fair share: first of places that nobody holds, then from the servers that are above theirs.
 
     Nothing moves between the others. Slots go first that have two owners on one host, or in one team, and would not
-    then; else those that the ring puts nearest to the newcomer, from the owners that it puts farthest.
+    then; else of every primary as many, for it is primaries that copy them, and of its slots those that the ring puts
+    nearest to the newcomer, from the owners that it puts farthest.
     """
     owners = _wide(owners, copies)
     slots, k = len(owners), len(sites.hosts)
@@ -220,18 +229,28 @@ def join(
     gifts = _gifts(owners, options[:, :-1], newcomer, distances, teams(owners, live, sites.usable, copies))
     best = gifts.min(axis=1)
     apart = -(-best // CLASH)  # without the distance
+    rank = _rank_of((nearness, apart, ~must), owners[:, 0])
     choice = np.full(slots, k, np.int64)
-    givers = willing[np.lexsort((nearness[willing], apart[willing], ~must[willing]))][:goal]
+    givers = willing[np.lexsort((rank[willing], apart[willing], ~must[willing]))][:goal]
     choice[givers] = options[givers, gifts[givers].argmin(axis=1)]
     costs = np.empty(options.shape, np.int32)
-    costs[:, :-1] = nearness[:, None] + gifts
-    costs[:, -1] = -nearness  # to keep after all: far from the newcomer
+    costs[:, :-1] = rank[:, None] + gifts
+    costs[:, -1] = -rank  # to keep after all: last in turn
     surplus = _loads(owners, live, k) - fair
     low, high = _bounds(surplus)
     settle(choice, options, costs, np.append(low, slots - goal), np.append(high, slots - goal))
     moved = choice < k
     owners[moved[:, None] & (owners == choice[:, None])] = newcomer
     return owners
+
+
+def _rank_of(keys: tuple[NDArray[Any], ...], primaries: NDArray[np.int16]) -> NDArray[np.int32]:
+    """int32[slots]: how many slots of the same primary come before each, by the last of the keys first."""
+    order = np.lexsort((*keys, primaries))
+    sorted_primaries = primaries[order]
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order)) - np.searchsorted(sorted_primaries, sorted_primaries)
+    return rank
 
 
 def _crowded(owners: Owners, team: NDArray[np.int8]) -> NDArray[np.int32]:

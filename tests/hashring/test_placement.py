@@ -139,6 +139,18 @@ def fair_of(view: View, copies: int) -> tuple[np.ndarray, bool]:
     return sites.fair(SLOTS, copies), max(sizes) * copies / k <= 0.7
 
 
+@pytest.mark.parametrize("servers", [3, 6, 12])
+def test_a_newcomer_has_its_copies_from_all_the_others_alike(servers: int) -> None:
+    """Each primary copies to it one slot after another: the busiest of them says how long a join takes."""
+    view = plan(View.empty(1, 12), Join(tuple(Server(f"s{i}", i, f"h{i}") for i in range(servers))))
+    view = plan(view, CreateTable("t", {}, replicas=2))
+    for number in (50, 51):
+        gained = held_by(plan(view, Join((Server(f"s{number}", number, f"h{number}"),))))[:, number]
+        sources = np.bincount(view.groups[0].owners[gained, 0])
+        assert sources.max() <= 1.25 * sources.mean()
+        view = plan(plan(view, Join((Server("x", 60, "hx"),))), Leave(("x",)))
+
+
 def three(replicas: int, whole: bool = True) -> View:
     view = plan(View.empty(1, 6), Join(tuple(Server(f"s{i}", i, f"h{i}") for i in range(3))))
     view = plan(view, CreateTable("t", {}, replicas=replicas))
