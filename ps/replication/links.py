@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from ps.rowblock import RowBlock
 from ps.store.changes import Applied
 
+GATHER_S = 30.0
+"""Seconds after which slots that were copied are brought up to date though others of the same copies are not there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flight:
@@ -38,6 +41,7 @@ class Link:
 
     streaming: blocks of changes on their way; unsent: pushes that wait behind them, about so many bytes.
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
+    copied_s: seconds for which slots that were copied wait for the others, None where none does.
     late: seconds for which requests wait there, as it said last.
     """
 
@@ -59,6 +63,13 @@ class Link:
     asked_for: int = 0
     late: float = 0.0
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
+    copied_s: float | None = None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether slots that were copied wait no longer for others."""
+        done = not self.copies and not self.bulk_bytes
+        return self.copied_s is not None and (done or self.copied_s >= GATHER_S)
 
     @property
     def owed(self) -> int:
@@ -97,5 +108,6 @@ class Link:
         self.unsent = []
         self.resting = self.untidy = True
         self.copies = []
+        self.copied_s = None
         self.asked_for = 0
         return lost

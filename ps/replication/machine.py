@@ -393,7 +393,9 @@ class Replication:
         primary.pace(elapsed, late)
         for link in list(primary.links.values()):
             link.resting = False
-            if link.untidy:
+            if link.copied_s is not None:
+                link.copied_s += elapsed
+            if link.untidy or link.gathered:
                 primary.tidy(link)
             primary.pump(link)
             link.silent = link.silent + elapsed if link.flights else 0.0

@@ -252,7 +252,7 @@ class Primary:
         if link.resting:
             return
         self._flush(link)
-        link.untidy = False
+        link.untidy, link.copied_s = False, None
         slots, columns = m.where(link.index)
         idle = m.modes[slots, columns] == IDLE
         slots, columns = slots[idle], columns[idle]
@@ -326,10 +326,10 @@ class Primary:
             if not len(block.slots):
                 continue
             if block.final.all():
-                # What was cut into blocks at one moment may have changed since: the fork tells what is missing.
-                level = block.last == self._positions[block.slots]
-                m.modes[block.slots, columns] = np.where(level, STREAM, IDLE)
-                link.untidy |= not level.all()
+                # Once all are copied the fork tells what is missing. To send each push there meanwhile, where few of
+                # its slots are, would take as many messages as to an owner.
+                m.modes[block.slots, columns] = IDLE
+                link.copied_s = link.copied_s or 0.0
             self._send_block(link, block, bulk=True)
 
     # -- what peers answer
@@ -351,6 +351,8 @@ class Primary:
             self.tidy(link)
         self.release()
         self.pump(link)
+        if link.gathered:
+            self.tidy(link)
 
     def set_back_asked(self, link: Link, slots: NDArray[np.int64]) -> None:
         """Slots whose fork the peer did not tell."""

@@ -9,6 +9,7 @@ from hashring.planner import Renew, plan
 from hashring.view import Move
 from ps.kernels.replicate import IDLE, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
+from ps.replication.links import GATHER_S
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
 
@@ -155,6 +156,48 @@ def test_a_copy_whose_slot_begins_a_new_term_ends_there_and_the_others_arrive() 
     assert trio.kinds(1) == {ADMISSION: {1, 2}}
 
 
+def sent_to_learner(trio: Trio) -> list[Send]:
+    """Rows that were sent to 3."""
+    return [a for _, a in trio.sent if isinstance(a, Send) and a.peer == 3 and "0.ids" in a.arrays]
+
+
+def test_a_learner_is_told_what_changed_once_all_its_slots_are_there_and_not_push_by_push() -> None:
+    trio = filled(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    pushes = 0
+    while trio.machines[1].copied[0] < rows_in(trio, SOME):
+        carry(trio, 1)
+        pushes += 1
+        trio.push(1, pushes + 1, IDS)
+    assert pushes > 2
+    copy, rows = sent_to_learner(trio), trio.machines[1].copied[0]
+    assert sum(len(a.arrays["0.ids"]) for a in copy) == rows  # each row once, though all of IDS changed with every push
+    carry(trio, 10)
+    (catch_up,) = sent_to_learner(trio)[len(copy) :]
+    assert catch_up.op == "repair"
+    trio.deliver()
+    assert trio.kinds(1) == {ADMISSION: {1, 2, 3}}
+    token = trio.push(1, pushes + 2, IDS)
+    trio.deliver()
+    assert token in trio.answers
+    assert sent_to_learner(trio)[-1].op == "replicate"
+
+
+def test_slots_that_were_copied_do_not_wait_for_the_others_for_ever() -> None:
+    trio = filled(ReplicationLimits(copy_bytes=64, copy_bytes_per_s=100))
+    trio.tick(1)
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    trio.deliver()
+    for ticks in range(2000):
+        trio.tick(1)
+        trio.push(1, ticks + 2, IDS)
+        trio.deliver()
+        if ADMISSION in trio.kinds(1):
+            break
+    assert ticks >= GATHER_S / 0.05
+    assert trio.kinds(1)[ADMISSION] < {1, 2, 3}
+
+
 def test_copies_keep_to_the_rate_of_the_settings_and_of_the_move() -> None:
     for rate, move in ((4000, None), (10**9, Move("join", ("s9",), 4000))):
         trio = filled(ReplicationLimits(copy_bytes=64, copy_bytes_per_s=rate))
@@ -179,10 +222,14 @@ def test_copies_keep_to_the_rate_of_the_settings_and_of_the_move() -> None:
 def test_a_learner_that_falls_behind_is_dropped_before_a_push_is_refused() -> None:
     trio = filled(ReplicationLimits(queue_bytes_max=1500), rows=20)
     trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
-    carry(trio, 1)  # the fork: then all of the copy is on its way, and changes follow it
+    carry(trio, 1)  # the fork
+    trio.down = {3}
+    trio.push(1, 2, IDS)
+    trio.deliver()
+    carry(trio, 2)  # the copy, and the fork again: what changed meanwhile is on its way, and changes follow it
     trio.collect()
     trio.down = {3}
-    for sequence in range(2, 12):
+    for sequence in range(3, 13):
         token = trio.push(1, sequence, IDS)
         trio.deliver()
         assert trio.answers[token] == {"applied": 4, "seen": 0, "rows_new": 0}
