@@ -407,7 +407,7 @@ class Store:
         """
         return transfer.token_range(self.held, table, start, stop, rows_max, slots)
 
-    def compact(self, work_max: int = 32_768) -> bool:
+    def compact(self, work_max: int = 4096) -> bool:
         """One bounded step of giving freed memory back; True while there is more to do. Call when idle."""
         end = self.view.slots_total if self.view else 0
         with self.held.latch:
