@@ -139,6 +139,42 @@ def _pass_on(
 
 
 @njit(nogil=True, cache=True)
+def gather(choice: NDArray[np.int64], options: NDArray[np.int16], order: NDArray[np.int64], share: float) -> None:
+    """Give all items that have the same options to one server: to whom most of them are at already, where it has no
+    more than its `share` then, else to whom of them has least. Changes `choice` in place; who has most decides first.
+
+    order: the items, so that those with the same options (in one order) follow each other.
+    """
+    load, counts = np.zeros(options.max() + 1), np.zeros(options.max() + 1, np.int64)
+    begins, most, held = [0], [options[0, 0]][:0], [0][:0]
+    for end in range(1, order.size + 1):
+        members = options[order[begins[-1]]]
+        if end < order.size and (options[order[end]] == members).all():
+            continue
+        items = order[begins[-1] : end]
+        for i in items:
+            counts[choice[i]] += 1
+        best = members[0]
+        for s in members:
+            if s >= 0 and counts[s] > counts[best]:
+                best = s
+        most.append(best)
+        held.append(counts[best])
+        for i in items:
+            counts[choice[i]] = 0
+        begins.append(end)
+    for run in np.argsort(-np.array(held), kind="mergesort"):
+        items = order[begins[run] : begins[run + 1]]
+        taker = most[run]
+        if load[taker] + items.size > share:
+            for s in options[items[0]]:
+                if s >= 0 and load[s] < load[taker]:
+                    taker = s
+        load[taker] += items.size
+        choice[items] = taker
+
+
+@njit(nogil=True, cache=True)
 def offers(
     owners: NDArray[np.int16],
     live: NDArray[np.bool_],

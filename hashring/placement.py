@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.flow import offers, rooms, settle
+from hashring.flow import gather, offers, rooms, settle
 from hashring.teams import CLASH, NEVER, members, teams, untangle
 
 Owners = NDArray[np.int16]
@@ -163,21 +163,15 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     """Owners of slots that have none: as if the servers had joined one by one, so that one mechanism places all."""
     live = np.ones(slots, np.bool_)
     order = _apart_first(sites)
-    owners = _in_turn(np.tile(np.array(order[:copies], np.int16), (slots, 1)))
+    in_turn = (np.arange(slots)[:, None] + np.arange(copies)) % copies  # each is primary of as many, as `join` counts on
+    owners = np.array(order[:copies], np.int16)[in_turn]
     for count in range(copies, len(order)):
         owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)
     owners = untangle(owners, teams(owners, live, sites.usable, copies), partial(_over, sites=sites, copies=copies))
     for _ in range(3):  # nothing lies there yet: all may move
         if excess(owners, sites, copies, live) > (0, 0):
             owners = spread(owners, sites, distances, copies, live)
-    return even_primaries(_in_turn(owners), sites, distances, live)
-
-
-def _in_turn(owners: Owners) -> Owners:
-    """Full lists in orders that go by the slots' numbers: of those who own the same slots each is first in as many."""
-    copies = owners.shape[1]
-    turned = (np.arange(len(owners))[:, None] + np.arange(copies)) % copies
-    return np.take_along_axis(np.sort(owners, axis=1), turned, axis=1)
+    return even_primaries(owners, sites, distances, live)
 
 
 def _apart_first(sites: Sites) -> list[int]:
@@ -363,14 +357,22 @@ def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: i
 
 
 def even_primaries(owners: Owners, sites: Sites, distances: NDArray[np.int32], live: NDArray[np.bool_]) -> Owners:
-    """The same owners with the first places shared out evenly: between the whole numbers around slots / servers."""
+    """The same owners with the first places shared out evenly: between the whole numbers around slots / servers.
+
+    Slots that have the same owners get one primary as far as that allows. A push sends a message for every two servers
+    of which one is primary, and the other not, of any slot in it: half as many as if both were primaries.
+    """
     rows = np.flatnonzero(live & (owners[:, 0] >= 0))
     if owners.shape[1] == 1 or not len(rows):
         return owners
     options = owners[rows]
     choice = options[:, 0].astype(np.int64)
+    share = np.where(sites.usable, len(rows) / len(sites.servers), 0.0)
+    together = -np.sort(-options, axis=1)
+    gather(choice, together, np.lexsort(together.T), share.max())
     costs = np.take_along_axis(distances[rows], np.maximum(options, 0), axis=1)
-    settle(choice, options, costs, *_bounds(np.where(sites.usable, len(rows) / len(sites.servers), 0.0)))
+    costs[:, 0] -= CLASH  # who was gathered elsewhere goes back first
+    settle(choice, options, costs, *_bounds(share))
     owners = owners.copy()
     place = (options == choice[:, None]).argmax(axis=1)
     owners[rows, place] = owners[rows, 0]

@@ -1,4 +1,5 @@
-"""`settle` against trying every assignment; `offers` and `rooms` against counting hosts and zones slot by slot."""
+"""`settle` against trying every assignment; `gather` against its rule set by set; `offers` and `rooms` against counting
+hosts and zones slot by slot."""
 
 from collections import Counter
 from itertools import product
@@ -7,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hashring.flow import offers, rooms, settle
+from hashring.flow import gather, offers, rooms, settle
 
 
 @st.composite
@@ -56,6 +57,34 @@ def test_what_cannot_be_within_bounds_is_at_least_even() -> None:
     bound = np.array([10, 10, 10])
     settle(choice, options, np.zeros((90, 3), np.int32), bound, bound)
     assert np.bincount(choice).max() <= 10 + 2 * 20
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([(1, 0), (2, 0), (2, 1), (3, 2, 1), (4,)]), st.integers(0, 2)), min_size=1),
+    st.integers(0, 30),
+)
+def test_gathering_gives_items_with_the_same_options_to_one(
+    items: list[tuple[tuple[int, ...], int]], share: int
+) -> None:
+    options = np.full((len(items), 3), -1, np.int16)
+    for row, (listed, _) in zip(options, items, strict=True):
+        row[: len(listed)] = listed
+    choice = np.array([listed[at % len(listed)] for listed, at in items], np.int64)
+    gathered = choice.copy()
+    order = np.lexsort(options.T)
+    gather(gathered, options, order, share)
+
+    sets = list(dict.fromkeys(items[i][0] for i in order))
+    here = {listed: np.array([other == listed for other, _ in items]) for listed in sets}
+    most = {s: max(s, key=lambda t, s=s: (int((choice[here[s]] == t).sum()), -s.index(t))) for s in sets}
+    load = Counter[int]()
+    for listed in sorted(sets, key=lambda s: -int((choice[here[s]] == most[s]).sum())):
+        size = int(here[listed].sum())
+        taker = most[listed]
+        if load[taker] + size > share:
+            taker = min((taker, *listed), key=lambda t: load[t])
+        load[taker] += size
+        assert (gathered[here[listed]] == taker).all()
 
 
 def excess(listed: list[int], places: np.ndarray, limits: np.ndarray) -> int:

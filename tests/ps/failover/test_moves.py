@@ -18,7 +18,7 @@ from tests.hashring.balance import balance
 BITS = 5
 SLOTS = 2**BITS
 LIMITS = FailoverLimits(
-    pings_max=3, wait_rounds=2, learn_rounds=1, turn_rounds=3, dispute_rounds=4, learn_max=5, turn_max=8
+    pings_max=3, wait_rounds=2, learn_rounds=1, turn_rounds=3, dispute_rounds=4, learn_max=6, turn_max=8
 )
 COPIED_AFTER = 2
 ROUNDS = 150
