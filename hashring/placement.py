@@ -163,7 +163,7 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     """Owners of slots that have none: as if the servers had joined one by one, so that one mechanism places all."""
     live = np.ones(slots, np.bool_)
     order = _apart_first(sites)
-    in_turn = (np.arange(slots)[:, None] + np.arange(copies)) % copies  # each is primary of as many, as `join` counts on
+    in_turn = (np.arange(slots)[:, None] + np.arange(copies)) % copies  # `join` counts on even primaries
     owners = np.array(order[:copies], np.int16)[in_turn]
     for count in range(copies, len(order)):
         owners = join(owners, order[count], sites.only(order[: count + 1]), distances, copies, live)

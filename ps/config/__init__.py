@@ -96,7 +96,7 @@ class ServerConfig:
         0,
         2**20,
         "What each server spends on copying slots to others, after failures and when servers join or leave; 0 is no "
-        "limit but what pulls and pushes leave: copies slow down by themselves, to 2 MiB/s, while requests wait.",
+        "limit but what pulls and pushes leave: copies slow down by themselves, to 4 MiB/s, while requests wait.",
     )
     host: str = _setting(
         "127.0.0.1",

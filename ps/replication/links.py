@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ps.rowblock import RowBlock
 from ps.store.changes import Applied
 
-GATHER_S = 30.0
+GATHER_S = 60.0
 """Seconds after which slots that were copied are brought up to date though others of the same copies are not there."""
 
 

@@ -15,7 +15,7 @@ SMOOTHING, STEP, FALL_MAX = 0.2, 0.15, 2.0
 """Weight of the newest PERIOD_S; what they change the rate by, at the most when it rises; how many times as fast it may
 fall."""
 
-SLOWEST, FASTEST = 2 * 2**20, 512 * 2**20
+SLOWEST, FASTEST = 4 * 2**20, 512 * 2**20
 """Bytes a second: what copies get at least (slots lack a copy meanwhile), unless they are limited to less; and more
 than a data thread can send."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.columns import count_of
-from hashring.view import View
+from hashring.view import Move, View
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
 from ps.kernels import replicate
 from ps.kernels.replicate import BEHIND, TAKEN
@@ -279,10 +279,13 @@ class Primary:
         """Whether parts of copies are to be sent."""
         return any(link.copies for link in self.by_index)
 
+    @property
+    def _move(self) -> Move | None:
+        return self.store.view.move if self.store.view is not None else None
+
     def pace(self, elapsed: float, late: float) -> None:
         """Time goes by, in which requests waited so long here: so much more may be spent on copies."""
-        move = self.store.view.move if self.store.view is not None else None
-        limits = [self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0]
+        limits = [self.limits.copy_bytes_per_s, self._move.bytes_per_s if self._move is not None else 0]
         if not self.copying:
             self._pace.rest()
         there = max((link.late for link in self.by_index if link.copies), default=0.0)
@@ -326,10 +329,15 @@ class Primary:
             if not len(block.slots):
                 continue
             if block.final.all():
-                # Once all are copied the fork tells what is missing. To send each push there meanwhile, where few of
-                # its slots are, would take as many messages as to an owner.
-                m.modes[block.slots, columns] = IDLE
-                link.copied_s = link.copied_s or 0.0
+                # What was cut into blocks at one moment may have changed since: the fork tells what is missing. While
+                # servers join or leave it is asked once all are copied: to send each push there meanwhile, where few
+                # of its slots are, would take as many messages as to an owner. Slots that lack a copy do not wait.
+                level = (block.last == self._positions[block.slots]) & (self._move is None)
+                m.modes[block.slots, columns] = np.where(level, STREAM, IDLE)
+                if self._move is None:
+                    link.untidy |= not level.all()
+                else:
+                    link.copied_s = link.copied_s or 0.0
             self._send_block(link, block, bulk=True)
 
     # -- what peers answer
