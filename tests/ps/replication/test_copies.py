@@ -196,7 +196,7 @@ def test_slots_that_were_copied_do_not_wait_for_the_others_for_ever() -> None:
     trio.tick(1)
     trio.machines[1].learn(SOME, 3, trio.view.epoch)
     trio.deliver()
-    for ticks in range(2000):
+    for ticks in range(4000):
         trio.tick(1)
         trio.push(1, ticks + 2, IDS)
         trio.deliver()
