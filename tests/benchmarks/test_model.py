@@ -69,7 +69,7 @@ def test_partial_sums_and_servers_are_those_of_every_request_there_can_be(placem
 
 @pytest.mark.parametrize("placement", NAMES)
 def test_rows_servers_and_bytes_are_those_of_drawn_requests(placement):
-    # Of pools of 10, rows and partial sums never cost nearly the same, where figures may be some percent off (`as_rows`).
+    # Of pools of 10, rows and partial sums never cost nearly the same: figures may be some percent off there.
     workload = Workload(Shape("own", (10, 1, 3), 4, rows=(400, 30, 200)), 400, 1.1)
     model = Model(view_of(lay_out(placement, workload, 3, 0.5), 3), NAMED, workload)
     routing, load = Routing(model.view), np.zeros(3)
