@@ -94,10 +94,4 @@ def settled(
         if (left := excess(better, sites, copies, live)) >= bad:
             break
         owners, bad = better, left
-    even = even_primaries(owners, sites, distances, live)
-    return min(owners, even, key=lambda o: _unevenness(o, live, len(sites.hosts)))
-
-
-def _unevenness(owners: Owners, live: NDArray[np.bool_], k: int) -> int:
-    first = owners[live, 0]
-    return int((np.bincount(first[first >= 0], minlength=k) ** 2).sum())
+    return even_primaries(owners, sites, distances, live)

@@ -171,7 +171,7 @@ def fresh(slots: int, sites: Sites, distances: NDArray[np.int32], copies: int) -
     for _ in range(3):  # nothing lies there yet: all may move
         if excess(owners, sites, copies, live) > (0, 0):
             owners = spread(owners, sites, distances, copies, live)
-    return even_primaries(owners, sites, distances, live)
+    return _gathered(owners, sites, distances, live)
 
 
 def _apart_first(sites: Sites) -> list[int]:
@@ -359,8 +359,21 @@ def spread(owners: Owners, sites: Sites, distances: NDArray[np.int32], copies: i
 def even_primaries(owners: Owners, sites: Sites, distances: NDArray[np.int32], live: NDArray[np.bool_]) -> Owners:
     """The same owners with the first places shared out evenly: between the whole numbers around slots / servers.
 
-    Slots that have the same owners get one primary as far as that allows. A push sends a message for every two servers
-    of which one is primary, and the other not, of any slot in it: half as many as if both were primaries.
+    As they are where they cannot be more even; else see `_gathered`, which changes more of them than it must for that.
+    """
+    return min(owners, _gathered(owners, sites, distances, live), key=lambda o: _unevenness(o, live, len(sites.hosts)))
+
+
+def _unevenness(owners: Owners, live: NDArray[np.bool_], k: int) -> int:
+    first = owners[live, 0]
+    return int((np.bincount(first[first >= 0], minlength=k) ** 2).sum())
+
+
+def _gathered(owners: Owners, sites: Sites, distances: NDArray[np.int32], live: NDArray[np.bool_]) -> Owners:
+    """First places shared out evenly, and slots that have the same owners with one primary as far as that allows.
+
+    A push sends a message for every two servers of which one is primary, and the other not, of any slot in it: half as
+    many as if both were primaries.
     """
     rows = np.flatnonzero(live & (owners[:, 0] >= 0))
     if owners.shape[1] == 1 or not len(rows):

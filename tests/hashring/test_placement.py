@@ -172,6 +172,16 @@ def test_a_primary_has_its_other_copies_on_as_few_servers_as_can_be() -> None:
     assert (turned == ring).all()
 
 
+@pytest.mark.parametrize("servers", [12, 32])
+def test_a_table_with_slots_of_its_own_leaves_those_of_others_as_they_are(servers: int) -> None:
+    view = plan(View.empty(1, 12), Join(tuple(Server(f"s{i}", i, f"h{i}") for i in range(servers))))
+    first = view = plan(view, CreateTable("t", {}, replicas=2))
+    for number in range(4):
+        view = plan(view, CreateTable(f"w{number}", {}, placement="whole", replicas=2))
+        assert (view.groups[0].owners == first.groups[0].owners).all()
+        assert (view.groups[0].terms == first.groups[0].terms).all()
+
+
 def three(replicas: int, whole: bool = True) -> View:
     view = plan(View.empty(1, 6), Join(tuple(Server(f"s{i}", i, f"h{i}") for i in range(3))))
     view = plan(view, CreateTable("t", {}, replicas=replicas))
