@@ -76,7 +76,7 @@ class SlotTable:
         for slot in self.filling:
             held[slot] = True
         renewed = self.terms[: len(named)] != view.terms()
-        gone = np.flatnonzero((named == NONE) & held & renewed & _complete(view, owners))
+        gone = np.flatnonzero((named == NONE) & held & renewed & complete(view, owners))
         self.terms[: len(named)] = view.terms()
         self.named[: len(named)] = named
         self.roles[: len(named)] = named
@@ -141,7 +141,7 @@ class SlotTable:
         return self._starts[slots], self._bits[slots]
 
 
-def _complete(view: View, owners: NDArray[np.int16]) -> NDArray[np.bool_]:
+def complete(view: View, owners: NDArray[np.int16]) -> NDArray[np.bool_]:
     """Slots that have as many owners as their group asks for, bool[slots]; those of no group any more too."""
     wanted = np.zeros(len(owners), np.int64)
     for g in view.groups:

@@ -19,7 +19,7 @@ from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOININ
 from ps.replication.pace import Pace
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
-from ps.slots import PRIMARY
+from ps.slots import PRIMARY, complete
 from ps.store import Store
 from ps.store.changes import NO_SLOTS, Applied
 from ps.store.fork import Undone, tellable
@@ -332,13 +332,20 @@ class Primary:
                 # What was cut into blocks at one moment may have changed since: the fork tells what is missing. While
                 # servers join or leave it is asked once all are copied: to send each push there meanwhile, where few
                 # of its slots are, would take as many messages as to an owner. Slots that lack a copy do not wait.
-                level = (block.last == self._positions[block.slots]) & (self._move is None)
+                rests = self._rest(block.slots)
+                level = (block.last == self._positions[block.slots]) & ~rests
                 m.modes[block.slots, columns] = np.where(level, STREAM, IDLE)
-                if self._move is None:
-                    link.untidy |= not level.all()
-                else:
+                link.untidy |= not (level | rests).all()
+                if rests.any():
                     link.copied_s = link.copied_s or 0.0
             self._send_block(link, block, bulk=True)
+
+    def _rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which slots may wait for others once they are copied: while servers join or leave, those with all copies."""
+        view = self.store.view
+        if view is None or view.move is None:
+            return np.zeros(len(slots), np.bool_)
+        return complete(view, view.owners())[slots]
 
     # -- what peers answer
 

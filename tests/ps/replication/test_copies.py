@@ -16,8 +16,8 @@ from tests.ps.store_helpers import push_share
 SOME = np.array([1, 2, 3])
 
 
-def filled(limits: ReplicationLimits, rows: int = 200) -> Trio:
-    trio = Trio(limits)
+def filled(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1)) -> Trio:
+    trio = Trio(limits, owners)
     trio.push(1, 1, list(range(rows)))
     trio.deliver()
     return trio
@@ -156,9 +156,9 @@ def test_a_copy_whose_slot_begins_a_new_term_ends_there_and_the_others_arrive() 
     assert trio.kinds(1) == {ADMISSION: {1, 2}}
 
 
-def moving(limits: ReplicationLimits) -> Trio:
+def moving(limits: ReplicationLimits, owners: tuple[int, ...] = (0, 1)) -> Trio:
     """While servers join or leave."""
-    trio = filled(limits)
+    trio = filled(limits, owners=owners)
     trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=Move("join", ("s9",), 0)), 1, 2, 3)
     trio.deliver()
     return trio
@@ -203,6 +203,16 @@ def test_slots_that_were_copied_do_not_wait_for_the_others_for_ever() -> None:
         if ADMISSION in trio.kinds(1):
             break
     assert ticks >= GATHER_S / 0.05
+    assert trio.kinds(1)[ADMISSION] < {1, 2, 3}
+
+
+def test_slots_that_lack_a_copy_do_not_wait_for_others_while_servers_join() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1), owners=(0,))
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    for _ in range(10):
+        carry(trio, 1)
+        if ADMISSION in trio.kinds(1):
+            break
     assert trio.kinds(1)[ADMISSION] < {1, 2, 3}
 
 
