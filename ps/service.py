@@ -66,7 +66,8 @@ owner that is dead, until a view says so."""
 
 TIDY_S, TIDY_REST = 0.01, 19
 """Seconds between two steps of giving freed memory back, or so many times what the step before took, a millisecond or
-two but for the first and the last, which look at all that is free: requests come first, and rows that move in memory at one core's speed slow down whoever shares the caches."""
+two but for the first and the last, which look at all that is free: requests come first, and rows that move in memory at
+one core's speed slow down whoever shares the caches."""
 
 REUSE_S = 0.5
 """Seconds for which memory that a view freed is kept for rows to come, counted from the last block of a restore: one
