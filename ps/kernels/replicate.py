@@ -15,9 +15,9 @@ from ps.kernels.pool import LINE
 
 _AHEAD = 8
 
-IDLE, STREAM, ASKED, COPY, HOPELESS = 0, 1, 2, 3, 4
+IDLE, STREAM, ASKED, COPY, HOPELESS, COPIED = 0, 1, 2, 3, 4, 5
 """Modes: nothing is sent; each change is sent as it is made; its fork was asked for; it is being given a copy; it can
-only return by a full copy."""
+only return by a full copy; it was given one, and waits until others are."""
 
 LEARNING, JOINING, ADMITTED, OWNER = 0, 1, 2, 3
 """Ranks of a member: a learner that is copied to, one that is waited for, one that may be named as owner; an owner."""

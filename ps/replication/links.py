@@ -41,7 +41,8 @@ class Link:
 
     streaming: blocks of changes on their way; unsent: pushes that wait behind them, about so many bytes.
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
-    copied_s: seconds for which slots that were copied wait for the others, None where none does.
+    copied_s: seconds for which slots that were copied rest until the others are, None where none does. late_copies:
+    copied slots, of learners that nobody waits for, which are to be brought up to date when those before them are.
     late: seconds for which requests wait there, as it said last.
     """
 
@@ -64,12 +65,18 @@ class Link:
     late: float = 0.0
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
     copied_s: float | None = None
+    late_copies: int = 0
 
     @property
     def gathered(self) -> bool:
-        """Whether slots that were copied wait no longer for others."""
+        """Whether slots that were copied rest no longer."""
         done = not self.copies and not self.bulk_bytes
         return self.copied_s is not None and (done or self.copied_s >= GATHER_S)
+
+    @property
+    def mending(self) -> bool:
+        """Whether a fork is being asked for, or a repair on its way."""
+        return any(flight.op in ("fork", "repair") for flight in self.flights.values())
 
     @property
     def owed(self) -> int:
@@ -108,6 +115,6 @@ class Link:
         self.unsent = []
         self.resting = self.untidy = True
         self.copies = []
-        self.copied_s = None
+        self.copied_s, self.late_copies = None, 0
         self.asked_for = 0
         return lost

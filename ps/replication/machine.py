@@ -395,7 +395,8 @@ class Replication:
             link.resting = False
             if link.copied_s is not None:
                 link.copied_s += elapsed
-            if link.untidy or link.gathered:
+            primary.wake(link)
+            if link.untidy:
                 primary.tidy(link)
             primary.pump(link)
             link.silent = link.silent + elapsed if link.flights else 0.0

@@ -5,12 +5,25 @@ from numpy.typing import NDArray
 
 from hashring.columns import any_of, first_of
 from hashring.view import View
-from ps.kernels.replicate import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, OWNER, STREAM, WAITED
+from ps.kernels.replicate import (
+    ADMITTED,
+    ASKED,
+    COPIED,
+    COPY,
+    HOPELESS,
+    IDLE,
+    JOINING,
+    LEARNING,
+    OWNER,
+    STREAM,
+    WAITED,
+)
 from ps.rowblock import TERM_SHIFT
 
 __all__ = [
     "ADMITTED",
     "ASKED",
+    "COPIED",
     "COPY",
     "HOPELESS",
     "IDLE",
@@ -106,6 +119,13 @@ class Members:
         if len(slots):
             self.any = self.learning = True
         return slots
+
+    def rouse(self, slots: NDArray[np.int64]) -> NDArray[np.int16]:
+        """Copies in these slots rest no longer; the peers that have them."""
+        peers, modes = self.peers[slots], self.modes[slots]
+        rested = modes == COPIED
+        self.modes[slots] = np.where(rested, np.uint8(IDLE), modes)
+        return np.unique(peers[rested])
 
     def drop(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """Forget learners."""

@@ -15,7 +15,7 @@ from ps.kernels.replicate import BEHIND, TAKEN
 from ps.kernels.window import NEW
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
 from ps.replication.links import Flight, Link
-from ps.replication.members import ADMITTED, ASKED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
+from ps.replication.members import ADMITTED, ASKED, COPIED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
 from ps.replication.pace import Pace
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
@@ -73,6 +73,8 @@ class Primary:
         self._estimate = len(share.ids) * (self._row_bytes() + _SLOT_BYTES)
         applied = self.store.apply(share, self._admit, only)
         if len(applied.slots):
+            if applied.erased:  # copies cannot rest for long: only so many deletions are remembered
+                self._rouse(applied.slots)
             self._stream(applied)
         reply = applied.reply
         fields = {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}
@@ -189,25 +191,28 @@ class Primary:
         fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
         self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
 
-    def _send_block(self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False) -> None:
+    def _send_block(
+        self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False, paced: bool = False
+    ) -> None:
         fields, arrays = block.to_arrays()
         size = sum(array.nbytes for array in arrays.values())
         if size > self.store.held.block_max and not bulk:
-            self._send_less(link, block, op)
+            self._send_less(link, block, op, paced)
             return
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
-        if bulk:
+        if bulk or paced:
             self._pace.allowance -= size
+        if bulk:
             self.copied_bytes += size
             self.copied_rows += sum(len(section.ids) for section in block.sections)
         self.send(link, op, flight, {"block": fields}, arrays)
 
-    def _send_less(self, link: Link, block: RowBlock, op: str) -> None:
+    def _send_less(self, link: Link, block: RowBlock, op: str, paced: bool) -> None:
         """No frame carries the block: its slots leave in two. One slot is to be copied anew, for a copy has parts."""
         half = len(block.slots) // 2
         if half:
             for some in (np.arange(len(block.slots)) < half, np.arange(len(block.slots)) >= half):
-                self._send_block(link, block.select(some), op)
+                self._send_block(link, block.select(some), op, paced=paced)
         else:
             self._unmendable(link, block.slots, self.members.column_of(block.slots, link.index))
 
@@ -252,13 +257,17 @@ class Primary:
         if link.resting:
             return
         self._flush(link)
-        link.untidy, link.copied_s = False, None
         slots, columns = m.where(link.index)
         idle = m.modes[slots, columns] == IDLE
         slots, columns = slots[idle], columns[idle]
-        if not len(slots):
-            return
         level = m.acked[slots, columns] == self._positions[slots]
+        copied = ~level & (m.ranks[slots, columns] == LEARNING) & (m.acked[slots, columns] > 0)
+        later = self._later(link, slots, copied)
+        link.late_copies = len(later)
+        link.untidy = len(later) > 0
+        now = np.ones(len(slots), np.bool_)
+        now[later] = False
+        slots, columns, level = slots[now], columns[now], level[now]
         m.modes[slots, columns] = np.where(level, STREAM, ASKED)
         self._advance(link, slots[level])  # it may be level by what was sent before it was asked: nothing else says so
         asked = slots[~level]
@@ -269,6 +278,16 @@ class Primary:
             size = sum(array.nbytes for array in arrays.values())
             self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
+    def _later(self, link: Link, slots: NDArray[np.int64], copied: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Which of the slots that were copied to learners are brought up to date later, for nobody waits for them: one
+        lot after another, of no more than a part of a copy may be, and at the rate of copies."""
+        waiting = np.flatnonzero(copied)
+        if not len(waiting) or link.mending or self._pace.allowance <= 0:
+            return waiting
+        some = slots[waiting[: self.limits.repair_slots]]
+        size = np.cumsum(sum(arena.counts(some) * arena.key.row_bytes for arena in self.store.held.registry.arenas))
+        return waiting[max(1, int(np.searchsorted(size, self.limits.bulk_bytes_max, "right"))) :]
+
     @property
     def late(self) -> float:
         """Seconds for which requests wait here."""
@@ -276,8 +295,8 @@ class Primary:
 
     @property
     def copying(self) -> bool:
-        """Whether parts of copies are to be sent."""
-        return any(link.copies for link in self.by_index)
+        """Whether parts of copies, or what changed meanwhile, are to be sent."""
+        return any(link.copies or link.late_copies for link in self.by_index)
 
     @property
     def _move(self) -> Move | None:
@@ -331,17 +350,28 @@ class Primary:
             if block.final.all():
                 # What was cut into blocks at one moment may have changed since: the fork tells what is missing. While
                 # servers join or leave it is asked once all are copied: to send each push there meanwhile, where few
-                # of its slots are, would take as many messages as to an owner. Slots that lack a copy do not wait.
-                rests = self._rest(block.slots)
-                level = (block.last == self._positions[block.slots]) & ~rests
-                m.modes[block.slots, columns] = np.where(level, STREAM, IDLE)
+                # of its slots are, would take as many messages as to an owner. Slots that lack a copy do not rest.
+                rests = self._may_rest(block.slots)
+                level = block.last == self._positions[block.slots]
+                m.modes[block.slots, columns] = np.where(rests, COPIED, np.where(level, STREAM, IDLE))
                 link.untidy |= not (level | rests).all()
                 if rests.any():
                     link.copied_s = link.copied_s or 0.0
             self._send_block(link, block, bulk=True)
 
-    def _rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which slots may wait for others once they are copied: while servers join or leave, those with all copies."""
+    def wake(self, link: Link) -> None:
+        """Slots that rested are brought up to date, where no others are awaited."""
+        if link.gathered:
+            link.copied_s = None
+            self._rouse(self.members.where(link.index)[0])
+            self.tidy(link)
+
+    def _rouse(self, slots: NDArray[np.int64]) -> None:
+        for index in self.members.rouse(slots):
+            self.by_index[index].untidy = True
+
+    def _may_rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which slots may rest once they are copied: while servers join or leave, those with all copies."""
         view = self.store.view
         if view is None or view.move is None:
             return np.zeros(len(slots), np.bool_)
@@ -364,16 +394,17 @@ class Primary:
             if (verdicts == BEHIND).any():
                 self.send_view(link, view)
             self.tidy(link)
+        elif flight.op == "repair" and link.late_copies:
+            self.tidy(link)
         self.release()
         self.pump(link)
-        if link.gathered:
-            self.tidy(link)
+        self.wake(link)
 
     def set_back_asked(self, link: Link, slots: NDArray[np.int64]) -> None:
         """Slots whose fork the peer did not tell."""
         self._set_back(link, slots, (ASKED,))
 
-    def _set_back(self, link: Link, slots: NDArray[np.int64], modes: tuple[int, ...] = (STREAM, COPY)) -> None:
+    def _set_back(self, link: Link, slots: NDArray[np.int64], modes: tuple[int, ...] = (STREAM, COPY, COPIED)) -> None:
         """Slots of which the peer did not take what it was sent."""
         m = self.members
         columns = m.column_of(slots, link.index)
@@ -452,8 +483,9 @@ class Primary:
             offsets = np.concatenate([[0], np.cumsum(counts)])
             undone = Undone(told["undone.tables"][lines], told["undone.ids"][lines], offsets)
             block = self.store.repair(slots[part], told["positions"][part], told["forks"][part], undone)
+            paced = bool((self.members.ranks[slots[part], columns[part]] == LEARNING).any())
             self.members.modes[slots[part], columns[part]] = STREAM
-            self._send_block(link, block, "repair")
+            self._send_block(link, block, "repair", paced=paced)
 
     def lost(self, link: Link) -> None:
         """The connection broke: what was on its way is lost or not, and every slot of the peer is set back."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from hashring.planner import Renew, plan
 from hashring.view import Move
-from ps.kernels.replicate import IDLE, LEARNING
+from ps.kernels.replicate import COPIED, IDLE, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from ps.replication.links import GATHER_S
 from tests.ps.replication.test_machine import IDS, Trio
@@ -156,9 +156,9 @@ def test_a_copy_whose_slot_begins_a_new_term_ends_there_and_the_others_arrive() 
     assert trio.kinds(1) == {ADMISSION: {1, 2}}
 
 
-def moving(limits: ReplicationLimits, owners: tuple[int, ...] = (0, 1)) -> Trio:
+def moving(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1)) -> Trio:
     """While servers join or leave."""
-    trio = filled(limits, owners=owners)
+    trio = filled(limits, rows, owners)
     trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=Move("join", ("s9",), 0)), 1, 2, 3)
     trio.deliver()
     return trio
@@ -180,15 +180,122 @@ def test_a_learner_is_told_what_changed_once_all_its_slots_are_there_and_not_pus
     assert pushes > 2
     copy, rows = sent_to_learner(trio), trio.machines[1].copied[0]
     assert sum(len(a.arrays["0.ids"]) for a in copy) == rows  # each row once, though all of IDS changed with every push
-    carry(trio, 10)
-    (catch_up,) = sent_to_learner(trio)[len(copy) :]
-    assert catch_up.op == "repair"
     trio.deliver()
+    catch_up = sent_to_learner(trio)[len(copy) :]
+    assert [a.op for a in catch_up] == ["repair"] * len(SOME)  # of no more than one slot, as a part of a copy is
     assert trio.kinds(1) == {ADMISSION: {1, 2, 3}}
     token = trio.push(1, pushes + 2, IDS)
     trio.deliver()
     assert token in trio.answers
     assert sent_to_learner(trio)[-1].op == "replicate"
+
+
+def rested(trio: Trio, change: Callable[[int], None] = lambda turn: None) -> None:
+    """3 is told of all slots, and stays away before it has taken the last part of the copy."""
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    for turn in range(100):
+        carry(trio, 1)
+        change(turn)
+        if trio.machines[1].copied[0] == rows_in(trio, np.arange(4)):
+            break
+    trio.down = {3}
+    trio.deliver()
+    trio.down = set()
+    assert (trio.machines[1].members.modes == COPIED).sum() == 4
+
+
+def admitted(trio: Trio, most: int = 400) -> int:
+    """Ticks until all slots are admitted at 3; nobody pushes."""
+    for ticks in range(most):
+        trio.deliver()
+        if trio.kinds(1).get(ADMISSION) == {0, 1, 2, 3}:
+            break
+        trio.tick(1)
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    trio.equal(1, 2, 3)
+    return ticks
+
+
+def test_what_changed_while_copies_rested_is_sent_a_lot_at_a_time_and_at_the_rate_of_copies() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1, copy_bytes_per_s=10**9))
+    rested(trio)
+    for sequence in range(2, 12):
+        trio.push(1, sequence, list(range(200)))
+    before = len(sent_to_learner(trio))
+    trio.machines[1].limits = trio.machines[1]._primary.limits = ReplicationLimits(
+        bulk_bytes_max=2000, copy_bytes_per_s=4000
+    )
+    most = 0
+    for ticks in range(1, 400):
+        carry(trio, 1)
+        trio.tick(1)
+        most = max(most, trio.machines[1]._primary.links[3].owed)
+        if trio.kinds(1).get(ADMISSION) == {0, 1, 2, 3}:
+            break
+    repairs = sent_to_learner(trio)[before:]
+    size = sum(a.nbytes for action in repairs for a in action.arrays.values())
+    assert {a.op for a in repairs} == {"repair"}
+    assert most < size / 2
+    assert size <= (ticks + 6) * 0.05 * 4000 + most
+    assert admitted(trio) == 0
+
+
+def test_slots_that_are_deleted_from_do_not_rest_until_their_deletions_are_forgotten() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=200, bulk_bytes_max=1), rows=1200)
+    copied = rows_in(trio, np.arange(4))
+
+    def change(turn: int) -> None:
+        gone = [3 * turn, 3 * turn + 1, 3 * turn + 2]  # of 64 deletions that are remembered
+        trio.machines[1].push(("gone", turn), push_share(1000 + turn, [1], [gone], np.empty(0), kind="delete"))
+        trio.push(1, turn + 2, gone)
+
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+    for turn in range(200):
+        carry(trio, 4)
+        change(turn)
+        trio.down = {3}
+        trio.tick(1)
+        trio.deliver()
+        trio.down = set()
+        if trio.kinds(1).get(ADMISSION) == {0, 1, 2, 3}:
+            break
+    assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
+    assert trio.machines[1].copied[0] <= copied
+    assert trio.machines[1]._primary.copies_made == 1
+
+
+def test_a_lesson_more_does_not_end_the_rest_of_what_was_copied_before() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    while not (trio.machines[1].members.modes == COPIED).any():
+        carry(trio, 1)
+    rests = np.argwhere(trio.machines[1].members.modes == COPIED)
+    trio.push(1, 2, IDS)
+    trio.machines[1].learn(np.array([0]), 3, trio.view.epoch)
+    carry(trio, 1)
+    assert (trio.machines[1].members.modes[tuple(rests.T)] == COPIED).all()
+    assert admitted(trio) < 20
+
+
+def test_copies_that_rest_are_brought_up_to_date_whatever_happens_meanwhile() -> None:
+    def move_ends(trio: Trio) -> None:
+        trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=None), 1, 2, 3)
+
+    def link_breaks(trio: Trio) -> None:
+        trio.machines[1].broken(3, trio.machines[1]._primary.links[3].number)
+        trio.wires[1, 3] = []
+
+    def another_learns(trio: Trio) -> None:
+        trio.machines[1].learn(np.arange(4), 2, trio.view.epoch)  # who is an owner: nothing comes of it
+
+    for event in (move_ends, link_breaks, another_learns):
+        trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+        rested(trio)
+        trio.push(1, 2, IDS)
+        event(trio)
+        assert admitted(trio) < 20
+        if event is not link_breaks:
+            assert trio.machines[1].copied[0] == rows_in(trio, np.arange(4))
 
 
 def test_slots_that_were_copied_do_not_wait_for_the_others_for_ever() -> None:
