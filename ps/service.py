@@ -64,10 +64,10 @@ FIRST = frozenset(("ping", "view", "install", "learn", "replicate", "repair", "f
 """What servers and the controller say to each other: heard also where the queue is full. Pushes in it may wait for an
 owner that is dead, until a view says so."""
 
-TIDY_S, TIDY_REST = 0.01, 19
-"""Seconds between two steps of giving freed memory back, or so many times what the step before took, a millisecond or
-two but for the first and the last, which look at all that is free: requests come first, and rows that move in memory at
-one core's speed slow down whoever shares the caches."""
+TIDY_S, TIDY_REST, TIDY_REST_MAX_S = 0.01, 19, 1.0
+"""Seconds between two steps of giving freed memory back, or so many times what the step before took (at most the third:
+a process may be stopped in one), a millisecond or two but for the first and the last, which look at all that is free:
+requests come first, and rows that move in memory at one core's speed slow down whoever shares the caches."""
 
 REUSE_S = 0.5
 """Seconds for which memory that a view freed is kept for rows to come, counted from the last block of a restore: one
@@ -262,7 +262,7 @@ class Service:
         self._perform()
         begin = perf_counter()
         if self.store.compact():
-            self._tidy_soon(max(TIDY_S, TIDY_REST * (perf_counter() - begin)))
+            self._tidy_soon(min(max(TIDY_S, TIDY_REST * (perf_counter() - begin)), TIDY_REST_MAX_S))
 
     def statistics(self) -> ServiceStatistics:
         """What happened so far."""

@@ -36,7 +36,7 @@ from ps.client.verbs import Verbs
 from ps.errors import Overloaded
 from ps.failover.machine import Append, Deliver, Failover
 from ps.kernels import replicate, window
-from ps.kernels.replicate import COPY, STREAM
+from ps.kernels.replicate import COPIED, COPY, STREAM
 from ps.replication import ADMISSION, LESSON
 from ps.replication.backup import TAKEN, Backup
 from ps.replication.machine import Replication
@@ -655,6 +655,28 @@ def changes_missed_behind_a_copy(patch: Patch) -> None:
     patch(Primary, "taken", confirmed)
     patch(Primary, "pump", pumped)
     base_not_compared(patch)
+
+
+@plant
+def rested_copy_taken_for_level(patch: Patch) -> None:
+    """What changed while a copy rested is not asked for: it is believed to be where its primary is."""
+    wake = Primary.wake
+
+    def woken(self: Any, link: Any) -> None:
+        if link.gathered:
+            slots, columns = self.members.where(link.index)
+            rested = self.members.modes[slots, columns] == COPIED
+            slots, columns = slots[rested], columns[rested]
+            self.members.acked[slots, columns] = self.store.held.slots.positions[slots]
+        wake(self, link)
+
+    patch(Primary, "wake", woken)
+
+
+@plant
+def copies_rest_for_ever(patch: Patch) -> None:
+    """Slots that were copied while servers join or leave are not brought up to date."""
+    patch(Primary, "wake", lambda self, link: None)
 
 
 @plant
