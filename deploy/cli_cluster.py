@@ -161,7 +161,7 @@ def down(
     if as_json:
         print(json.dumps({"ended": True, "killed": killed}))
         return
-    print("the cluster has ended" + (f" ({killed} processes had to be killed)" if killed else ""))
+    print("the cluster has ended" + (f" (processes that had to be killed: {killed})" if killed else ""))
 
 
 def logs(

@@ -104,6 +104,7 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
         record = ask("status", fresh=True)
         copied.see(record)
     if interrupted:
+        say(f"{', '.join(told['names'])}: gone back; the servers are {', '.join(_servers(record))}")
         raise typer.Exit(130)
     _report("abort" if abort else kind, told["names"], record, copied, as_json)
 
@@ -121,21 +122,25 @@ def _go_back(ask: Ask) -> bool:
     return True
 
 
+def _servers(record: Mapping[str, Any]) -> list[str]:
+    return sorted(s["name"] for s in record["servers"])
+
+
 def _report(kind: str, names: list[str], record: Mapping[str, Any], copied: "Copied", as_json: bool) -> None:
     from ps.errors import NotApplied
 
-    there = {s["name"] for s in record["servers"]}
-    if kind == "join" and not set(names) <= there:
+    there = _servers(record)
+    if kind == "join" and not set(names) <= set(there):
         raise NotApplied(record["move_failed"] or f"{', '.join(names)} did not join: it was aborted")
-    if kind == "leave" and set(names) & there:
-        raise NotApplied(f"{', '.join(sorted(set(names) & there))} did not leave: it was aborted")
+    if kind == "leave" and set(names) & set(there):
+        raise NotApplied(f"{', '.join(sorted(set(names) & set(there)))} did not leave: it was aborted")
     rows, size = copied.total()
-    figures = {"epoch": record["epoch"], "servers": sorted(there), "rows_copied": rows, "bytes_copied": size}
+    figures = {"epoch": record["epoch"], "servers": there, "rows_copied": rows, "bytes_copied": size}
     if as_json:
         print(json.dumps({"names": names, **figures}))
         return
     done = {"join": "joined", "leave": "left", "abort": "gone back"}[kind]
-    left = ", ".join(sorted(there))
+    left = ", ".join(there)
     print(f"{', '.join(names)}: {done} in epoch {record['epoch']}; {rows:,} rows copied; the servers are {left}")
 
 

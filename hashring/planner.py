@@ -243,7 +243,8 @@ def _check_leave(view: View, names: Sequence[str]) -> None:
     for group in view.groups:
         if group.replicas != "all" and alive < min(group.replicas, before):
             raise PlanError(
-                f"removing {', '.join(names)} would leave {alive} servers, fewer than replicas = {group.replicas}"
+                f"removing {', '.join(names)} would leave {alive} server{'s' * (alive > 1)}, "
+                f"fewer than replicas = {group.replicas}"
             )
     kept_for = int(leavers[view.owners()[view.lost()]].any(axis=1).sum()) if view.groups else 0
     if kept_for:

@@ -80,7 +80,7 @@ class Members:
         member = self.by_name.setdefault(name, Member(name))
         member.state = "starting"
         (self._files / name).touch()
-        member.handle = await asyncio.to_thread(self._actor, name)
+        member.handle = await asyncio.to_thread(self._actor, name, member.addresses)
         told = await result(member.handle.ready.remote(), START_TIMEOUT_S)
         member.incarnation, member.host, member.pid = told["incarnation"], told["host"], told["pid"]
         member.addresses, member.reconnect_s = tuple(told["addresses"]), told["reconnect_s"]
@@ -89,7 +89,7 @@ class Members:
         member.watch = asyncio.create_task(self._watch(member))
         return member
 
-    def _actor(self, name: str) -> Any:
+    def _actor(self, name: str, addresses: tuple[str, ...]) -> Any:
         options = {
             "name": name,
             "namespace": self._setup.namespace,
@@ -101,7 +101,7 @@ class Members:
             "runtime_env": {"env_vars": self._setup.environment},
         }
         index = int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdecimal() else 0
-        return ServerActor.options(**options).remote(self._setup, name, index, self.by_name[name].addresses)
+        return ServerActor.options(**options).remote(self._setup, name, index, addresses)
 
     async def _watch(self, member: Member) -> None:
         """Wait for Ray's word of the member's death: a call that never returns fails when the process is gone."""

@@ -166,6 +166,7 @@ def test_an_interrupt_while_a_move_is_asked_for_that_was_taken(
     with pytest.raises(typer.Exit) as ended:
         _change("leave", ["server-3"], False, None, False, False)
     assert ended.value.exit_code == 130
+    assert "server-3: gone back; the servers are server-" in capsys.readouterr().err
     gone = {"status": {**record(), "servers": []}}
     of_controller(move=KeyboardInterrupt(), abort=RequestError("no server is joining or leaving"), **gone)
     _change("leave", ["server-3"], False, None, False, True)

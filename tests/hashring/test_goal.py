@@ -216,7 +216,7 @@ def test_a_join_is_undone_by_a_leave_and_a_leave_by_staying() -> None:
         (Begin(Move("join", ("a", "a")), ()), "the servers are a, a; each must be named once"),
         (Begin(Move("leave", ())), "the servers are none"),
         (Begin(Move("leave", ("x",))), "no server is named 'x'; the servers are s0, s1, s2"),
-        (Begin(Move("leave", ("s0", "s1"))), "would leave 1 servers, fewer than replicas = 2"),
+        (Begin(Move("leave", ("s0", "s1"))), "would leave 1 server, fewer than replicas = 2"),
         (Begin(Move("leave", ("s0", "s1", "s2"))), "would leave no living server"),
         (Abort(), "no server is joining or leaving"),
         (End(), "no server is joining or leaving"),

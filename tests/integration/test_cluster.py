@@ -450,7 +450,7 @@ def _refused_moves(machine: Machine) -> None:
     for arguments, sentence in (
         (("add-server", "server-1"), "server 'server-1' is in the view already"),
         (("remove-server", "nobody"), "no server is named 'nobody'; the servers are server-0, server-1, server-2"),
-        (("remove-server", "server-0", "server-1"), "would leave 1 servers, fewer than replicas = 2"),
+        (("remove-server", "server-0", "server-1"), "would leave 1 server, fewer than replicas = 2"),
     ):
         assert sentence in machine.embring(*arguments, status=1).stderr
 
