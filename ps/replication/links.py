@@ -74,6 +74,11 @@ class Link:
         return self.copied_s is not None and (done or self.copied_s >= GATHER_S)
 
     @property
+    def copying(self) -> bool:
+        """Whether parts of copies, or what changed since, are to be sent."""
+        return bool(self.copies or self.late_copies)
+
+    @property
     def mending(self) -> bool:
         """Whether a fork is being asked for, or a repair on its way."""
         return any(flight.op in ("fork", "repair") for flight in self.flights.values())

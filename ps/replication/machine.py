@@ -123,6 +123,7 @@ class Replication:
         self._backup = Backup(store)
         self._last: float | None = None
         self._clock = self._forgot = 0.0
+        self._turn = 0
         # Idle by this clock, which does not go on while the process is stopped with requests unread.
         store.held.clients.clock = lambda: self._clock
 
@@ -302,7 +303,7 @@ class Replication:
     @property
     def copied(self) -> tuple[int, int]:
         """Rows that were copied to learners since the start, and the bytes that it took."""
-        return self._primary.copied_rows, self._primary.copied_bytes
+        return self._primary.copies.rows, self._primary.copies.bytes
 
     @property
     def verified(self) -> tuple[int, int]:
@@ -321,7 +322,7 @@ class Replication:
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to a peer's `replicate`, `repair`, `fork` or `digest`. Raises EmbringError."""
         plain, out = self._backup.request(op, fields, arrays)
-        return {**plain, "late_us": int(self._primary.late * 1e6)}, out
+        return {**plain, "late_us": int(self._primary.copies.pace.late * 1e6)}, out
 
     def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to an `absorb`, of slots that are being restored. Raises EmbringError."""
@@ -390,14 +391,17 @@ class Replication:
         self._last = now
         self._clock += elapsed
         primary = self._primary
-        primary.pace(elapsed, late)
-        for link in list(primary.links.values()):
+        links = list(primary.links.values())
+        primary.copies.tick(links, elapsed, late)
+        for link in links:
             link.resting = False
             if link.copied_s is not None:
                 link.copied_s += elapsed
             primary.wake(link)
-            if link.untidy:
+            if link.untidy or (link.late_copies and primary.copies.may_mend(link)):
                 primary.tidy(link)
+        self._turn = (self._turn + 1) % max(1, len(links))
+        for link in links[self._turn :] + links[: self._turn]:  # what copies may take goes to one after another first
             primary.pump(link)
             link.silent = link.silent + elapsed if link.flights else 0.0
             if self._accused(link):
@@ -412,8 +416,8 @@ class Replication:
 
     @property
     def copying(self) -> bool:
-        """Whether parts of copies are to be sent."""
-        return self._primary.copying
+        """Whether parts of copies, or what changed since, are to be sent."""
+        return any(link.copying for link in self._primary.links.values())
 
     def learn(self, slots: NDArray[np.int64], learner: int, epoch: int) -> None:
         """Begin to copy slots to a learner (its incarnation); those whose term began after `epoch` are left out."""

@@ -120,12 +120,14 @@ class Members:
             self.any = self.learning = True
         return slots
 
-    def rouse(self, slots: NDArray[np.int64]) -> NDArray[np.int16]:
-        """Copies in these slots rest no longer; the peers that have them."""
-        peers, modes = self.peers[slots], self.modes[slots]
-        rested = modes == COPIED
-        self.modes[slots] = np.where(rested, np.uint8(IDLE), modes)
-        return np.unique(peers[rested])
+    def rouse(self, slots: NDArray[np.int64], columns: NDArray[np.int64] | None = None) -> NDArray[np.int16]:
+        """Copies in these slots (all, or in one column of each) rest no longer; the peers that have them."""
+        if columns is None:
+            slots, columns = np.repeat(slots, self.modes.shape[1]), np.tile(np.arange(self.modes.shape[1]), len(slots))
+        rested = self.modes[slots, columns] == COPIED
+        slots, columns = slots[rested], columns[rested]
+        self.modes[slots, columns] = IDLE
+        return np.unique(self.peers[slots, columns])
 
     def drop(self, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
         """Forget learners."""

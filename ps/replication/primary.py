@@ -8,18 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.columns import count_of
-from hashring.view import Move, View
+from hashring.view import View
 from ps.errors import EmbringError, NotApplied, Overloaded, PerhapsApplied
 from ps.kernels import replicate
 from ps.kernels.replicate import BEHIND, TAKEN
 from ps.kernels.window import NEW
 from ps.replication.actions import Action, Answer, Arrays, Forward, Refuse, ReplicationLimits, Send, SendView
+from ps.replication.copies import Copies, row_bytes
 from ps.replication.links import Flight, Link
 from ps.replication.members import ADMITTED, ASKED, COPIED, COPY, HOPELESS, IDLE, JOINING, LEARNING, STREAM, Members
-from ps.replication.pace import Pace
 from ps.rowblock import TERM_SHIFT, RowBlock
 from ps.share import PushShare
-from ps.slots import PRIMARY, complete
+from ps.slots import PRIMARY
 from ps.store import Store
 from ps.store.changes import NO_SLOTS, Applied
 from ps.store.fork import Undone, tellable
@@ -50,9 +50,8 @@ class Primary:
         self.members = Members(0, 0)
         self.waits: list[Wait] = []
         self.out: list[Action] = []
-        self.copies_made = self.copied_rows = self.copied_bytes = 0
+        self.copies = Copies(store, limits)
         self._estimate = 0
-        self._pace = Pace()
 
     @property
     def _positions(self) -> NDArray[np.int64]:
@@ -70,11 +69,12 @@ class Primary:
             return
         if share.kind == "delete":
             self.flush()  # rows of what is deleted may be taken by others before a block tells of them
-        self._estimate = len(share.ids) * (self._row_bytes() + _SLOT_BYTES)
+        self._estimate = len(share.ids) * (row_bytes(self.store) + _SLOT_BYTES)
         applied = self.store.apply(share, self._admit, only)
         if len(applied.slots):
             if applied.erased:  # copies cannot rest for long: only so many deletions are remembered
-                self._rouse(applied.slots)
+                for index in self.members.rouse(applied.slots):
+                    self.by_index[index].untidy = True
             self._stream(applied)
         reply = applied.reply
         fields = {"applied": reply.applied, "seen": reply.seen, "rows_new": reply.rows_new}
@@ -82,9 +82,6 @@ class Primary:
             self.answer(token, fields)
         else:
             self.hold(token, applied.touched, self._positions[applied.touched], fields)
-
-    def _row_bytes(self) -> int:
-        return max((arena.key.row_bytes for arena in self.store.held.registry.arenas), default=0)
 
     def _admit(self, touched: NDArray[np.int64], verdicts: NDArray[np.uint8]) -> None:
         """Refuse a push for which an owner is missing, or a queue too full, before anything is applied."""
@@ -191,28 +188,26 @@ class Primary:
         fields = {"from": self.store.incarnation, "link": link.number, "at": self.store.epoch, **fields}
         self.out.append(Send(link.incarnation, link.number, number, op, fields, arrays))
 
-    def _send_block(
-        self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False, paced: bool = False
-    ) -> None:
+    def _send_block(self, link: Link, block: RowBlock, op: str = "replicate", bulk: bool = False) -> None:
         fields, arrays = block.to_arrays()
         size = sum(array.nbytes for array in arrays.values())
         if size > self.store.held.block_max and not bulk:
-            self._send_less(link, block, op, paced)
+            self._send_less(link, block, op)
             return
         flight = Flight(op, block.slots, block.last, size, bulk, bool(block.final.all()))
-        if bulk or paced:
-            self._pace.allowance -= size
         if bulk:
-            self.copied_bytes += size
-            self.copied_rows += sum(len(section.ids) for section in block.sections)
+            self.copies.bytes += size
+            self.copies.rows += sum(len(section.ids) for section in block.sections)
+        if bulk or (op == "repair" and self._unawaited(link, block.slots)[0]):  # a repair is all of such or of none
+            self.copies.pace.allowance -= size
         self.send(link, op, flight, {"block": fields}, arrays)
 
-    def _send_less(self, link: Link, block: RowBlock, op: str, paced: bool) -> None:
+    def _send_less(self, link: Link, block: RowBlock, op: str) -> None:
         """No frame carries the block: its slots leave in two. One slot is to be copied anew, for a copy has parts."""
         half = len(block.slots) // 2
         if half:
             for some in (np.arange(len(block.slots)) < half, np.arange(len(block.slots)) >= half):
-                self._send_block(link, block.select(some), op, paced=paced)
+                self._send_block(link, block.select(some), op)
         else:
             self._unmendable(link, block.slots, self.members.column_of(block.slots, link.index))
 
@@ -252,7 +247,10 @@ class Primary:
             self._send_block(link, self.store.opening(mine, before[mine]))
 
     def tidy(self, link: Link) -> None:
-        """See to the slots that a peer is sent nothing of: what is level streams on, of the rest the fork is asked."""
+        """See to the slots that a peer is sent nothing of: what is level streams on, of the rest the fork is asked.
+
+        Of copies that nobody waits for, a lot after another is.
+        """
         m = self.members
         if link.resting:
             return
@@ -261,13 +259,11 @@ class Primary:
         idle = m.modes[slots, columns] == IDLE
         slots, columns = slots[idle], columns[idle]
         level = m.acked[slots, columns] == self._positions[slots]
-        copied = ~level & (m.ranks[slots, columns] == LEARNING) & (m.acked[slots, columns] > 0)
-        later = self._later(link, slots, copied)
-        link.late_copies = len(later)
-        link.untidy = len(later) > 0
-        now = np.ones(len(slots), np.bool_)
-        now[later] = False
-        slots, columns, level = slots[now], columns[now], level[now]
+        late = np.flatnonzero(~level & (m.ranks[slots, columns] == LEARNING) & (m.acked[slots, columns] > 0))
+        if len(late) and self.copies.may_mend(link):
+            late = late[self.copies.lot(slots[late]) :]
+        link.untidy, link.late_copies = False, len(late)
+        slots, columns, level = (np.delete(array, late) for array in (slots, columns, level))
         m.modes[slots, columns] = np.where(level, STREAM, ASKED)
         self._advance(link, slots[level])  # it may be level by what was sent before it was asked: nothing else says so
         asked = slots[~level]
@@ -278,38 +274,9 @@ class Primary:
             size = sum(array.nbytes for array in arrays.values())
             self.send(link, "fork", Flight("fork", asked, positions, size), {}, arrays)
 
-    def _later(self, link: Link, slots: NDArray[np.int64], copied: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """Which of the slots that were copied to learners are brought up to date later, for nobody waits for them: one
-        lot after another, of no more than a part of a copy may be, and at the rate of copies."""
-        waiting = np.flatnonzero(copied)
-        if not len(waiting) or link.mending or self._pace.allowance <= 0:
-            return waiting
-        some = slots[waiting[: self.limits.repair_slots]]
-        size = np.cumsum(sum(arena.counts(some) * arena.key.row_bytes for arena in self.store.held.registry.arenas))
-        return waiting[max(1, int(np.searchsorted(size, self.limits.bulk_bytes_max, "right"))) :]
-
-    @property
-    def late(self) -> float:
-        """Seconds for which requests wait here."""
-        return self._pace.late
-
-    @property
-    def copying(self) -> bool:
-        """Whether parts of copies, or what changed meanwhile, are to be sent."""
-        return any(link.copies or link.late_copies for link in self.by_index)
-
-    @property
-    def _move(self) -> Move | None:
-        return self.store.view.move if self.store.view is not None else None
-
-    def pace(self, elapsed: float, late: float) -> None:
-        """Time goes by, in which requests waited so long here: so much more may be spent on copies."""
-        limits = [self.limits.copy_bytes_per_s, self._move.bytes_per_s if self._move is not None else 0]
-        if not self.copying:
-            self._pace.rest()
-        there = max((link.late for link in self.by_index if link.copies), default=0.0)
-        limit = min((limit for limit in limits if limit), default=0)
-        self._pace.tick(elapsed, late, there, limit, 2 * self.limits.tick_max_s)
+    def _unawaited(self, link: Link, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Slots of which the peer is a learner that nobody waits for."""
+        return self.members.ranks[slots, self.members.column_of(slots, link.index)] == LEARNING
 
     def drop_learner(self, link: Link) -> None:
         """A learner is no longer waited for nor sent anything, unless it was promised as an owner."""
@@ -326,7 +293,7 @@ class Primary:
         if link.copies:
             self._flush(link)
         while link.copies and link.bulk_bytes < self.limits.bulk_bytes_max and not link.resting:
-            if self._pace.allowance <= 0:
+            if self.copies.pace.allowance <= 0:
                 return
             try:
                 block = next(link.copies[0], None)
@@ -351,7 +318,7 @@ class Primary:
                 # What was cut into blocks at one moment may have changed since: the fork tells what is missing. While
                 # servers join or leave it is asked once all are copied: to send each push there meanwhile, where few
                 # of its slots are, would take as many messages as to an owner. Slots that lack a copy do not rest.
-                rests = self._may_rest(block.slots)
+                rests = self.copies.may_rest(block.slots)
                 level = block.last == self._positions[block.slots]
                 m.modes[block.slots, columns] = np.where(rests, COPIED, np.where(level, STREAM, IDLE))
                 link.untidy |= not (level | rests).all()
@@ -362,20 +329,9 @@ class Primary:
     def wake(self, link: Link) -> None:
         """Slots that rested are brought up to date, where no others are awaited."""
         if link.gathered:
-            link.copied_s = None
-            self._rouse(self.members.where(link.index)[0])
+            link.copied_s, link.untidy = None, True
+            self.members.rouse(*self.members.where(link.index))
             self.tidy(link)
-
-    def _rouse(self, slots: NDArray[np.int64]) -> None:
-        for index in self.members.rouse(slots):
-            self.by_index[index].untidy = True
-
-    def _may_rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which slots may rest once they are copied: while servers join or leave, those with all copies."""
-        view = self.store.view
-        if view is None or view.move is None:
-            return np.zeros(len(slots), np.bool_)
-        return complete(view, view.owners())[slots]
 
     # -- what peers answer
 
@@ -451,7 +407,7 @@ class Primary:
         forks, learner = arrays["forks"][now], columns[now] >= m.owner_columns
         good = (forks >= 0) & tellable(self.store.held, slots[now], forks) & ~(learner & (forks == 0))
         self._unmendable(link, slots[now[~good]], columns[now[~good]])
-        self._repair(link, slots, columns, now[good], arrays)
+        self._repair_in_turn(link, flight.slots, columns, now[good], arrays)
         self.pump(link)
 
     def _unmendable(self, link: Link, slots: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
@@ -464,13 +420,24 @@ class Primary:
         if len(slots):
             m.ranks[slots, columns] = LEARNING
             m.acked[slots, columns] = -1
-            self._begin_copy(link, slots)
+            self.copies.begin(link, slots)
             self.release()
 
-    def _begin_copy(self, link: Link, slots: NDArray[np.int64]) -> None:
-        self.copies_made += 1
-        rows_max = max(1, self.limits.copy_bytes // max(1, self._row_bytes()))
-        link.copies.append(self.store.copy(slots, self.copies_made, rows_max))
+    def _repair_in_turn(
+        self, link: Link, slots: NDArray[np.int64], columns: NDArray[np.int64], some: NDArray[np.int64], told: Arrays
+    ) -> None:
+        """Repair owners, and learners that are waited for; of the others those whose turn it is: a copy from before
+        that a learner still has comes with the rest of them."""
+        m, base = self.members, told["forks"]
+        unawaited = self._unawaited(link, slots[some])
+        found = unawaited & (m.acked[slots[some], columns[some]] <= 0) & (told["positions"][some] == base[some])
+        late = some[found]
+        m.acked[slots[late], columns[late]] = base[late]
+        m.modes[slots[late], columns[late]] = IDLE
+        for mended in (some[~unawaited], some[unawaited & ~found]):
+            self._repair(link, slots, columns, mended, told)
+        if len(late):
+            self.tidy(link)
 
     def _repair(
         self, link: Link, slots: NDArray[np.int64], columns: NDArray[np.int64], some: NDArray[np.int64], told: Arrays
@@ -483,9 +450,8 @@ class Primary:
             offsets = np.concatenate([[0], np.cumsum(counts)])
             undone = Undone(told["undone.tables"][lines], told["undone.ids"][lines], offsets)
             block = self.store.repair(slots[part], told["positions"][part], told["forks"][part], undone)
-            paced = bool((self.members.ranks[slots[part], columns[part]] == LEARNING).any())
             self.members.modes[slots[part], columns[part]] = STREAM
-            self._send_block(link, block, "repair", paced=paced)
+            self._send_block(link, block, "repair")
 
     def lost(self, link: Link) -> None:
         """The connection broke: what was on its way is lost or not, and every slot of the peer is set back."""

@@ -4,20 +4,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from hashring.planner import Renew, plan
 from hashring.view import Move
 from ps.kernels.replicate import COPIED, IDLE, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
-from ps.replication.links import GATHER_S
+from ps.replication.links import GATHER_S, Link
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
 
 SOME = np.array([1, 2, 3])
 
 
-def filled(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1)) -> Trio:
-    trio = Trio(limits, owners)
+def filled(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1), servers: int = 3) -> Trio:
+    trio = Trio(limits, owners, servers)
     trio.push(1, 1, list(range(rows)))
     trio.deliver()
     return trio
@@ -156,10 +157,10 @@ def test_a_copy_whose_slot_begins_a_new_term_ends_there_and_the_others_arrive() 
     assert trio.kinds(1) == {ADMISSION: {1, 2}}
 
 
-def moving(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1)) -> Trio:
+def moving(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] = (0, 1), servers: int = 3) -> Trio:
     """While servers join or leave."""
-    trio = filled(limits, rows, owners)
-    trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=Move("join", ("s9",), 0)), 1, 2, 3)
+    trio = filled(limits, rows, owners, servers)
+    trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=Move("join", ("s9",), 0)), *trio.machines)
     trio.deliver()
     return trio
 
@@ -217,27 +218,114 @@ def admitted(trio: Trio, most: int = 400) -> int:
     return ticks
 
 
-def test_what_changed_while_copies_rested_is_sent_a_lot_at_a_time_and_at_the_rate_of_copies() -> None:
+def at_rate(trio: Trio, limits: ReplicationLimits) -> None:
+    """From now on."""
+    machine = trio.machines[1]
+    machine.limits = machine._primary.limits = machine._primary.copies.limits = limits
+
+
+def dropped(trio: Trio) -> None:
+    """And learned again: 3 still has what it was given."""
+    trio.machines[1]._primary.drop_learner(trio.machines[1]._primary.links[3])
+    trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)
+
+
+def link_breaks(trio: Trio) -> None:
+    """3 has taken what it was sent, and its answers are lost."""
+    for action in trio.wires[1, 3]:
+        trio.machines[3].request(action.op, action.fields, action.arrays)
+    trio.machines[1].broken(3, trio.machines[1]._primary.links[3].number)
+    trio.wires[1, 3] = []
+
+
+@pytest.mark.parametrize("event", [lambda trio: None, dropped, link_breaks])
+def test_what_changed_while_copies_rested_is_sent_a_lot_at_a_time_and_at_the_rate_of_copies(
+    event: Callable[[Trio], None],
+) -> None:
     trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1, copy_bytes_per_s=10**9))
     rested(trio)
     for sequence in range(2, 12):
         trio.push(1, sequence, list(range(200)))
     before = len(sent_to_learner(trio))
-    trio.machines[1].limits = trio.machines[1]._primary.limits = ReplicationLimits(
-        bulk_bytes_max=2000, copy_bytes_per_s=4000
-    )
+    at_rate(trio, ReplicationLimits(bulk_bytes_max=2000, copy_bytes_per_s=4000))
+    event(trio)
     most = ticks = 0
     while trio.kinds(1).get(ADMISSION) != {0, 1, 2, 3} and ticks < 400:
         carry(trio, 1)
         trio.tick(1)
         ticks += 1
-        most = max(most, trio.machines[1]._primary.links[3].owed)
+        link = trio.machines[1]._primary.links[3]
+        most = max(most, link.owed)
+        assert trio.machines[1].copying == (link.late_copies > 0)
     repairs = sent_to_learner(trio)[before:]
     size = sum(a.nbytes for action in repairs for a in action.arrays.values())
     assert {a.op for a in repairs} == {"repair"}
     assert most < size / 2
     assert size <= (ticks + 6) * 0.05 * 4000 + most
     assert admitted(trio) == 0
+
+
+def test_late_copies_go_no_faster_while_requests_wait_at_the_learner() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    copies, link = trio.machines[1]._primary.copies, Link(3, 0, late_copies=1)
+    rates = []
+    for link.late in (0.0, 0.1):
+        for _ in range(20):
+            copies.tick([link], 0.05, 0.0)
+        rates.append(copies.pace.rate)
+    assert rates[0] > 2 * rates[1]
+
+
+def test_the_copies_of_one_learner_do_not_hold_up_those_of_another() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=200, copy_bytes_per_s=4000), rows=800, servers=4)
+    trio.tick(1)
+    trio.machines[1].learn(np.array([0]), 4, trio.view.epoch)
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    seen: list[set[int]] = []
+    for sequence in range(2, 400):
+        trio.deliver()
+        seen.append(set(trio.kinds(1).get(ADMISSION, ())))
+        if seen[-1] == {0, 1, 2, 3}:
+            break
+        trio.push(1, sequence, IDS)
+        trio.tick(1)
+    assert seen[-1] == {0, 1, 2, 3}
+    assert next(i for i, slots in enumerate(seen) if 0 in slots) < len(seen) * 0.85
+
+
+def test_the_end_of_one_learners_rest_is_not_that_of_another() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1), servers=4)
+    trio.machines[1].learn(SOME, 3, trio.view.epoch)
+    trio.machines[1].learn(SOME, 4, trio.view.epoch)
+    trio.down = {4}
+    members, link = trio.machines[1].members, trio.machines[1]._primary.links[4]
+    for _ in range(100):
+        if (members.modes == COPIED).any(where=members.peers == link.index):
+            break
+        trio.wires.setdefault((1, 4), [])
+        trio.collect()
+        if trio.wires[1, 4]:
+            trio._carry(1, 4, trio.wires[1, 4].pop(0))
+    rests = np.argwhere((members.modes == COPIED) & (members.peers == link.index))
+    assert 0 < len(rests) < len(SOME)
+    trio.deliver()
+    assert trio.kinds(1)[ADMISSION] == {1, 2, 3}  # those of 3
+    assert (members.modes[tuple(rests.T)] == COPIED).all()
+
+
+def test_who_is_waited_for_is_mended_at_once_and_at_nobodys_expense() -> None:
+    """However much of the bandwidth for copies was spent."""
+    trio = filled(ReplicationLimits(copy_bytes=640, bulk_bytes_max=10**6))
+    learned(trio, 100)
+    machine = trio.machines[1]
+    for peer in (2, 3):
+        machine.broken(peer, machine._primary.links[peer].number)
+    trio.push(1, 2, list(range(200)))
+    machine._primary.copies.pace.allowance = spent = -1e9
+    machine.tick(0.0)
+    trio.deliver()
+    trio.equal(1, 2, 3)
+    assert machine._primary.copies.pace.allowance == spent
 
 
 def test_slots_that_are_deleted_from_do_not_rest_until_their_deletions_are_forgotten() -> None:
@@ -261,7 +349,7 @@ def test_slots_that_are_deleted_from_do_not_rest_until_their_deletions_are_forgo
             break
     assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
     assert trio.machines[1].copied[0] <= copied
-    assert trio.machines[1]._primary.copies_made == 1
+    assert trio.machines[1]._primary.copies.made == 1
 
 
 def test_a_lesson_more_does_not_end_the_rest_of_what_was_copied_before() -> None:
@@ -277,25 +365,19 @@ def test_a_lesson_more_does_not_end_the_rest_of_what_was_copied_before() -> None
     assert admitted(trio) < 20
 
 
-def test_copies_that_rest_are_brought_up_to_date_whatever_happens_meanwhile() -> None:
-    def move_ends(trio: Trio) -> None:
-        trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=None), 1, 2, 3)
+def move_ends(trio: Trio) -> None:
+    trio.install(replace(trio.view, epoch=trio.view.epoch + 1, move=None), 1, 2, 3)
 
-    def link_breaks(trio: Trio) -> None:
-        trio.machines[1].broken(3, trio.machines[1]._primary.links[3].number)
-        trio.wires[1, 3] = []
 
-    def another_learns(trio: Trio) -> None:
-        trio.machines[1].learn(np.arange(4), 2, trio.view.epoch)  # who is an owner: nothing comes of it
-
-    for event in (move_ends, link_breaks, another_learns):
-        trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
-        rested(trio)
-        trio.push(1, 2, IDS)
-        event(trio)
-        assert admitted(trio) < 20
-        if event is not link_breaks:
-            assert trio.machines[1].copied[0] == rows_in(trio, np.arange(4))
+@pytest.mark.parametrize("event", [move_ends, link_breaks, dropped])
+def test_copies_that_rest_are_brought_up_to_date_whatever_happens_meanwhile(event: Callable[[Trio], None]) -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    rested(trio)
+    trio.push(1, 2, IDS)
+    event(trio)
+    assert admitted(trio) < 20
+    if event is move_ends:
+        assert trio.machines[1].copied[0] == rows_in(trio, np.arange(4))
 
 
 def test_slots_that_were_copied_do_not_wait_for_the_others_for_ever() -> None:
@@ -340,6 +422,7 @@ def test_copies_keep_to_the_rate_of_the_settings_and_of_the_move() -> None:
             assert now <= (ticks + 4) * 0.05 * 4000 + block
             if trio.kinds(1).get(ADMISSION) == {0, 1, 2, 3}:
                 break
+        assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
         assert ticks > 10
         assert trio.machines[1].copied[0] == rows_in(trio, np.arange(4))
 

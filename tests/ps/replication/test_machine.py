@@ -28,17 +28,21 @@ SPEC = TableSpec("t", 2, SGD(lr=1.0), Initializer(0.0, 0.0), replicas=2)
 
 
 class Trio:
-    """Servers 1, 2 and 3; every slot is owned by 1 and 2. What they send waits in `wires` until it is delivered."""
+    """Servers 1, 2 and 3 (or more); every slot is owned by 1 and 2. What they send waits in `wires` until it is
+    delivered."""
 
-    def __init__(self, limits: ReplicationLimits | None = None, owners: tuple[int, ...] = (0, 1)) -> None:
-        view = view_of([SPEC], slot_bits=2, servers=(1, 2, 3))
+    def __init__(
+        self, limits: ReplicationLimits | None = None, owners: tuple[int, ...] = (0, 1), servers: int = 3
+    ) -> None:
+        numbers = tuple(range(1, servers + 1))
+        view = view_of([SPEC], slot_bits=2, servers=numbers)
         self.view = self.owned_by(view, *owners)
-        self.machines = {i: Replication(Store(i, LIMITS), limits) for i in (1, 2, 3)}
+        self.machines = {i: Replication(Store(i, LIMITS), limits) for i in numbers}
         self.wires: dict[tuple[int, int], list] = {}
         self.answers: dict[object, object] = {}
         self.down: set[int] = set()
         self.sent: list = []
-        for i in (2, 3, 1):
+        for i in (*numbers[1:], 1):
             self.machines[i].install(self.view)
         self.deliver()
 
@@ -458,7 +462,7 @@ def test_copies_on_their_way_are_bounded_in_bytes() -> None:
 @pytest.mark.parametrize("busy", [1, 3])
 def test_copies_slow_down_where_requests_wait_here_or_at_the_learner(busy: int) -> None:
     trio = Trio(ReplicationLimits(copy_bytes=64, bulk_bytes_max=400))
-    pace = trio.machines[1]._primary._pace
+    pace = trio.machines[1]._primary.copies.pace
     trio.push(1, 1, list(range(200)))
     trio.deliver()
     trio.machines[1].learn(np.arange(4), 3, trio.view.epoch)

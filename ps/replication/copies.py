@@ -1,0 +1,71 @@
+"""What is copied to learners: how fast, in which lots, and when a copy rests."""
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hashring.view import Move
+from ps.replication.actions import ReplicationLimits
+from ps.replication.links import Link
+from ps.replication.pace import Pace
+from ps.slots import complete
+from ps.store import Store
+
+_WINDOW_BYTES = 24
+"""What a client that is known takes in a block, for each slot of it."""
+
+
+def row_bytes(store: Store) -> int:
+    """Bytes of the widest row, with its state."""
+    return max((arena.key.row_bytes for arena in store.held.registry.arenas), default=0)
+
+
+class Copies:
+    """Those of one server. made, rows, bytes: copies that were begun, and what was sent in them."""
+
+    def __init__(self, store: Store, limits: ReplicationLimits) -> None:
+        self.store = store
+        self.limits = limits
+        self.made = self.rows = self.bytes = 0
+        self.pace = Pace()
+
+    @property
+    def _move(self) -> Move | None:
+        return self.store.view.move if self.store.view is not None else None
+
+    def begin(self, link: Link, slots: NDArray[np.int64]) -> None:
+        """Have slots copied to a peer from the beginning, behind those before."""
+        self.made += 1
+        rows_max = max(1, self.limits.copy_bytes // max(1, row_bytes(self.store)))
+        link.copies.append(self.store.copy(slots, self.made, rows_max))
+
+    def tick(self, links: Collection[Link], elapsed: float, late: float) -> None:
+        """Time goes by, in which requests waited so long here: so much more may be spent on copies."""
+        limits = [self.limits.copy_bytes_per_s, self._move.bytes_per_s if self._move is not None else 0]
+        busy = [link for link in links if link.copying]
+        if not busy:
+            self.pace.rest()
+        there = max((link.late for link in busy), default=0.0)
+        limit = min((limit for limit in limits if limit), default=0)
+        self.pace.tick(elapsed, late, there, limit, 2 * self.limits.tick_max_s)
+
+    def may_mend(self, link: Link) -> bool:
+        """Whether the next lot of late copies may be brought up to date: one after another, at the rate of copies."""
+        return self.pace.allowance > 0 and not link.mending
+
+    def lot(self, slots: NDArray[np.int64]) -> int:
+        """How many of these slots, from the first on, are brought up to date together: as many as make a part of a
+        copy if all of their rows have changed, at least one."""
+        held, some = self.store.held, slots[: self.limits.repair_slots]
+        sizes = np.full(len(some), len(held.clients) * _WINDOW_BYTES)
+        for arena in held.registry.arenas:
+            sizes += arena.counts(some) * arena.key.row_bytes
+        return max(1, int(np.searchsorted(np.cumsum(sizes), self.limits.bulk_bytes_max, "right")))
+
+    def may_rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which slots may rest once they are copied: while servers join or leave, those with all copies."""
+        view = self.store.view
+        if view is None or view.move is None:
+            return np.zeros(len(slots), np.bool_)
+        return complete(view, view.owners())[slots]
