@@ -5,7 +5,6 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from hashring.view import Move
 from ps.replication.actions import ReplicationLimits
 from ps.replication.links import Link
 from ps.replication.pace import Pace
@@ -30,10 +29,6 @@ class Copies:
         self.made = self.rows = self.bytes = 0
         self.pace = Pace()
 
-    @property
-    def _move(self) -> Move | None:
-        return self.store.view.move if self.store.view is not None else None
-
     def begin(self, link: Link, slots: NDArray[np.int64]) -> None:
         """Have slots copied to a peer from the beginning, behind those before."""
         self.made += 1
@@ -42,7 +37,8 @@ class Copies:
 
     def tick(self, links: Collection[Link], elapsed: float, late: float) -> None:
         """Time goes by, in which requests waited so long here: so much more may be spent on copies."""
-        limits = [self.limits.copy_bytes_per_s, self._move.bytes_per_s if self._move is not None else 0]
+        move = self.store.view.move if self.store.view is not None else None
+        limits = (self.limits.copy_bytes_per_s, move.bytes_per_s if move is not None else 0)
         busy = [link for link in links if link.copying]
         if not busy:
             self.pace.rest()
