@@ -35,6 +35,8 @@ WANTED = 204
 """Pushes that are to be acknowledged: as many are sent as that takes."""
 
 ACKED_MIN = 200
+REFUSED_S = 0.1
+"""How long nobody pushes where slots were lost: a restore may take seconds, and the pushes of a run are counted."""
 CLIENTS_MAX = 7
 """Clients of a run, with those that came in the place of others."""
 
@@ -122,6 +124,7 @@ class Cluster:
         self._clients_made = len(self.clients)
         self.subscriber = Subscriber(self)
         self.lost: set[int] = set()
+        self._refused_at = -1.0
         self.keeper = Keeper(self, calm)
         self.column = 0
         self.acked = 0
@@ -317,6 +320,8 @@ class Cluster:
         ids = rng.sample(range(IDS), rng.choice((1, 2, 2, 4)))
         if self.lost and any(self.slot_of(table, id_) in self.lost for id_ in ids):
             return
+        if self.world.now < self._refused_at + REFUSED_S:
+            return
         self.column += 1
         grads = np.zeros((len(ids), entry.spec["dim"]), np.float32)  # type: ignore[call-overload]
         grads[:, column] = -1.0
@@ -337,6 +342,7 @@ class Cluster:
     def _given_up(self, error: EmbringError) -> None:
         self.world.counts[f"given up: {type(error).__name__}"] += 1
         if isinstance(error, SlotsLost) and self.world.counts["losses"]:
+            self._refused_at = self.world.now
             return
         if not isinstance(error, NotApplied) and type(error).__name__ not in ("PerhapsApplied", "WrongView"):
             self.checks.fail(f"a push met {type(error).__name__}: {error}")
