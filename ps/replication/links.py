@@ -43,6 +43,7 @@ class Link:
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
     copied_s: seconds for which slots that were copied rest until the others are, None where none does. late_copies:
     copied slots, of learners that nobody waits for, which are to be brought up to date when those before them are.
+    round: of bringing slots that rested up to date; 0 where none goes on.
     late: seconds for which requests wait there, as it said last.
     """
 
@@ -66,6 +67,7 @@ class Link:
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
     copied_s: float | None = None
     late_copies: int = 0
+    round: int = 0
 
     @property
     def gathered(self) -> bool:
@@ -77,6 +79,11 @@ class Link:
     def copying(self) -> bool:
         """Whether parts of copies, or what changed since, are to be sent."""
         return bool(self.copies or self.late_copies)
+
+    @property
+    def level(self) -> bool:
+        """Whether nothing is left to be brought up to date."""
+        return not (self.late_copies or self.untidy or self.mending)
 
     @property
     def mending(self) -> bool:
@@ -120,6 +127,6 @@ class Link:
         self.unsent = []
         self.resting = self.untidy = True
         self.copies = []
-        self.copied_s, self.late_copies = None, 0
+        self.copied_s, self.late_copies, self.round = None, 0, 0
         self.asked_for = 0
         return lost

@@ -327,11 +327,17 @@ class Primary:
             self._send_block(link, block, bulk=True)
 
     def wake(self, link: Link) -> None:
-        """Slots that rested are brought up to date, where no others are awaited."""
-        if link.gathered:
-            link.copied_s, link.untidy = None, True
-            self.members.rouse(*self.members.where(link.index))
-            self.tidy(link)
+        """Bring slots that rested up to date, where no others are awaited, in two rounds.
+
+        The first takes as long as the rate of copies makes it; after it they rest on, so that nothing is streamed to
+        them meanwhile. The second, after which they are streamed to, has only what changed in the first.
+        """
+        if link.level if link.round else link.gathered:
+            link.round = (link.round + 1) % 3
+            if link.round:
+                link.copied_s, link.untidy = None, True
+                self.members.rouse(*self.members.where(link.index))
+                self.tidy(link)
 
     # -- what peers answer
 
@@ -450,7 +456,8 @@ class Primary:
             offsets = np.concatenate([[0], np.cumsum(counts)])
             undone = Undone(told["undone.tables"][lines], told["undone.ids"][lines], offsets)
             block = self.store.repair(slots[part], told["positions"][part], told["forks"][part], undone)
-            self.members.modes[slots[part], columns[part]] = STREAM
+            rests = link.round == 1 and self._unawaited(link, slots[part])[0]
+            self.members.modes[slots[part], columns[part]] = COPIED if rests else STREAM
             self._send_block(link, block, "repair")
 
     def lost(self, link: Link) -> None:

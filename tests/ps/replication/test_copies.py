@@ -265,6 +265,30 @@ def test_what_changed_while_copies_rested_is_sent_a_lot_at_a_time_and_at_the_rat
     assert admitted(trio) == 0
 
 
+def test_slots_rest_on_while_what_changed_before_is_sent() -> None:
+    """And are streamed to once only the changes of that time are left."""
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    rested(trio)
+    trio.push(1, 2, list(range(200)))
+    before = len(sent_to_learner(trio))
+    sequence = 2
+    while trio.kinds(1).get(ADMISSION) != {0, 1, 2, 3} and sequence < 100:
+        carry(trio, 2)
+        sequence += 1
+        trio.push(1, sequence, [0])
+        trio.tick(1)
+    (changing,) = np.unique(trio.machines[1].store.slots_of(push_share(1, [1], [[0]], np.empty(0), kind="delete")))
+    sent = [(a.op, a.arrays["slots"].tolist(), len(a.arrays["0.ids"])) for a in sent_to_learner(trio)[before:]]
+    first = next(i for i, (op, _, _) in enumerate(sent) if op == "replicate")
+    once = [slots for _, slots, _ in sent[:first] if slots != [changing]]
+    assert sorted(slot for slots in once for slot in slots) == sorted({0, 1, 2, 3} - {int(changing)})
+    again = [rows for _, slots, rows in sent[:first] if slots == [changing]]
+    assert len(again) == 2
+    assert again[0] > again[1] == 1
+    trio.deliver()
+    assert admitted(trio) < 20
+
+
 def test_late_copies_go_no_faster_while_requests_wait_at_the_learner() -> None:
     trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
     copies, link = trio.machines[1]._primary.copies, Link(3, 0, late_copies=1)
