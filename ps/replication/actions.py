@@ -42,7 +42,7 @@ class ReplicationLimits:
     owners_min: int = 1
     refusals_max: int = 3
     repair_slots: int = 256
-    copy_bytes: int = 256 * 1024
+    copy_bytes: int = 1024 * 1024
     copy_bytes_per_s: int = 0
     verify_rows: int = 8192
     verify_slots_per_s: float = 0.0

@@ -14,6 +14,10 @@ from ps.store import Store
 _WINDOW_BYTES = 24
 """What a client that is known takes in a block, for each slot of it."""
 
+_LOT_MAX = 4
+"""How many times as many slots are brought up to date together, at the most, where few of their rows have changed: to
+find those takes a look at all of them."""
+
 
 def row_bytes(store: Store) -> int:
     """Bytes of the widest row, with its state."""
@@ -50,14 +54,25 @@ class Copies:
         """Whether the next lot of late copies may be brought up to date: one after another, at the rate of copies."""
         return self.pace.allowance > 0 and not link.mending
 
-    def lot(self, slots: NDArray[np.int64]) -> int:
+    def lot(self, link: Link, slots: NDArray[np.int64]) -> int:
         """How many of these slots, from the first on, are brought up to date together: as many as make a part of a
-        copy if all of their rows have changed, at least one."""
-        held, some = self.store.held, slots[: self.limits.repair_slots]
-        sizes = np.full(len(some), len(held.clients) * _WINDOW_BYTES)
+        copy if up to twice as many of their rows have changed as in the lot before; at least one."""
+        sizes = self._whole(slots[: self.limits.repair_slots])
+        most = self.limits.bulk_bytes_max / min(1.0, max(1 / _LOT_MAX, 2 * link.changed))
+        return max(1, int(np.searchsorted(np.cumsum(sizes), most, "right")))
+
+    def mended(self, link: Link, slots: NDArray[np.int64], size: int) -> None:
+        """A lot was sent, in so many bytes."""
+        self.pace.allowance -= size
+        link.changed = size / max(1, int(self._whole(slots).sum()))
+
+    def _whole(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes that each of the slots would take if all of its rows had changed."""
+        held = self.store.held
+        sizes = np.full(len(slots), len(held.clients) * _WINDOW_BYTES)
         for arena in held.registry.arenas:
-            sizes += arena.counts(some) * arena.key.row_bytes
-        return max(1, int(np.searchsorted(np.cumsum(sizes), self.limits.bulk_bytes_max, "right")))
+            sizes += arena.counts(slots) * arena.key.row_bytes
+        return sizes
 
     def may_rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which slots may rest once they are copied: while servers join or leave, those with all copies."""

@@ -43,7 +43,8 @@ class Link:
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
     copied_s: seconds for which slots that were copied rest until the others are, None where none does. late_copies:
     copied slots, of learners that nobody waits for, which are to be brought up to date when those before them are.
-    round: of bringing slots that rested up to date; 0 where none goes on.
+    changed: how much of the last lot of them had changed. round: of bringing slots that rested up to date; 0 where
+    none goes on.
     late: seconds for which requests wait there, as it said last.
     """
 
@@ -67,6 +68,7 @@ class Link:
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
     copied_s: float | None = None
     late_copies: int = 0
+    changed: float = 1.0
     round: int = 0
 
     @property

@@ -198,8 +198,9 @@ class Primary:
         if bulk:
             self.copies.bytes += size
             self.copies.rows += sum(len(section.ids) for section in block.sections)
-        if bulk or (op == "repair" and self._unawaited(link, block.slots)[0]):  # a repair is all of such or of none
             self.copies.pace.allowance -= size
+        elif op == "repair" and self._unawaited(link, block.slots)[0]:  # a repair is all of such or of none
+            self.copies.mended(link, block.slots, size)
         self.send(link, op, flight, {"block": fields}, arrays)
 
     def _send_less(self, link: Link, block: RowBlock, op: str) -> None:
@@ -261,7 +262,7 @@ class Primary:
         level = m.acked[slots, columns] == self._positions[slots]
         late = np.flatnonzero(~level & (m.ranks[slots, columns] == LEARNING) & (m.acked[slots, columns] > 0))
         if len(late) and self.copies.may_mend(link):
-            late = late[self.copies.lot(slots[late]) :]
+            late = late[self.copies.lot(link, slots[late]) :]
         link.untidy, link.late_copies = False, len(late)
         slots, columns, level = (np.delete(array, late) for array in (slots, columns, level))
         m.modes[slots, columns] = np.where(level, STREAM, ASKED)

@@ -10,6 +10,7 @@ from hashring.planner import Renew, plan
 from hashring.view import Move
 from ps.kernels.replicate import COPIED, IDLE, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
+from ps.replication.copies import row_bytes
 from ps.replication.links import GATHER_S, Link
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
@@ -468,3 +469,15 @@ def test_a_learner_that_falls_behind_is_dropped_before_a_push_is_refused() -> No
     trio.deliver()
     assert trio.kinds(1) == {ADMISSION: {0, 1, 2, 3}}
     trio.equal(1, 2, 3)
+
+
+@pytest.mark.parametrize(("changed", "lots"), [(IDS, [1, 3]), (list(range(200)), [1, 1, 1, 1])])
+def test_lots_are_of_more_slots_where_few_of_their_rows_have_changed(changed: list[int], lots: list[int]) -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1, copy_bytes_per_s=10**9))
+    rested(trio)
+    trio.push(1, 2, changed)
+    before = len(sent_to_learner(trio))
+    one_slot = 60 * (row_bytes(trio.machines[1].store) + 8)
+    at_rate(trio, ReplicationLimits(bulk_bytes_max=one_slot, copy_bytes_per_s=10**9))
+    admitted(trio)
+    assert [len(a.arrays["slots"]) for a in sent_to_learner(trio)[before:]] == lots
