@@ -8,7 +8,7 @@ import pytest
 
 from hashring.planner import Renew, plan
 from hashring.view import Move
-from ps.kernels.replicate import COPIED, IDLE, LEARNING
+from ps.kernels.replicate import COPIED, IDLE, JOINING, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from ps.replication.copies import row_bytes
 from ps.replication.links import GATHER_S, Link
@@ -481,3 +481,19 @@ def test_lots_are_of_more_slots_where_few_of_their_rows_have_changed(changed: li
     at_rate(trio, ReplicationLimits(bulk_bytes_max=one_slot, copy_bytes_per_s=10**9))
     admitted(trio)
     assert [len(a.arrays["slots"]) for a in sent_to_learner(trio)[before:]] == lots
+
+
+def test_a_learner_that_is_waited_for_is_mended_apart_from_lots_and_at_no_cost_to_copies() -> None:
+    trio = moving(ReplicationLimits(copy_bytes=1500, bulk_bytes_max=1))
+    rested(trio)
+    trio.push(1, 2, list(range(200)))
+    primary = trio.machines[1]._primary
+    column = primary.members.column_of(np.array([0]), primary.links[3].index)[0]
+    primary.members.ranks[0, column] = JOINING
+    before, allowance = len(sent_to_learner(trio)), primary.copies.pace.allowance
+    at_rate(trio, ReplicationLimits(bulk_bytes_max=10**6))
+    trio.deliver()
+    (mended, lot) = (a for a in sent_to_learner(trio)[before:] if a.op == "repair")
+    assert mended.arrays["slots"].tolist() == [0]
+    assert lot.arrays["slots"].tolist() == [1, 2, 3]
+    assert allowance - primary.copies.pace.allowance == sum(a.nbytes for a in lot.arrays.values())
