@@ -87,7 +87,8 @@ class Changes:
         """One or two processes, of new names or of such as have left, are started and then join."""
         rng, names = self.world.rng, []
         for _ in range(rng.choice((1, 1, 1, 2))):
-            left = [name for name in self.names if name not in self._present() and not self.cluster.listens(name)]
+            taken = {*self._present(), *self.starting}  # a controller refuses the name of who is about to join
+            left = [name for name in self.names if name not in taken and not self.cluster.listens(name)]
             if len(self._present()) + len(names) >= self.cluster.replicas + SERVERS_MORE:
                 break
             if not left or rng.random() < 0.5:
