@@ -170,8 +170,8 @@ class Service:
         loop = asyncio.get_running_loop()
         until_next = COPYING_S if self.replication.copying else TICK_S
         late, self._due = max(0.0, perf_counter() - self._due), perf_counter() + until_next
-        if self._asked:  # ticks come before requests that are here already
-            late = max(late, self._waited / self._asked)
+        # Ticks come before requests that are here already; and where nobody asks, only copies make them late.
+        late = max(late, self._waited / self._asked) if self._asked else 0.0
         self._asked, self._waited = 0, 0.0
         self._ticking = loop.call_later(until_next, self.begin)
         self.store.held.latch.beat(0 if self.draining else self._lease)
@@ -283,8 +283,9 @@ class Service:
         if handler is None:
             raise RequestError(f"operation {request.op!r} is unknown; there are {', '.join(sorted(self._handlers))}")
         begin = perf_counter() - waited
-        self._asked += 1
-        self._waited += waited
+        if request.op not in FIRST:
+            self._asked += 1
+            self._waited += waited
         meter = self._meters[request.op]
         failed = True
         result = None

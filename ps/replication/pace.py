@@ -15,6 +15,9 @@ SMOOTHING, STEP, FALL_MAX = 0.2, 0.15, 2.0
 """Weight of the newest PERIOD_S; what they change the rate by, at the most when it rises; how many times as fast it may
 fall."""
 
+START_LATE_S = LATE_S / 20
+"""While requests wait no longer than this, as where there are none, the rate doubles in PERIOD_S."""
+
 SLOWEST, FASTEST = 4 * 2**20, 512 * 2**20
 """Bytes a second: what copies get at least (slots lack a copy meanwhile), unless they are limited to less; and more
 than a data thread can send."""
@@ -36,8 +39,9 @@ class Pace:
         """
         weight = elapsed / PERIOD_S
         self.late += (late - self.late) * min(1.0, SMOOTHING * weight)
-        distance = max(-FALL_MAX, (LATE_S - max(self.late, there)) / LATE_S)
-        self.rate = min(max(SLOWEST, self.rate * (1 + STEP * weight * distance)), limit or FASTEST, FASTEST)
+        late = max(self.late, there)
+        growth = weight if late < START_LATE_S else STEP * weight * max(-FALL_MAX, (LATE_S - late) / LATE_S)
+        self.rate = min(max(SLOWEST, self.rate * (1 + growth)), limit or FASTEST, FASTEST)
         self.allowance = min(self.allowance + elapsed * self.rate, self.rate * burst_s)
 
     def rest(self) -> None:

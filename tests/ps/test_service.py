@@ -396,14 +396,31 @@ def test_copies_are_told_how_long_requests_waited(server, monkeypatch):
     def wait():
         server.service._asked, server.service._waited = 0, 0.0
         for waited in (30.0, 50.0):
-            server.service.handle(Message("ping", 1, {}, {}), waited)
+            server.service.handle(Message("shared", 1, {}, {}), waited)
         for _ in range(2):
             server.service._ticking.cancel()
             server.service.begin()
 
     server.on_thread(wait)
     assert told[-2] == pytest.approx(40.0)
-    assert told[-1] < 30.0
+    assert told[-1] == 0.0
+
+
+@pytest.mark.parametrize("op", ["ping", "replicate"])
+def test_copies_do_not_slow_down_for_what_servers_say_to_each_other(server, monkeypatch, op):
+    told = []
+    monkeypatch.setattr(server.service.replication, "tick", lambda now, late: told.append(late))
+    monkeypatch.setitem(server.service._handlers, op, lambda request: ({}, {}))
+
+    def wait():
+        server.service._asked = 0
+        server.service.handle(Message(op, 1, {}, {}), 30.0)
+        server.service._due = 0.0  # the tick itself is late
+        server.service._ticking.cancel()
+        server.service.begin()
+
+    server.on_thread(wait)
+    assert told[-1] == 0.0
 
 
 def test_freed_memory_goes_back_in_steps_until_there_is_no_more(server):

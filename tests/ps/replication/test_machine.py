@@ -470,7 +470,7 @@ def test_copies_slow_down_where_requests_wait_here_or_at_the_learner(busy: int) 
     trio._carry(1, 3, trio.wires[1, 3].pop(0))  # the fork is answered: there is none
     assert trio.machines[1].copying
     pace.rate = before = 64 * 2**20
-    for now in range(1, 6):
+    for now in range(1, 9):
         for server in (1, 3):
             trio.machines[server].tick(now * 0.05, 0.02 if server == busy else 0.0)
         trio.collect()

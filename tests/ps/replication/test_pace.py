@@ -2,7 +2,7 @@
 
 import pytest
 
-from ps.replication.pace import FASTEST, LATE_S, SLOWEST, Pace
+from ps.replication.pace import FASTEST, LATE_S, SLOWEST, START_LATE_S, Pace
 
 TICK_S, BURST_S = 0.05, 0.2
 
@@ -24,6 +24,15 @@ def test_copies_take_all_of_an_idle_server_within_two_seconds() -> None:
     after(pace, 2.0, 0.0)
     assert pace.rate == FASTEST
     assert after(pace, 1.0, 0.0) == pytest.approx(FASTEST)
+
+
+def test_where_nobody_waits_copies_take_all_within_half_a_second() -> None:
+    pace = Pace()
+    after(pace, 0.5, START_LATE_S / 2)
+    assert pace.rate == FASTEST
+    pace = Pace()
+    after(pace, 0.5, START_LATE_S * 2)
+    assert pace.rate < FASTEST / 4
 
 
 def test_copies_leave_a_busy_server_to_requests_within_two_seconds() -> None:
