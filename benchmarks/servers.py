@@ -107,27 +107,38 @@ class Servers:
 
     def join(self) -> dict[str, int]:
         """Have one more server join, and wait until it has: its rows by table. EmbringError where it takes too long."""
-        name = self._moved("join", [])
+        name, _ = self._moved("join", [])
         newcomer = next((s for s in self.living() if s["name"] == name), None)
         if newcomer is None:
             raise EmbringError(f"{name} did not join: {self.status()['move_failed']}")
         return dict(self._ask(newcomer, "statistics", {}).fields["store"]["rows_by_table"])
 
-    def leave(self) -> None:
-        """Have the last server leave, and wait until it has. EmbringError where it takes too long."""
-        name = self._moved("leave", [self.living()[-1]["name"]])
+    def leave(self) -> float:
+        """Have the last server leave, and wait until it has; the seconds in which its slots went to others.
+
+        EmbringError where it takes too long.
+        """
+        name, seconds = self._moved("leave", [self.living()[-1]["name"]])
         if any(s["name"] == name for s in self.living()):
             raise EmbringError(f"{name} did not leave: {self.status()['move_failed']}")
+        return seconds
 
-    def _moved(self, kind: str, names: list[str]) -> str:
-        """Have one server join or leave; its name, once nothing is on its way any more."""
+    def _moved(self, kind: str, names: list[str]) -> tuple[str, float]:
+        """Have one server join or leave; its name, and the seconds of the move without starts and ends of processes,
+        once nothing is on its way any more."""
+        begin = time.monotonic()
         (name,) = self.ask("move", kind=kind, names=names, bytes_per_s=0)["names"]
-        until = time.monotonic() + MOVE_S
-        while moving(self.status()):
-            if time.monotonic() > until:
+        seconds = 0.0
+        while moving(record := self.status()):
+            now = time.monotonic()
+            if record["starting"]:
+                begin = now
+            if record["move"] is not None:
+                seconds = now - begin
+            if now - begin > MOVE_S:
                 raise EmbringError(f"the {kind} of {name} was not over after {MOVE_S:g} s")
             time.sleep(POLL_S)
-        return str(name)
+        return str(name), seconds
 
     def copied(self) -> dict[int, tuple[int, int]]:
         """Rows and bytes that each incarnation has copied to others; one that is ending answers as long as it can."""

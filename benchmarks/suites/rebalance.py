@@ -1,4 +1,5 @@
 """A cluster grows by a server and shrinks by it again, under load: what clients notice, and what is moved (S8, S9, R5).
+Before that a server leaves at rest, beside Valkey's migration of slots (S10).
 
 The load is that of benchmarks/counted.py, of several clients, at a part of the rate that the cluster can answer. That
 is measured first, with the greater and with the smaller number of servers, and the lower counts: on a machine whose
@@ -7,6 +8,7 @@ and beside the slower of the two quiet phases around the change.
 """
 
 import asyncio
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -19,6 +21,8 @@ import ps
 from benchmarks.counted import PUSH_S, TABLE, Counted, Trace, make_table
 from benchmarks.load import closed, percentiles_ms
 from benchmarks.model import block_bytes, slots_of
+from benchmarks.peers.process import PeerMissing
+from benchmarks.peers.valkey_slots import ValkeySlots
 from benchmarks.report import Findings
 from benchmarks.servers import Servers, host_cpu_seconds, moving, watching
 from benchmarks.suites.cluster import Report, benchmark_config, cluster
@@ -67,6 +71,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
         with servers.fresh_client() as fresh:
             figures["rows"] = bench.load.check(fresh)
         figures["slots_that_differ"] = servers.slots_that_differ()
+    findings.figures["S10"] = _beside_valkey(figures["at_rest"], settings.dim * 4, findings, report)
     findings.equal = (
         figures["rows"]["lost"]
         == figures["rows"]["doubled"]
@@ -76,6 +81,19 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     )
     findings.figures["rebalance"] = figures
     return findings.to_plain({"command": "embring bench rebalance", **asdict(settings)})
+
+
+def _beside_valkey(at_rest: dict[str, Any], row_bytes: int, findings: Findings, report: Report) -> float | None:
+    """Rows/s of a leave at rest, to the keys/s that Valkey moves from one server to another; None without Valkey."""
+    try:
+        with contextlib.closing(ValkeySlots()) as valkey:
+            at_rest["valkey_rows_per_s"] = round(at_rest["rows"] / valkey.migrate(at_rest["rows"], row_bytes))
+    except PeerMissing as error:
+        findings.missing.append(str(error))
+        report(str(error))
+        return None
+    report(f"a leave at rest: {at_rest['rows_per_s']} rows/s; Valkey moves {at_rest['valkey_rows_per_s']} keys/s")
+    return round(at_rest["rows_per_s"] / at_rest["valkey_rows_per_s"], 3)
 
 
 @dataclass(frozen=True)
@@ -101,13 +119,14 @@ class Bench:
         addresses = list(self._runtime.addresses)
         clients = [await ps.AsyncClient.connect(addresses, token, PUSH_S, in_place=False) for _ in range(CLIENTS)]
         more = await self._capacity(clients)
-        await asyncio.to_thread(self.servers.leave)
+        at_rest = await asyncio.to_thread(self._leave_at_rest)
         fewer = await self._capacity(clients)
         rate = min(more, fewer) * self.settings.load
         self.report(f"{rate:.0f} requests/s, {self.settings.load:.0%} of the lesser")
         stop = asyncio.Event()
         load = asyncio.create_task(self.load.run(clients, rate, stop))
         figures: dict[str, Any] = {
+            "at_rest": at_rest,
             "requests_per_s": round(rate, 1),
             "requests_per_s_max": {str(self.settings.servers + k): round(x, 1) for k, x in ((0, fewer), (1, more))},
         }
@@ -146,6 +165,12 @@ class Bench:
         living = await asyncio.to_thread(self.servers.living)
         self.report(f"{len(living)} servers answer {rate:.0f} requests/s")
         return rate
+
+    def _leave_at_rest(self) -> dict[str, Any]:
+        """The last server leaves while nobody asks: the rows that it held, and how many a second went to others."""
+        rows = int(self.servers.living()[-1]["rows"])
+        seconds = self.servers.leave()
+        return {"rows": rows, "seconds": round(seconds, 2), "rows_per_s": round(rows / max(seconds, 0.01))}
 
     async def _quiet(self) -> dict[str, Any]:
         """A phase without a change, and what each server keeps in memory at its end."""

