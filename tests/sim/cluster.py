@@ -211,7 +211,12 @@ class Cluster:
             return  # else it has left meanwhile, or never joined
         server = self.start(name)
         for controller in self.controllers:
-            self.world.at(self.world.rng.uniform(0.0, 0.3), controller.told_started, server.entry)
+            self.world.at(self.world.rng.uniform(0.0, 0.3), self._tell_of, server, controller)
+
+    def _tell_of(self, server: Server, controller: Controller) -> None:
+        """Of a start, unless a later process of the name runs: a controller starts them one after another."""
+        if all(other is server for other in self.running() if other.name == server.name):
+            controller.told_started(server.entry)
 
     def listens(self, name: str) -> bool:
         """Whether a process of this name runs."""
