@@ -38,6 +38,7 @@ class Backup:
         self.store = store
         self._heard: dict[int, int] = {}
         self._distrusted: set[int] = set()
+        self._sources: tuple[set[int], set[int]] = set(), set()
         self._terms: NDArray[np.int64] = np.empty(0, np.int64)
         self._owners: NDArray[np.int16] = np.empty((0, 1), np.int16)
 
@@ -46,6 +47,15 @@ class Backup:
         self._terms, self._owners = as_input(view.terms(), np.int64), as_input(view.owners(), np.int16)
         known = {s.incarnation for s in view.servers}
         self._heard = {peer: link for peer, link in self._heard.items() if peer in known}
+
+    @property
+    def sources(self) -> int:
+        """How many others have copied to this server of late."""
+        return len(set.union(*self._sources))
+
+    def second(self) -> None:
+        """About a second has gone by."""
+        self._sources = set(), self._sources[0]
 
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """Answer a request of a peer. Raises EmbringError."""
@@ -76,6 +86,8 @@ class Backup:
         allowed = verdicts == TAKEN
         if block.full.any():
             allowed &= (block.full == 0) | (slots.named[block.slots] == NONE)
+        if op == "repair" or block.full.any():
+            self._sources[0].add(sender)
         try:
             taken = self.store.absorb(block, op == "repair", allowed)
         except MemoryFull:

@@ -48,7 +48,8 @@ class Copies:
             self.pace.rest()
         there = max((link.late for link in busy), default=0.0)
         limit = min((limit for limit in limits if limit), default=0)
-        self.pace.tick(elapsed, late, there, limit, 2 * self.limits.tick_max_s)
+        sources = max((link.sources for link in busy), default=1)
+        self.pace.tick(elapsed, late, there, limit, 2 * self.limits.tick_max_s, sources)
 
     def may_mend(self, link: Link) -> bool:
         """Whether the next lot of late copies may be brought up to date: one after another, at the rate of copies."""

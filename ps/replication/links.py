@@ -45,7 +45,7 @@ class Link:
     copied slots, of learners that nobody waits for, which are to be brought up to date when those before them are.
     changed: how much of the last lot of them had changed. round: of bringing slots that rested up to date; 0 where
     none goes on.
-    late: seconds for which requests wait there, as it said last.
+    late: seconds for which requests wait there, as it said last. sources: how many copy to it.
     """
 
     incarnation: int
@@ -65,6 +65,7 @@ class Link:
     epoch: int = 0
     asked_for: int = 0
     late: float = 0.0
+    sources: int = 1
     copies: list[Iterator[RowBlock]] = field(default_factory=list)
     copied_s: float | None = None
     late_copies: int = 0

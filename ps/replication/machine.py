@@ -322,7 +322,8 @@ class Replication:
     def request(self, op: str, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to a peer's `replicate`, `repair`, `fork` or `digest`. Raises EmbringError."""
         plain, out = self._backup.request(op, fields, arrays)
-        return {**plain, "late_us": int(self._primary.copies.pace.late * 1e6)}, out
+        late_us = int(self._primary.copies.pace.late * 1e6)
+        return {**plain, "late_us": late_us, "sources": self._backup.sources}, out
 
     def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """The reply to an `absorb`, of slots that are being restored. Raises EmbringError."""
@@ -346,6 +347,7 @@ class Replication:
         known.epoch = max(known.epoch, int(fields.get("epoch", 0)))
         if "late_us" in fields:
             known.late = int(fields["late_us"]) / 1e6
+            known.sources = max(1, int(fields["sources"]))
         if flight is None or self.store.view is None:
             return
         if error is not None:
@@ -407,6 +409,8 @@ class Replication:
             if self._accused(link):
                 primary.drop_learner(link)
         primary.verifier.sweep(elapsed)
+        if int(self._clock) > int(self._clock - elapsed):
+            self._backup.second()
         if self._clock - self._forgot >= FORGET_S:
             self._forgot = self._clock
             primary.forget_idle()

@@ -22,6 +22,9 @@ SLOWEST, FASTEST = 4 * 2**20, 512 * 2**20
 """Bytes a second: what copies get at least (slots lack a copy meanwhile), unless they are limited to less; and more
 than a data thread can send."""
 
+TOGETHER = 12 * 2**20
+"""Bytes a second that those who copy to one server get at least, all told: whoever is left has what others had."""
+
 
 @dataclass(slots=True)
 class Pace:
@@ -32,16 +35,18 @@ class Pace:
     rate: float = SLOWEST
     late: float = 0.0
 
-    def tick(self, elapsed: float, late: float, there: float, limit: float, burst_s: float) -> None:
+    def tick(self, elapsed: float, late: float, there: float, limit: float, burst_s: float, sources: int) -> None:
         """Time goes by, in which requests waited for `late` seconds; there: the same of whoever takes the copies.
 
-        limit: bytes a second, 0 is none. burst_s: seconds for which an allowance that is not used adds up.
+        sources: how many copy to them. limit: bytes a second, 0 is none. burst_s: seconds for which an allowance that
+        is not used adds up.
         """
         weight = elapsed / PERIOD_S
         self.late += (late - self.late) * min(1.0, SMOOTHING * weight)
         late = max(self.late, there)
         growth = weight if late < START_LATE_S else STEP * weight * max(-FALL_MAX, (LATE_S - late) / LATE_S)
-        self.rate = min(max(SLOWEST, self.rate * (1 + growth)), limit or FASTEST, FASTEST)
+        least = max(SLOWEST, TOGETHER / sources)
+        self.rate = min(max(least, self.rate * (1 + growth)), limit or FASTEST, FASTEST)
         self.allowance = min(self.allowance + elapsed * self.rate, self.rate * burst_s)
 
     def rest(self) -> None:

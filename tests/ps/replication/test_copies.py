@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hashring.planner import Renew, plan
+from hashring.planner import Reassign, Renew, plan
 from hashring.view import Move
 from ps.kernels.replicate import COPIED, IDLE, JOINING, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from ps.replication.copies import row_bytes
 from ps.replication.links import GATHER_S, Link
+from ps.share import PushShare
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
 
@@ -497,3 +498,28 @@ def test_a_learner_that_is_waited_for_is_mended_apart_from_lots_and_at_no_cost_t
     assert mended.arrays["slots"].tolist() == [0]
     assert lot.arrays["slots"].tolist() == [1, 2, 3]
     assert allowance - primary.copies.pace.allowance == sum(a.nbytes for a in lot.arrays.values())
+
+
+def test_a_learner_says_how_many_copy_to_it() -> None:
+    trio = Trio(ReplicationLimits(copy_bytes=200, bulk_bytes_max=1), servers=4)
+    apart = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.int16)  # of two slots 1 is primary, of two 2
+    trio.install(plan(trio.view, Reassign(np.arange(4), apart)), *trio.machines)
+    trio.deliver()
+    for at in (1, 2):
+        slots = np.flatnonzero(apart[:, 0] == at - 1)
+        ids = [i for i in range(400) if trio.machines[at].store.slots_of(one_push(i))[0] in slots]
+        trio.push(at, 1, ids[:100], token=("fill", at))
+    trio.deliver()
+    for at in (1, 2):
+        trio.machines[at].learn(np.flatnonzero(apart[:, 0] == at - 1), 3, trio.view.epoch)
+    trio.deliver()
+    links = [trio.machines[at]._primary.links[3] for at in (1, 2)]
+    assert max(link.sources for link in links) == 2
+    trio.tick(3, times=100)
+    none = np.empty(0, np.int64)
+    asked = {"slots": none, "positions": none, "lineage": none, "offsets": np.zeros(1, np.int64)}
+    assert trio.machines[3].request("fork", {"from": 1, "link": 99}, asked)[0]["sources"] == 0
+
+
+def one_push(number: int) -> PushShare:
+    return push_share(1, [1], [[number]], np.empty(0), kind="delete")

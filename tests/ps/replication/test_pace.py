@@ -2,18 +2,24 @@
 
 import pytest
 
-from ps.replication.pace import FASTEST, LATE_S, SLOWEST, START_LATE_S, Pace
+from ps.replication.pace import FASTEST, LATE_S, SLOWEST, START_LATE_S, TOGETHER, Pace
 
 TICK_S, BURST_S = 0.05, 0.2
 
 
 def after(
-    pace: Pace, seconds: float, late: float, limit: float = 0.0, tick_s: float = TICK_S, there: float = 0.0
+    pace: Pace,
+    seconds: float,
+    late: float,
+    limit: float = 0.0,
+    tick_s: float = TICK_S,
+    there: float = 0.0,
+    sources: int = 4,
 ) -> float:
     """What is spent in so many seconds in which requests wait so long, by who spends all there is."""
     spent = 0.0
     for _ in range(round(seconds / tick_s)):
-        pace.tick(tick_s, late, there, limit, BURST_S)
+        pace.tick(tick_s, late, there, limit, BURST_S, sources)
         spent += max(0.0, pace.allowance)
         pace.allowance = min(0.0, pace.allowance)
     return spent
@@ -40,6 +46,15 @@ def test_copies_leave_a_busy_server_to_requests_within_two_seconds() -> None:
     after(pace, 2.0, 4 * LATE_S)
     assert pace.rate == SLOWEST
     assert after(pace, 1.0, 4 * LATE_S) == pytest.approx(SLOWEST)
+
+
+@pytest.mark.parametrize(("sources", "least"), [(1, TOGETHER), (2, TOGETHER / 2), (3, TOGETHER / 3), (9, SLOWEST)])
+def test_who_copies_alone_gets_what_several_have_together(sources: int, least: float) -> None:
+    pace = Pace(rate=FASTEST)
+    after(pace, 2.0, 4 * LATE_S, sources=sources)
+    assert pace.rate == least
+    after(pace, 2.0, 4 * LATE_S, limit=1000.0, sources=sources)
+    assert pace.rate == 1000.0
 
 
 def test_a_busy_taker_slows_copies_down_as_a_busy_server_does() -> None:
@@ -76,7 +91,7 @@ def test_a_limit_holds_whatever_requests_leave(late: float, limit: float) -> Non
 def test_what_was_not_spent_adds_up_for_a_moment_only() -> None:
     pace = Pace()
     for _ in range(1000):
-        pace.tick(TICK_S, 0.0, 0.0, 1000.0, BURST_S)
+        pace.tick(TICK_S, 0.0, 0.0, 1000.0, BURST_S, 1)
     assert pace.allowance == 1000.0 * BURST_S
 
 
