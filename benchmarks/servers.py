@@ -124,18 +124,16 @@ class Servers:
         return seconds
 
     def _moved(self, kind: str, names: list[str]) -> tuple[str, float]:
-        """Have one server join or leave; its name, and the seconds of the move without starts and ends of processes,
-        once nothing is on its way any more."""
+        """Have one server join or leave; its name, and the seconds until the view had no move any more, once nothing is
+        on its way."""
         begin = time.monotonic()
         (name,) = self.ask("move", kind=kind, names=names, bytes_per_s=0)["names"]
-        until, seconds = begin + MOVE_S, 0.0
+        seconds = 0.0
         while moving(record := self.status()):
-            now = time.monotonic()
-            if record["starting"]:
-                begin = now
+            took = time.monotonic() - begin
             if record["move"] is not None:
-                seconds = now - begin
-            if now > until:
+                seconds = took
+            if took > MOVE_S:
                 raise EmbringError(f"the {kind} of {name} was not over after {MOVE_S:g} s")
             time.sleep(POLL_S)
         return str(name), seconds

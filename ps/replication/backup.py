@@ -84,9 +84,10 @@ class Backup:
         verdicts = self._verdicts(sender, block.slots, block.last)
         slots = self.store.held.slots
         allowed = verdicts == TAKEN
-        if block.full.any():
+        copied = bool(block.full.any())
+        if copied:
             allowed &= (block.full == 0) | (slots.named[block.slots] == NONE)
-        if op == "repair" or block.full.any():
+        if copied or op == "repair":
             self._sources[0].add(sender)
         try:
             taken = self.store.absorb(block, op == "repair", allowed)

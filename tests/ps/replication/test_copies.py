@@ -12,7 +12,6 @@ from ps.kernels.replicate import COPIED, IDLE, JOINING, LEARNING
 from ps.replication import ADMISSION, COMPLAINT, ReplicationLimits, Send
 from ps.replication.copies import row_bytes
 from ps.replication.links import GATHER_S, Link
-from ps.share import PushShare
 from tests.ps.replication.test_machine import IDS, Trio
 from tests.ps.store_helpers import push_share
 
@@ -167,6 +166,12 @@ def moving(limits: ReplicationLimits, rows: int = 200, owners: tuple[int, ...] =
     return trio
 
 
+def slot_of(trio: Trio, number: int) -> int:
+    """Where an id of the table lies."""
+    share = push_share(1, [1], [[number]], np.empty(0), kind="delete")
+    return int(trio.machines[1].store.slots_of(share)[0])
+
+
 def sent_to_learner(trio: Trio) -> list[Send]:
     """Rows that were sent to 3."""
     return [a for _, a in trio.sent if isinstance(a, Send) and a.peer == 3 and "0.ids" in a.arrays]
@@ -279,11 +284,11 @@ def test_slots_rest_on_while_what_changed_before_is_sent() -> None:
         sequence += 1
         trio.push(1, sequence, [0])
         trio.tick(1)
-    (changing,) = np.unique(trio.machines[1].store.slots_of(push_share(1, [1], [[0]], np.empty(0), kind="delete")))
+    changing = slot_of(trio, 0)
     sent = [(a.op, a.arrays["slots"].tolist(), len(a.arrays["0.ids"])) for a in sent_to_learner(trio)[before:]]
     first = next(i for i, (op, _, _) in enumerate(sent) if op == "replicate")
     once = [slots for _, slots, _ in sent[:first] if slots != [changing]]
-    assert sorted(slot for slots in once for slot in slots) == sorted({0, 1, 2, 3} - {int(changing)})
+    assert sorted(slot for slots in once for slot in slots) == sorted({0, 1, 2, 3} - {changing})
     again = [rows for _, slots, rows in sent[:first] if slots == [changing]]
     assert len(again) == 2
     assert again[0] > again[1] == 1
@@ -507,7 +512,7 @@ def test_a_learner_says_how_many_copy_to_it() -> None:
     trio.deliver()
     for at in (1, 2):
         slots = np.flatnonzero(apart[:, 0] == at - 1)
-        ids = [i for i in range(400) if trio.machines[at].store.slots_of(one_push(i))[0] in slots]
+        ids = [i for i in range(400) if slot_of(trio, i) in slots]
         trio.push(at, 1, ids[:100], token=("fill", at))
     trio.deliver()
     for at in (1, 2):
@@ -519,7 +524,3 @@ def test_a_learner_says_how_many_copy_to_it() -> None:
     none = np.empty(0, np.int64)
     asked = {"slots": none, "positions": none, "lineage": none, "offsets": np.zeros(1, np.int64)}
     assert trio.machines[3].request("fork", {"from": 1, "link": 99}, asked)[0]["sources"] == 0
-
-
-def one_push(number: int) -> PushShare:
-    return push_share(1, [1], [[number]], np.empty(0), kind="delete")
