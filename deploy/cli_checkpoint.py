@@ -49,7 +49,7 @@ def save(
     from ps.checkpoint.save import save as save_rows
     from ps.checkpoint.storage import Storage
 
-    runtime, storage = reachable(), Storage(folder)
+    runtime, storage = reachable(), Storage(folder).lasting()
     with progress("saving") as counter:
         saved = save_rows(
             storage, servers_of(runtime), access_to(runtime), runtime.fingerprint,

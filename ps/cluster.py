@@ -135,7 +135,7 @@ def _refuse_what_cannot_work(config: Config, address: str | None) -> None:
     if config.checkpoint.directory:
         from ps.checkpoint.storage import Storage
 
-        storage = Storage(config.checkpoint.directory)
+        storage = Storage(config.checkpoint.directory).lasting()
         if config.checkpoint.every_s:  # else it may be an archive, to be restored from
             storage.check_writable()
     if address is not None:

@@ -155,6 +155,9 @@ class Saving:
         self._committed = False
 
     def __enter__(self) -> "Saving":
+        if self.storage.has(self.name, file_name(0)) and missing(self.storage, self.name):
+            place = self.storage.path(self.name)
+            raise CheckpointError(f"{place} is being saved, or is left of a save that was killed: then remove it")
         self.storage.make(self.name)
         return self
 

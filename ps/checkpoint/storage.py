@@ -12,6 +12,7 @@ from typing import IO, Any, Protocol, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ps.errors import EmbringError
 from ps.viewlog import sync_folder
@@ -74,6 +75,12 @@ class Storage:
         """The same, or CheckpointError where there is no such folder."""
         if not self.has():
             raise CheckpointError(f"{self.root} is missing")
+        return self
+
+    def lasting(self) -> "Storage":
+        """The same, or CheckpointError where it ends with this process."""
+        if isinstance(self._fs, MemoryFileSystem):
+            raise CheckpointError("memory:// is the memory of one process, and gone with it: choose another place")
         return self
 
     def names(self, *parts: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hashring.columns import any_of
 from hashring.tokens import token_seed
 from hashring.view import View
 from ps.errors import RequestError
@@ -137,6 +138,6 @@ def _features(names: tuple[str, ...], tables: Sequence[TableInfo], readers: NDAr
         np.array([64 - t.bits for t in tables], np.uint64),
         dims,
         np.zeros(len(tables), np.uint8),
-        frozenset(s for s in some if all((part == s).any(axis=1).all() for part in everywhere)),
+        frozenset(s for s in some if all(any_of(part == s).all() for part in everywhere)),
         all((part[:, 1:] < 0).all() for part in everywhere),
     )

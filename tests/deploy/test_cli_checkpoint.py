@@ -56,3 +56,10 @@ def test_a_save_is_told_though_older_ones_cannot_be_removed(
     assert (code, err) == (0, "")
     gone = json.loads(out)["pruned"] if as_json else out.splitlines()[1:]
     assert gone == (["a", "b"] if as_json else ["removed a", "removed b"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_save_into_the_memory_of_the_command_is_refused() -> None:
+    done = CliRunner().invoke(app, ["checkpoint", "save", "memory://files/gone"])
+    assert done.exit_code == 1
+    assert str(done.exception).startswith("memory:// is the memory of one process")

@@ -122,6 +122,7 @@ class Controller:
         ({"router": {"models": "m", "http_port": TAKEN}}, "router.http_port: cannot listen on 127.0.0.1:{taken}"),
         ({"checkpoint": {"directory": "/proc/x", "every_s": 60}}, "/proc/x cannot be written: No such file"),
         ({"checkpoint": {"directory": "nowhere://x"}}, "nowhere://x cannot be reached: Protocol not known"),
+        ({"checkpoint": {"directory": "memory://x"}}, "memory:// is the memory of one process, and gone with it"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_started(monkeypatch, tmp_path, given, message):

@@ -91,6 +91,20 @@ def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
         chain(Storage(tmp_path / "empty"), None)
 
 
+def test_what_is_left_of_a_save_that_was_killed_is_named_as_such(place: Storage) -> None:
+    with Saving(place, "first") as saving:
+        saving.file().close()
+        with pytest.raises(CheckpointError, match="first is being saved, or is left of a save that was killed"):
+            source().save(place, "first")
+        assert place.names("first")  # it is not ours to remove
+
+
+def test_the_memory_of_one_process_is_no_place_for_what_is_to_last(tmp_path: Path) -> None:
+    assert Storage(tmp_path).lasting().local
+    with pytest.raises(CheckpointError, match=r"^memory:// is the memory of one process, and gone with it"):
+        Storage("memory://files/gone").lasting()
+
+
 def test_nothing_stays_of_a_save_that_fails(place: Storage) -> None:
     def give_up() -> None:
         with Saving(place, "first") as saving:
