@@ -112,7 +112,7 @@ class Service:
         self._asked, self._waited = 0, 0.0
         self._tidying: asyncio.TimerHandle | None = None
         self._handlers: dict[str, Callable[[Message], Result | Awaitable[Result]]] = {
-            "ping": lambda request: ({}, dict(self.replication.standing().to_arrays())),
+            "ping": lambda request: ({}, dict(self.replication.pinged(request.fields).to_arrays())),
             "view": lambda request: view_message(self.view),
             "pull": self._pull,
             "push": self._push,

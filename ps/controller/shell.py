@@ -197,8 +197,8 @@ class Shell:
 
     def _carry_out(self, action: Action) -> None:
         match action:
-            case Ping(incarnation):
-                self._send(incarnation, "ping", self._ping)
+            case Ping(incarnation, copying):
+                self._send(incarnation, "ping", lambda line: self._ping(line, copying))
             case Deliver(incarnation, view):
                 self._send(incarnation, f"install of epoch {view.epoch}", lambda line: self._install(line, view))
             case Learn():
@@ -252,8 +252,8 @@ class Shell:
         if not task.cancelled() and task.exception() is not None:
             log.error("a step of the controller failed", exc_info=task.exception())
 
-    async def _ping(self, line: Line) -> None:
-        reply = await line.ask("ping", {}, {})
+    async def _ping(self, line: Line, copying: bool) -> None:
+        reply = await line.ask("ping", {"copying": copying}, {})
         kinds, peers = vector(reply.arrays, "kinds", "|u1"), vector(reply.arrays, "peers", "<u8")
         slots, terms = vector(reply.arrays, "slots", "<i8"), vector(reply.arrays, "terms", "<i8")
         epoch = whole(reply.fields, "epoch")

@@ -25,7 +25,7 @@ from hashring.view import Server, View
 from ps.errors import EmbringError, RequestError
 from ps.failover.health import Disputes, Health, incarnations, silent
 from ps.failover.moves import Course, course, pairs
-from ps.replication import ADMISSION, COMPLAINT, LESSON, Standing
+from ps.replication import ADMISSION, COMPLAINT, HELD, LESSON, Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class FailoverLimits:
     slots are not moved again: a paused process that returns by then needs only its fork. learn_rounds: between two
     looks at what should move. turn_rounds: between two views of a move that give slots away, while more are on their
     way: a view costs every server and client some milliseconds, and the pushes under way an attempt. dispute_rounds:
-    how long two servers that could not reach each other are kept apart. learn_max: slots on their way from one primary
-    at a time. turn_max: slots that get other owners in one view.
+    how long two servers that could not reach each other are kept apart. learn_max: slots that one primary copies at a
+    time. turn_max: slots that get other owners in one view.
     """
 
     pings_max: int = 5
@@ -46,14 +46,15 @@ class FailoverLimits:
     turn_rounds: int = 10
     dispute_rounds: int = 50
     learn_max: int = 1024
-    turn_max: int = 4096
+    turn_max: int = 16384
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Ask a process how it is: its answer goes to `answered`."""
+    """Ask a process how it is: its answer goes to `answered`. copying: whether slots are being copied, by whomever."""
 
     incarnation: int
+    copying: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Failover:
         self._late: set[int] = set()
         self._goal: tuple[frozenset[str], NDArray[np.int16]] | None = None
         self._round = self._changed_round = self._learned_round = self._turned_round = 0
+        self._taught_round = -2
         self.out: list[Action] = []
 
     def actions(self) -> list[Action]:
@@ -146,14 +148,17 @@ class Failover:
             return
         self._round += 1
         self.disputes.age()
+        # Whoever was told just now to copy slots has not said yet that it does.
+        copying = self._round <= self._taught_round + 1 or bool(self._reports(LESSON))
         for health in self.servers.values():
             health.missed += health.awaiting
             health.awaiting = True
-            self.out.append(Ping(health.incarnation))
+            self.out.append(Ping(health.incarnation, copying))
         self._late = set()
         self._deliver()
         self._decide()
-        if self._logging is None and self._round - self._learned_round >= self.limits.learn_rounds:
+        due = self._round - self._learned_round >= self.limits.learn_rounds
+        if self._logging is None and (due or self._come()):
             self._learned_round = self._round
             self._move()
 
@@ -285,9 +290,9 @@ class Failover:
         leaving = {names[i]: left for i, left in slots.items() if i in names}
         return bool(leaving) and self._append(Withdraw(leaving))
 
-    def _reports(self, kind: int) -> list[tuple[int, int, NDArray[np.int64]]]:
+    def _reports(self, *kinds: int) -> list[tuple[int, int, NDArray[np.int64]]]:
         """(primary, peer, slots) of what holds in the present terms, from servers that answer."""
-        speak = [h for h in self.servers.values() if h.fresh and len(h.standing.kinds)]
+        speak = [h for h in self.servers.values() if h.fresh and any(h.standing.says(kind) for kind in kinds)]
         if not speak:
             return []
         terms, owners = self.view.terms(), self.view.owners()
@@ -297,7 +302,7 @@ class Failover:
             said, primary = health.standing, health.incarnation
             if primary in self._dead:
                 continue
-            good = (said.kinds == kind) & (said.slots < len(terms))
+            good = any_of(said.kinds[:, None] == kinds) & (said.slots < len(terms))
             slots, peers, when = said.slots[good], said.peers[good], said.terms[good]
             now = (terms[slots] == when) & (ids[owners[slots, 0]] == np.uint64(primary))
             for peer in np.unique(peers[now]):
@@ -353,7 +358,7 @@ class Failover:
     @property
     def learning(self) -> int:
         """Slots that are being copied to servers now, or wait to be named theirs, one for each server."""
-        return sum(len(slots) for kind in (LESSON, ADMISSION) for _, _, slots in self._reports(kind))
+        return sum(len(slots) for _, _, slots in self._reports(LESSON, HELD, ADMISSION))
 
     @property
     def left(self) -> int:
@@ -374,8 +379,8 @@ class Failover:
             self._goal = (unusable, goal(view, unusable))
         index = {s.incarnation: i for i, s in enumerate(servers) if s.alive and s.incarnation not in self._dead}
         lessons, admitted = (
-            pairs(len(servers), [(index[peer], at) for _, peer, at in self._reports(kind) if peer in index])
-            for kind in (LESSON, ADMISSION)
+            pairs(len(servers), [(index[peer], at) for _, peer, at in self._reports(*kinds) if peer in index])
+            for kinds in ((LESSON, HELD), (ADMISSION,))
         )
         fresh = np.array([s.incarnation in index and self.servers[s.incarnation].fresh for s in servers], np.bool_)
         return course(view, self._goal[1], lessons, admitted, fresh)
@@ -401,9 +406,13 @@ class Failover:
         if not waiting:
             self._teach(ahead)
 
+    def _come(self) -> bool:
+        """Whether learners were admitted, and none is on its way: every push goes to them too until a view."""
+        return bool(self._reports(ADMISSION)) and not self._reports(LESSON, HELD)
+
     def _can_wait(self, slots: NDArray[np.int64], owners: NDArray[np.int16]) -> bool:
         """Whether slots that could get these owners have as many already, and others come soon to go with them."""
-        if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON):
+        if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON, HELD):
             return False
         return bool((count_of(self.view.owners()[slots] >= 0) >= count_of(owners >= 0)).all())
 
@@ -423,9 +432,8 @@ class Failover:
         slots, learners = ahead.teach[settled] // k, ahead.teach[settled] % k
         sources = self.view.owners()[slots, 0]
         busy = dict.fromkeys(self.servers, 0)
-        for kind in (LESSON, ADMISSION):
-            for primary, _, at in self._reports(kind):
-                busy[primary] += len(at)
+        for primary, _, at in self._reports(LESSON, ADMISSION):
+            busy[primary] += len(at)
         for source in np.unique(sources).tolist():
             primary = self.view.servers[source].incarnation
             if not self.servers[primary].fresh:
@@ -438,6 +446,7 @@ class Failover:
                 wanted = wanted[: max(0, self.limits.learn_max - busy[primary])]
                 busy[primary] += len(wanted)
                 if len(wanted):
+                    self._taught_round = self._round
                     self.out.append(Learn(primary, wanted, other, self.view.epoch))
 
     def _awaited(self) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ps.replication.actions import ReplicationLimits
-from ps.replication.links import Link
+from ps.replication.links import GATHER_S, Link
 from ps.replication.pace import Pace
 from ps.slots import complete
 from ps.store import Store
@@ -25,12 +25,14 @@ def row_bytes(store: Store) -> int:
 
 
 class Copies:
-    """Those of one server. made, rows, bytes: copies that were begun, and what was sent in them."""
+    """Those of one server. made, rows, bytes: copies that were begun, and what was sent in them. elsewhere: whether any
+    are being made, by the last word of the controller."""
 
     def __init__(self, store: Store, limits: ReplicationLimits) -> None:
         self.store = store
         self.limits = limits
         self.made = self.rows = self.bytes = 0
+        self.elsewhere = False
         self.pace = Pace()
 
     def begin(self, link: Link, slots: NDArray[np.int64]) -> None:
@@ -74,6 +76,15 @@ class Copies:
         for arena in held.registry.arenas:
             sizes += arena.counts(slots) * arena.key.row_bytes
         return sizes
+
+    def gathered(self, link: Link, links: Collection[Link]) -> bool:
+        """Whether slots of a peer that rest are to be brought up to date: since all copies are there, of whomever, or
+        for how long that takes. What is streamed to until the last is there costs a message for every push."""
+        if link.copied_s is None:
+            return False
+        others = (other for other in links if other.silent < self.limits.silent_s)  # who hangs is not waited for
+        going_on = self.elsewhere or any(other.copies or other.bulk_bytes for other in others)
+        return not going_on or link.copied_s >= GATHER_S
 
     def may_rest(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which slots may rest once they are copied: while servers join or leave, those with all copies."""

@@ -73,12 +73,6 @@ class Link:
     round: int = 0
 
     @property
-    def gathered(self) -> bool:
-        """Whether slots that were copied rest no longer."""
-        done = not self.copies and not self.bulk_bytes
-        return self.copied_s is not None and (done or self.copied_s >= GATHER_S)
-
-    @property
     def copying(self) -> bool:
         """Whether parts of copies, or what changed since, are to be sent."""
         return bool(self.copies or self.late_copies)

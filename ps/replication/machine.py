@@ -6,7 +6,7 @@ The shell calls a method for each event, in the order in which they happen, on t
     install(view)                        a newer view                 push(token, share, ...)     a client's push
     request(op, fields, arrays)          a peer's replicate, repair, fork, digest: the reply
     replied(peer, link, number, ...)     a peer's reply               broken(peer, link)          a connection ended
-    learn(slots, learner, epoch)         the controller's command     standing()                  for its pings
+    learn(slots, learner, epoch)         the controller's command     pinged(fields)               a ping, of whomever
     flush()                              before rows move in memory
     hold(token, slots, positions)        an export that leaves when all owners hold it
     give_up(tokens)                      answers for which nobody waits any more
@@ -14,7 +14,7 @@ The shell calls a method for each event, in the order in which they happen, on t
     tick(now)                            about every 50 ms
 """
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from hashring.view import View
 from ps.errors import EmbringError, PerhapsApplied, WrongView
-from ps.kernels.replicate import ADMITTED, HOPELESS
+from ps.kernels.replicate import ADMITTED, COPY, HOPELESS
 from ps.replication.actions import Action, Arrays, ReplicationLimits
 from ps.replication.backup import Backup, Reply
 from ps.replication.links import Flight, Link
@@ -37,9 +37,9 @@ from ps.store import Store
 FORGET_S = 60.0
 """Seconds between two looks for clients that are idle."""
 
-COMPLAINT, ADMISSION, LESSON = 1, 2, 3
-"""What a server tells the controller of a slot: an owner that must leave it, a learner that may be named as owner, a
-learner that is on its way."""
+COMPLAINT, ADMISSION, LESSON, HELD = 1, 2, 3, 4
+"""What a server tells the controller of a slot: an owner that must leave it, a learner that may be named as owner, one
+that is to be given a copy, and one that has it, but not all that was changed since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,10 @@ class Standing:
     peers: NDArray[np.uint64]
     slots: NDArray[np.int64]
     terms: NDArray[np.int64]
+
+    def says(self, kind: int) -> bool:
+        """Whether this holds of any slot."""
+        return bool((self.kinds == kind).any())
 
     def to_arrays(self) -> Arrays:
         """As arrays of a ping's reply."""
@@ -436,6 +440,13 @@ class Replication:
             link.untidy = True
             self._primary.tidy(link)
 
+    def pinged(self, fields: Mapping[str, Any]) -> Standing:
+        """The answer to a ping. The controller's says whether copies are being made anywhere (`copying`): slots that
+        have theirs rest as long."""
+        if "copying" in fields:
+            self._primary.copies.elsewhere = fields["copying"] is True
+        return self.standing()
+
     def standing(self) -> Standing:
         """What the controller should know, told again with every ping until a view answers it."""
         members, positions = self.members, self.store.held.slots.positions
@@ -447,7 +458,8 @@ class Replication:
             at, columns = members.where(link.index)
             ranks, modes = members.ranks[at, columns], members.modes[at, columns]
             bad = (modes == HOPELESS) | (self._accused(link) & (members.acked[at, columns] < positions[at]))
-            kind = np.where(ranks == ADMITTED, ADMISSION, np.where(ranks < ADMITTED, LESSON, 0)).astype(np.uint8)
+            learner = np.where((modes == COPY) | (members.acked[at, columns] <= 0), LESSON, HELD)
+            kind = np.where(ranks == ADMITTED, ADMISSION, np.where(ranks < ADMITTED, learner, 0)).astype(np.uint8)
             kind[bad & (ranks >= ADMITTED)] = COMPLAINT
             some = kind > 0
             kinds.append(kind[some])

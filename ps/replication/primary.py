@@ -333,7 +333,7 @@ class Primary:
         The first takes as long as the rate of copies makes it; after it they rest on, so that nothing is streamed to
         them meanwhile. The second, after which they are streamed to, has only what changed in the first.
         """
-        if link.level if link.round else link.gathered:
+        if link.level if link.round else self.copies.gathered(link, self.by_index):
             link.round = (link.round + 1) % 3
             if link.round:
                 link.copied_s, link.untidy = None, True

@@ -105,7 +105,7 @@ class Controller(Process):
                     self.cluster.step("a view is planned", self)
                     self.world.at(self.world.between(0.0005, 0.01), self._create, action.view)
                 elif isinstance(action, Ping):
-                    self._send(action.incarnation, Message("ping", 0))
+                    self._send(action.incarnation, Message("ping", 0, {"copying": action.copying}))
                 elif isinstance(action, Deliver):
                     self.cluster.step("a view leaves", self)
                     self._send(action.incarnation, Message("install", 0, *view_message(action.view)))

@@ -37,7 +37,7 @@ from ps.errors import Overloaded
 from ps.failover.machine import Append, Deliver, Failover
 from ps.kernels import replicate, window
 from ps.kernels.replicate import COPIED, COPY, STREAM
-from ps.replication import ADMISSION, LESSON
+from ps.replication import ADMISSION, HELD, LESSON
 from ps.replication.backup import TAKEN, Backup
 from ps.replication.machine import Replication
 from ps.replication.members import ADMITTED, ASKED, OWNER
@@ -465,7 +465,7 @@ def learner_promoted_unadmitted(patch: Patch) -> None:
     patch(
         Failover,
         "_reports",
-        lambda self, kind: [*real(self, kind), *(real(self, LESSON) if kind == ADMISSION else [])],
+        lambda self, *kinds: [*real(self, *kinds), *(real(self, LESSON, HELD) if ADMISSION in kinds else [])],
     )
 
 
@@ -663,7 +663,7 @@ def rested_copy_taken_for_level(patch: Patch) -> None:
     wake = Primary.wake
 
     def woken(self: Any, link: Any) -> None:
-        if link.gathered:
+        if not link.round and self.copies.gathered(link, self.by_index):
             slots, columns = self.members.where(link.index)
             rested = self.members.modes[slots, columns] == COPIED
             slots, columns = slots[rested], columns[rested]

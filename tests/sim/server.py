@@ -119,7 +119,7 @@ class Server(Process):
     def _handle(self, token: Hashable, request: Message) -> tuple[dict[str, Any], dict[str, Any]] | None:
         op, fields, arrays = request.op, request.fields, request.arrays
         if op == "ping":
-            return {}, self.machine.standing().to_arrays()
+            return {}, self.machine.pinged(fields).to_arrays()
         if op == "view":
             if self.view is None:
                 raise NotApplied("no view yet")

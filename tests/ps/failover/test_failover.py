@@ -10,7 +10,7 @@ from hashring.view import Server, View
 from ps.errors import RequestError
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused, Retire
 from ps.failover.health import Disputes, Health, silent
-from ps.replication import ADMISSION, COMPLAINT, LESSON, NOTHING, Standing
+from ps.replication import ADMISSION, COMPLAINT, HELD, LESSON, NOTHING, Standing
 
 LIMITS = FailoverLimits(pings_max=5, wait_rounds=3, learn_rounds=1, dispute_rounds=20, learn_max=8)
 
@@ -343,6 +343,63 @@ def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> Non
     shell.seen = []
     shell.run(2)
     assert not shell.of(Learn)  # as many as may be are under way
+
+
+def lacking(shell: Shell, learn_rounds: int = 1) -> Learn:
+    """One of two servers has lost its copies; the first lesson."""
+    shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=1, learn_max=3)
+    shell.run(1)
+    shell.mind.change("x", Withdraw({"s1": np.arange(8)}))
+    shell.perform()
+    shell.seen = []
+    shell.run(1)
+    (lesson,) = shell.of(Learn)
+    shell.mind.limits = replace(shell.mind.limits, learn_rounds=learn_rounds)
+    return lesson
+
+
+def test_who_has_its_copy_makes_room_for_others() -> None:
+    shell = Shell(cluster(2))
+    lesson = lacking(shell)
+    shell.standing[10] = says(shell.mind.view, HELD, 11, lesson.slots)
+    shell.run(1)
+    shell.seen = []
+    shell.run(1)
+    (further,) = shell.of(Learn)
+    assert not set(further.slots.tolist()) & set(lesson.slots.tolist())
+
+
+def test_pings_say_whether_anybody_copies() -> None:
+    shell = Shell(cluster(2))
+
+    def said() -> set[bool]:
+        shell.seen = []
+        shell.run(1)
+        return {ping.copying for ping in shell.of(Ping)}
+
+    assert said() == {False}
+    lesson = lacking(shell, learn_rounds=1000)
+    assert said() == {True}  # though nobody has said so yet
+    assert said() == {False}  # it was not heeded, or is done
+    for kind, copying in ((LESSON, True), (HELD, False), (LESSON, True), (ADMISSION, False)):
+        shell.standing[10] = says(shell.mind.view, kind, 11, lesson.slots)
+        shell.run(1)
+        assert said() == {copying}
+
+
+def test_what_is_admitted_is_given_away_at_once_where_nothing_else_is_on_its_way() -> None:
+    shell = Shell(cluster(2))
+    lesson = lacking(shell, learn_rounds=1000)
+    admission = says(shell.mind.view, ADMISSION, 11, lesson.slots[:2])
+    held = says(shell.mind.view, HELD, 11, lesson.slots[2:])
+    shell.standing[10] = Standing(
+        *(np.concatenate([getattr(p, n) for p in (admission, held)]) for n in Standing.__slots__)
+    )
+    shell.run(5)
+    assert not len(owned(shell.mind.view, 1))
+    shell.standing[10] = says(shell.mind.view, ADMISSION, 11, lesson.slots)
+    shell.run(2)
+    assert set(lesson.slots.tolist()) <= set(owned(shell.mind.view, 1).tolist())
 
 
 def test_an_unreachable_admitted_learner_is_released_by_a_new_term() -> None:

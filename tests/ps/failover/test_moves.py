@@ -12,7 +12,7 @@ from hashring.planner import Abort, Begin, CreateTable, Enlist, Withdraw, plan
 from hashring.view import Move, Server, View
 from ps.failover import Append, Changed, Deliver, Failover, FailoverLimits, Learn, Ping, Refused
 from ps.failover.moves import course
-from ps.replication import ADMISSION, LESSON, Standing
+from ps.replication import ADMISSION, HELD, LESSON, Standing
 from tests.hashring.balance import balance
 
 BITS = 5
@@ -86,7 +86,7 @@ class World:
     def standing(self, primary: int) -> Standing:
         mine = [(learner, slot, *state) for (first, learner, slot), state in self.lessons.items() if first == primary]
         return Standing(
-            np.array([ADMISSION if age >= COPIED_AFTER else LESSON for _, _, _, age in mine], np.uint8),
+            np.array([(LESSON, HELD, ADMISSION)[max(0, min(age, COPIED_AFTER))] for _, _, _, age in mine], np.uint8),
             np.array([learner for learner, *_ in mine], np.uint64),
             np.array([slot for _, slot, *_ in mine], np.int64),
             np.array([term for _, _, term, _ in mine], np.int64),
@@ -219,7 +219,7 @@ def test_a_crash_at_any_step_ends_in_the_new_view(kind: str, who: str, after: in
     world.settled(names(0, 1, 2, 3, 4) if kind == "join" else names(0, 1, 2), 2)
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 5, 7, 9, 30])
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 5, 6, 7, 30])
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_join_that_is_aborted_at_any_step_ends_in_the_old_view(after: int, dead: bool) -> None:
     world = World(cluster(3))
@@ -238,7 +238,7 @@ def test_a_join_that_is_aborted_at_any_step_ends_in_the_old_view(after: int, dea
         assert after == 30
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 5, 6])
 def test_a_leave_that_is_aborted_at_any_step_ends_as_it_was(after: int) -> None:
     world = World(cluster(4))
     world.run(3)
