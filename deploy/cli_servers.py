@@ -190,8 +190,13 @@ def follow(ask: Ask, to_the_end: bool = False, copied: Copied | None = None) -> 
             if record["move"] is None and not record["starting"] and not ending and not left:
                 return record
             total = max(total, record["slots_left"])
-            show(stage(record), total - record["slots_left"], total)
+            show(stage(record), total - uncopied(record), total)
             time.sleep(POLL_S)
+
+
+def uncopied(record: Mapping[str, Any]) -> int:
+    """Slots that are to be copied still: most are handed over together, once all have been."""
+    return max(0, record["slots_left"] - record["slots_held"])
 
 
 def stage(record: Mapping[str, Any]) -> str:

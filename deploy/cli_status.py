@@ -109,9 +109,10 @@ def render(record: Mapping[str, Any]) -> Any:
     if line := _checkpoint(record):
         parts += [Text(), Text(line, style="yellow" if record["checkpoint"]["error"] else "")]
     if record["move"] or record["starting"]:
-        from deploy.cli_servers import stage
+        from deploy.cli_servers import stage, uncopied
 
-        parts += [Text(), Text(f"{stage(record)}; {record['slots_left']:,} slots are left to do", style="yellow")]
+        left = f"{uncopied(record):,} slots are left to copy, {record['slots_held']:,} wait to be handed over"
+        parts += [Text(), Text(f"{stage(record)}; {left}", style="yellow")]
     if record["slots_under_replicated"]:
         warning = (
             f"{record['slots_under_replicated']} slots have fewer copies than their tables ask for; "

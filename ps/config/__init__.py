@@ -243,8 +243,8 @@ class ControlConfig:
         "slots a server",
         1,
         1048576,
-        "Slots that one server copies to others at a time; not those that have their copy and wait for others. More "
-        "mends sooner; pulls and pushes feel it more.",
+        "Slots that one server copies to others at a time; those that were copied and wait for others do not count. "
+        "More mends sooner; pulls and pushes feel it more.",
     )
     statistics_interval_ms: int = _setting(
         2000,

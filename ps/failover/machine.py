@@ -36,8 +36,8 @@ class FailoverLimits:
     slots are not moved again: a paused process that returns by then needs only its fork. learn_rounds: between two
     looks at what should move. turn_rounds: between two views of a move that give slots away, while more are on their
     way: a view costs every server and client some milliseconds, and the pushes under way an attempt. dispute_rounds:
-    how long two servers that could not reach each other are kept apart. learn_max: slots that one primary copies at a
-    time. turn_max: slots that get other owners in one view.
+    how long two servers that could not reach each other are kept apart. learn_max: slots that one primary copies, or
+    streams to learners that were admitted, at a time. turn_max: slots that get other owners in one view.
     """
 
     pings_max: int = 5
@@ -128,6 +128,8 @@ class Failover:
         self._goal: tuple[frozenset[str], NDArray[np.int16]] | None = None
         self._round = self._changed_round = self._learned_round = self._turned_round = 0
         self._taught_round = -2
+        self._untaught = False
+        self._admitted = 0
         self.out: list[Action] = []
 
     def actions(self) -> list[Action]:
@@ -148,8 +150,7 @@ class Failover:
             return
         self._round += 1
         self.disputes.age()
-        # Whoever was told just now to copy slots has not said yet that it does.
-        copying = self._round <= self._taught_round + 1 or bool(self._reports(LESSON))
+        copying = self._copying()
         for health in self.servers.values():
             health.missed += health.awaiting
             health.awaiting = True
@@ -290,9 +291,11 @@ class Failover:
         leaving = {names[i]: left for i, left in slots.items() if i in names}
         return bool(leaving) and self._append(Withdraw(leaving))
 
-    def _reports(self, *kinds: int) -> list[tuple[int, int, NDArray[np.int64]]]:
-        """(primary, peer, slots) of what holds in the present terms, from servers that answer."""
-        speak = [h for h in self.servers.values() if h.fresh and any(h.standing.says(kind) for kind in kinds)]
+    def _reports(self, *kinds: int, late: bool = False) -> list[tuple[int, int, NDArray[np.int64]]]:
+        """(primary, peer, slots) of what holds in the present terms, from servers that answer; late: also of those
+        whose last answer may come yet."""
+        heard = [h for h in self.servers.values() if (self._usable(h.incarnation) if late else h.fresh)]
+        speak = [h for h in heard if any(h.standing.says(kind) for kind in kinds)]
         if not speak:
             return []
         terms, owners = self.view.terms(), self.view.owners()
@@ -366,6 +369,11 @@ class Failover:
         ahead = self._course()
         return 0 if ahead is None else len(ahead.missing) + len(ahead.ready) - ahead.gaining
 
+    @property
+    def held(self) -> int:
+        """Copies of these that are made, and wait for the others."""
+        return sum(len(slots) for _, _, slots in self._reports(HELD, ADMISSION))
+
     def _course(self) -> Course | None:
         """The way to the goal; None where it cannot be told, since a server that owns slots does not answer."""
         view, servers = self.view, self.view.servers
@@ -391,6 +399,7 @@ class Failover:
         Soon after a failure only what was copied already is given away: who failed may return, and with it its rows.
         """
         ahead = self._course()
+        self._untaught = False
         if ahead is None:
             return
         waiting = self._awaited()
@@ -406,13 +415,22 @@ class Failover:
         if not waiting:
             self._teach(ahead)
 
+    def _copying(self) -> bool:
+        """Whether copies are being made, or are to be: what was copied waits for them. Also where that is not known
+        yet, for who once goes on does not rest again."""
+        unheard = any(not h.heard and h.missed < self.limits.pings_max for h in self.servers.values())
+        told = self._round <= self._taught_round + 1  # and has not said yet that it does
+        return unheard or told or self._untaught or bool(self._reports(LESSON, late=True))
+
     def _come(self) -> bool:
-        """Whether learners were admitted, and none is on its way: every push goes to them too until a view."""
-        return bool(self._reports(ADMISSION)) and not self._reports(LESSON, HELD)
+        """Whether the last learners on their way have just been admitted: every push goes to them too until a view."""
+        before, self._admitted = self._admitted, sum(len(slots) for _, _, slots in self._reports(ADMISSION))
+        return self._admitted > before and not self._reports(LESSON, HELD, late=True)
 
     def _can_wait(self, slots: NDArray[np.int64], owners: NDArray[np.int16]) -> bool:
         """Whether slots that could get these owners have as many already, and others come soon to go with them."""
-        if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON, HELD):
+        late = self._round - self._turned_round >= self.limits.turn_rounds
+        if late or not self._reports(LESSON, HELD, late=True):
             return False
         return bool((count_of(self.view.owners()[slots] >= 0) >= count_of(owners >= 0)).all())
 
@@ -443,7 +461,9 @@ class Failover:
                 if self.disputes.between(primary, other) or not self.servers[other].fresh:
                     continue
                 wanted = slots[(sources == source) & (learners == learner)]
-                wanted = wanted[: max(0, self.limits.learn_max - busy[primary])]
+                room = max(0, self.limits.learn_max - busy[primary])
+                self._untaught |= len(wanted) > room
+                wanted = wanted[:room]
                 busy[primary] += len(wanted)
                 if len(wanted):
                     self._taught_round = self._round

@@ -78,8 +78,8 @@ class Copies:
         return sizes
 
     def gathered(self, link: Link, links: Collection[Link]) -> bool:
-        """Whether slots of a peer that rest are to be brought up to date: since all copies are there, of whomever, or
-        for how long that takes. What is streamed to until the last is there costs a message for every push."""
+        """Whether slots of a peer that rest are to be brought up to date: all copies are there, of whomever, or have
+        not come for GATHER_S. What is streamed to until the last is there costs a message for every push."""
         if link.copied_s is None:
             return False
         others = (other for other in links if other.silent < self.limits.silent_s)  # who hangs is not waited for

@@ -10,7 +10,7 @@ from ps.rowblock import RowBlock
 from ps.store.changes import Applied
 
 GATHER_S = 60.0
-"""Seconds after which slots that were copied are brought up to date though others of the same copies are not there."""
+"""Seconds after which slots that were copied are brought up to date though other copies are not made yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Link:
 
     streaming: blocks of changes on their way; unsent: pushes that wait behind them, about so many bytes.
     resting: nothing is sent before the next tick. untidy: some slot may be IDLE. copies: blocks of copies to be sent.
-    copied_s: seconds for which slots that were copied rest until the others are, None where none does. late_copies:
+    copied_s: seconds for which slots that were copied rest until all are, None where none does. late_copies:
     copied slots, of learners that nobody waits for, which are to be brought up to date when those before them are.
     changed: how much of the last lot of them had changed. round: of bringing slots that rested up to date; 0 where
     none goes on.

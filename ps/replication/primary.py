@@ -286,6 +286,7 @@ class Primary:
         free = m.ranks[slots, columns] <= JOINING
         if free.any():
             m.drop(slots[free], columns[free])
+            link.copied_s = None
             self.release()
 
     def pump(self, link: Link) -> None:

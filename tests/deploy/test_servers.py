@@ -35,7 +35,8 @@ PLAN = {
 
 def record(move: dict | None = None, left: int = 0, **more: object) -> dict:
     servers = [{"name": "server-3", "incarnation": 3, "state": "alive", "addresses": []}]
-    return {"move": move, "slots_left": left, "starting": [], "servers": servers, "epoch": 7, "move_failed": "", **more}
+    slots = {"slots_left": left, "slots_held": 0}
+    return {"move": move, **slots, "starting": [], "servers": servers, "epoch": 7, "move_failed": "", **more}
 
 
 JOIN = {"kind": "join", "names": ["server-3"]}

@@ -353,7 +353,7 @@ def lacking(shell: Shell, learn_rounds: int = 1) -> Learn:
     shell.perform()
     shell.seen = []
     shell.run(1)
-    (lesson,) = shell.of(Learn)
+    lesson = shell.of(Learn)[0]
     shell.mind.limits = replace(shell.mind.limits, learn_rounds=learn_rounds)
     return lesson
 
@@ -369,22 +369,71 @@ def test_who_has_its_copy_makes_room_for_others() -> None:
     assert not set(further.slots.tolist()) & set(lesson.slots.tolist())
 
 
+def said(shell: Shell, rounds: int = 1) -> set[bool]:
+    """What the pings of some rounds said of copies."""
+    shell.seen = []
+    shell.run(rounds)
+    return {ping.copying for ping in shell.of(Ping)}
+
+
 def test_pings_say_whether_anybody_copies() -> None:
     shell = Shell(cluster(2))
-
-    def said() -> set[bool]:
-        shell.seen = []
-        shell.run(1)
-        return {ping.copying for ping in shell.of(Ping)}
-
-    assert said() == {False}
+    assert said(shell) == {True}  # it may be: nobody was heard yet, of a controller that was started again
+    assert said(shell) == {False}
     lesson = lacking(shell, learn_rounds=1000)
-    assert said() == {True}  # though nobody has said so yet
-    assert said() == {False}  # it was not heeded, or is done
+    shell.mind._untaught = False
+    assert said(shell) == {True}  # though nobody has said so yet
+    assert said(shell) == {False}  # it was not heeded, or is done
     for kind, copying in ((LESSON, True), (HELD, False), (LESSON, True), (ADMISSION, False)):
         shell.standing[10] = says(shell.mind.view, kind, 11, lesson.slots)
         shell.run(1)
-        assert said() == {copying}
+        assert said(shell) == {copying}
+
+
+def test_who_copies_and_answers_late_copies_all_the_same() -> None:
+    shell = Shell(cluster(2))
+    lesson = lacking(shell, learn_rounds=1000)
+    shell.mind._untaught = False
+    shell.standing[10] = says(shell.mind.view, LESSON, 11, lesson.slots)
+    shell.run(3)
+    shell.down = {10}
+    assert said(shell, LIMITS.pings_max) == {True}
+    assert False in said(shell, 3)  # it is taken for dead
+
+
+def test_what_is_still_to_be_copied_is_waited_for() -> None:
+    shell = Shell(cluster(2))
+    lesson = lacking(shell)  # three of more
+    shell.mind.limits = replace(shell.mind.limits, learn_rounds=4)
+    shell.standing[10] = says(shell.mind.view, HELD, 11, lesson.slots)
+    assert said(shell, 6) == {True}
+    rest = np.setdiff1d(np.arange(8), lesson.slots)
+    shell.standing[10] = says(shell.mind.view, HELD, 11, np.concatenate([lesson.slots, rest]))
+    shell.run(6)
+    assert said(shell, 6) == {False}
+
+
+def test_one_answer_that_is_late_turns_nothing_early() -> None:
+    shell = Shell(cluster(3))
+    lesson = lacking(shell, learn_rounds=1000)
+    for round_ in range(20):
+        shell.standing[10] = says(shell.mind.view, ADMISSION, 11, lesson.slots[: 1 + round_ % 3])
+        shell.standing[12] = says(shell.mind.view, HELD, 11, np.flatnonzero(shell.mind.view.owners()[:, 0] == 2))
+        shell.down = {12} if round_ % 2 else set()
+        shell.run(1)
+    assert not len(owned(shell.mind.view, 1))
+    slots = primary_of(shell.mind.view, 2)
+    owners = shell.mind.view.owners()[slots]
+    shell.standing[12] = says(shell.mind.view, HELD, 11, slots)
+    shell.down = set()
+    shell.run(2)
+    shell.mind._turned_round = shell.mind._round
+    for shell.down in ({12}, set()):
+        shell.run(2)
+        assert shell.mind._can_wait(slots, owners)
+    shell.standing.clear()
+    shell.run(2)
+    assert not shell.mind._can_wait(slots, owners)
 
 
 def test_what_is_admitted_is_given_away_at_once_where_nothing_else_is_on_its_way() -> None:
