@@ -155,7 +155,7 @@ class Saving:
         self._committed = False
 
     def __enter__(self) -> "Saving":
-        if self.storage.has(self.name, file_name(0)) and missing(self.storage, self.name):
+        if _begun(self.storage, self.name):
             place = self.storage.path(self.name)
             raise CheckpointError(f"{place} is being saved, or is left of a save that was killed: then remove it")
         self.storage.make(self.name)
@@ -321,8 +321,12 @@ def check_link(storage: Storage, manifest: Manifest, parent: Manifest | None) ->
 
 def unfinished(storage: Storage) -> list[str]:
     """Folders of saves that did not end, or not yet."""
-    names = [n for n in storage.names() if _NAME.fullmatch(n) and not storage.has(n, MANIFEST)]
-    return [n for n in names if storage.has(n, file_name(0))]
+    return [n for n in storage.names() if _NAME.fullmatch(n) and _begun(storage, n)]
+
+
+def _begun(storage: Storage, name: str) -> bool:
+    """Whether a save of this name was begun, and has not ended."""
+    return not storage.has(name, MANIFEST) and storage.has(name, file_name(0))
 
 
 def check_files(storage: Storage, manifest: Manifest) -> None:

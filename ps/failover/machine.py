@@ -361,7 +361,7 @@ class Failover:
     @property
     def learning(self) -> int:
         """Slots that are being copied to servers now, or wait to be named theirs, one for each server."""
-        return sum(len(slots) for _, _, slots in self._reports(LESSON, HELD, ADMISSION))
+        return self._count(LESSON, HELD, ADMISSION)
 
     @property
     def left(self) -> int:
@@ -372,7 +372,10 @@ class Failover:
     @property
     def held(self) -> int:
         """Copies of these that are made, and wait for the others."""
-        return sum(len(slots) for _, _, slots in self._reports(HELD, ADMISSION))
+        return self._count(HELD, ADMISSION)
+
+    def _count(self, *kinds: int) -> int:
+        return sum(len(slots) for _, _, slots in self._reports(*kinds))
 
     def _course(self) -> Course | None:
         """The way to the goal; None where it cannot be told, since a server that owns slots does not answer."""
@@ -424,13 +427,12 @@ class Failover:
 
     def _come(self) -> bool:
         """Whether the last learners on their way have just been admitted: every push goes to them too until a view."""
-        before, self._admitted = self._admitted, sum(len(slots) for _, _, slots in self._reports(ADMISSION))
+        before, self._admitted = self._admitted, self._count(ADMISSION)
         return self._admitted > before and not self._reports(LESSON, HELD, late=True)
 
     def _can_wait(self, slots: NDArray[np.int64], owners: NDArray[np.int16]) -> bool:
         """Whether slots that could get these owners have as many already, and others come soon to go with them."""
-        late = self._round - self._turned_round >= self.limits.turn_rounds
-        if late or not self._reports(LESSON, HELD, late=True):
+        if self._round - self._turned_round >= self.limits.turn_rounds or not self._reports(LESSON, HELD, late=True):
             return False
         return bool((count_of(self.view.owners()[slots] >= 0) >= count_of(owners >= 0)).all())
 

@@ -328,23 +328,6 @@ def test_copies_are_made_as_soon_as_nobody_is_missing(dead: bool) -> None:
     assert (21 if dead else 11) in {lesson.learner for lesson in shell.of(Learn)}
 
 
-def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> None:
-    shell = Shell(cluster(2))
-    shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=1, learn_max=3)
-    shell.run(1)
-    shell.mind.change("x", Withdraw({"s1": np.arange(8)}))
-    shell.perform()
-    shell.seen = []
-    shell.run(1)
-    (lesson,) = shell.of(Learn)
-    assert len(lesson.slots) == 3
-    shell.standing[10] = says(shell.mind.view, LESSON, 11, lesson.slots)
-    shell.run(1)
-    shell.seen = []
-    shell.run(2)
-    assert not shell.of(Learn)  # as many as may be are under way
-
-
 def lacking(shell: Shell, learn_rounds: int = 1) -> Learn:
     """One of two servers has lost its copies; the first lesson."""
     shell.mind.limits = FailoverLimits(wait_rounds=0, learn_rounds=1, learn_max=3)
@@ -356,6 +339,18 @@ def lacking(shell: Shell, learn_rounds: int = 1) -> Learn:
     lesson = shell.of(Learn)[0]
     shell.mind.limits = replace(shell.mind.limits, learn_rounds=learn_rounds)
     return lesson
+
+
+def test_what_is_being_copied_is_not_asked_for_again_and_some_at_a_time() -> None:
+    shell = Shell(cluster(2))
+    lesson = lacking(shell)
+    assert len(shell.of(Learn)) == 1
+    assert len(lesson.slots) == 3
+    shell.standing[10] = says(shell.mind.view, LESSON, 11, lesson.slots)
+    shell.run(1)
+    shell.seen = []
+    shell.run(2)
+    assert not shell.of(Learn)  # as many as may be are under way
 
 
 def test_who_has_its_copy_makes_room_for_others() -> None:
