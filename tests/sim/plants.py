@@ -465,7 +465,10 @@ def learner_promoted_unadmitted(patch: Patch) -> None:
     patch(
         Failover,
         "_reports",
-        lambda self, *kinds: [*real(self, *kinds), *(real(self, LESSON, HELD) if ADMISSION in kinds else [])],
+        lambda self, *kinds, **how: [
+            *real(self, *kinds, **how),
+            *(real(self, LESSON, HELD) if ADMISSION in kinds else []),
+        ],
     )
 
 
