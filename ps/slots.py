@@ -126,6 +126,11 @@ class SlotTable:
         same = (past >> TERM_SHIFT == since[:, None] >> TERM_SHIFT) & (since[:, None] <= past)
         return (good | any_of(same)) & (since > 0)
 
+    def break_with_past(self, slots: NDArray[np.int64], term: int) -> None:
+        """What these hold is of another history, whose positions may look like older ones of this: from none up to
+        `term`, nor up to the term that they stand in, can changes be told."""
+        self.horizon[slots] = (np.maximum(term, self.positions[slots] >> TERM_SHIFT) + 1) << TERM_SHIFT
+
     def clear(self, slots: NDArray[np.int64]) -> None:
         """Forget slots whose rows were freed."""
         self.positions[slots], self.horizon[slots], self._lineage[slots] = 0, 0, 0

@@ -116,10 +116,12 @@ def exported(
 
 
 class Absorber:
-    """Sends blocks to one server, some before the first was answered. term: of the slots while they are restored."""
+    """Sends blocks to one server, some before the first was answered. term: of the slots while they are restored.
+    foreign: whether positions are of another cluster, or of other slots."""
 
-    def __init__(self, connection: BlockingConnection, name: str, term: int) -> None:
-        self._connection, self._name, self._term = connection, name, term
+    def __init__(self, connection: BlockingConnection, name: str, term: int, foreign: bool) -> None:
+        self._connection, self._name = connection, name
+        self._fields = {"term": term, "epoch": term, "foreign": foreign}
         self._sent: deque[tuple[int, RowBlock]] = deque()
 
     def send(self, block: RowBlock) -> None:
@@ -127,7 +129,7 @@ class Absorber:
         while len(self._sent) >= AHEAD:
             self._settle()
         fields, arrays = block.to_arrays()
-        fields = {"block": fields, "term": self._term, "epoch": self._term}
+        fields = {"block": fields, **self._fields}
         self._sent.append((self._connection.send("absorb", fields, arrays, TIMEOUT_S), block))
 
     def finish(self) -> None:

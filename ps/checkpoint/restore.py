@@ -120,7 +120,8 @@ class Translation:
     slots int64[count]: slot of the checkpoint -> slot here, -1 where it is not wanted. tables int32: tables likewise,
     and at last -1 for those that the checkpoint does not name. homes int64[2, len(tables)]: first slot (of the
     checkpoint) of each table, and the one behind its last: rows that a table left behind in other slots, when it moved,
-    are not its own. owners int16[count]: index into servers. term: of the slots here, until the restore ends.
+    are not its own. owners int16[count]: index into servers. term: of the slots here, until the restore ends. foreign:
+    the rows are of another cluster, or come into other slots than they were in.
     """
 
     cluster: int
@@ -130,6 +131,7 @@ class Translation:
     homes: NDArray[np.int64]
     owners: NDArray[np.int16]
     servers: tuple[Server, ...]
+    foreign: bool
 
     @classmethod
     def of(cls, answer: Mapping[str, Any], manifest: Manifest) -> "Translation":
@@ -158,7 +160,9 @@ class Translation:
         for number, _, group, _ in manifest.tables:
             homes[:, number] = first_of[group], first_of[group] + count_of[group]
         servers = tuple(Server(n, i, h, z, tuple(a)) for n, i, h, z, a in answer["servers"])
-        return cls(int(answer["cluster"]), int(answer["term"]), slots, tables, homes, owners, servers)
+        cluster, wanted = int(answer["cluster"]), np.flatnonzero(slots >= 0)
+        foreign = cluster != manifest.cluster or bool((slots[wanted] != wanted).any())
+        return cls(cluster, int(answer["term"]), slots, tables, homes, owners, servers, foreign)
 
     def split(self, block: RowBlock) -> Iterator[tuple[int, RowBlock]]:
         """(server, block of the slots that it will own), in this cluster's numbers."""
@@ -249,7 +253,7 @@ class _Work:
                     if server not in absorbers:
                         place = self.plan.servers[server]
                         connection = stack.enter_context(connected(place, self._access))
-                        absorbers[server] = Absorber(connection, place.name, self.plan.term)
+                        absorbers[server] = Absorber(connection, place.name, self.plan.term, self.plan.foreign)
                     absorbers[server].send(part)
                     rows += part.rows
                 ended = (block.final > 0) & (block.slots < len(self._stood))

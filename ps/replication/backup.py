@@ -107,7 +107,9 @@ class Backup:
 
     def restore(self, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """Take slots of a checkpoint, as long as they are lost, in the term that began with the restore: nobody owns
-        or copies those. What comes late, of this restore or one before it, meets another term, or an owner."""
+        or copies those. What comes late, of this restore or one before it, meets another term, or an owner.
+
+        foreign: rows of another cluster, or of other slots, whose positions mean nothing here."""
         block, term, view = _block(fields, arrays), fields.get("term"), self.store.view
         if type(term) is not int:
             raise RequestError(f"absorb names term {str(term)[:40]}; it must be that of the slots, a whole number")
@@ -116,7 +118,10 @@ class Backup:
             known = block.slots < view.slots_total
             at = block.slots[known]
             allowed[known] = view.lost()[at] & (view.terms()[at] == term)
-        return {}, {"taken": self.store.absorb(block, allowed=allowed).astype(np.uint8)}
+        taken = self.store.absorb(block, allowed=allowed)
+        if fields.get("foreign"):
+            self.store.held.slots.break_with_past(block.slots[taken], term)
+        return {}, {"taken": taken.astype(np.uint8)}
 
     def _digest(self, sender: int, fields: dict[str, Any], arrays: Arrays) -> Reply:
         """Compare copies with the primary's digests: verdicts TAKEN (equal), APART, or BEHIND (not compared)."""

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hashring.planner import DropTable, Place, Reassign, Renew, TruncateTable
+from hashring.tokens import tokens
 from ps.checkpoint.files import chain, checkpoints, read_manifest
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import SlotsLost
@@ -150,6 +151,37 @@ def test_an_increment_follows_only_its_own_cluster() -> None:
     again = other.save(storage, "of-two-again", incremental=True)
     assert again.parent == "of-two"
     assert source.save(storage, "of-one-again", incremental=True).parent == "of-one"
+
+
+def test_an_increment_after_slots_came_back_from_another_clusters_chain_holds_all_of_them() -> None:
+    """Made alike, two clusters count alike: a position of one's own checkpoint looks like one of what was restored."""
+    theirs, mine = memory(), memory()
+    other, own = LoopCluster(1, cluster=1), LoopCluster(1, cluster=2)
+    for cluster in (other, own):
+        cluster.create(ITEM)
+    same = np.array(ids_of_a_slot(3))
+    for _ in range(6):
+        own.push("item", same[:1].tolist(), np.full((1, 2), -100.0))
+    own.save(mine, "full")
+    other.push("item", same[:2].tolist(), np.ones((2, 2)))
+    other.save(theirs, "full")
+    for k in (0, 0, 1, 1, 1, 1, 1, 1):  # the first row last changes before the sixth push, up to which `own` saved
+        other.push("item", same[k : k + 1].tolist(), np.ones((1, 2)))
+    other.save(theirs, "increment", incremental=True)
+    own.kill("s0")
+    own.restore(theirs)
+    assert own.save(mine, "increment", incremental=True).parent == "full"
+    third = LoopCluster(2, cluster=3)
+    third.restore(mine)
+    assert third.rows("item") == own.rows("item") == other.rows("item")
+
+
+def ids_of_a_slot(n: int) -> list[int]:
+    """So many ids of the table `item` that lie in one slot of 64."""
+    ids = np.arange(1, 1000)
+    slots = tokens(ids, ITEM.seed) >> np.uint64(58)
+    found: list[int] = ids[slots == slots[0]][:n].tolist()
+    return found
 
 
 def test_a_parent_that_was_exchanged_is_refused() -> None:

@@ -7,9 +7,10 @@ from hashring.planner import Enlist, Fail, Recover, Renew, plan
 from hashring.view import Server, View
 from ps.errors import RequestError
 from ps.replication import Replication
-from ps.rowblock import RowBlock, Watermark
+from ps.rowblock import Watermark
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store
+from ps.store.fork import tellable
 from tests.ps.store_helpers import LIMITS, every_slot, push_share, store_of, view_of
 
 SPEC = TableSpec("t", 2, SGD(lr=1.0), Initializer(0.0, 0.0))
@@ -37,11 +38,12 @@ class Scene:
     def push(self, store: Store) -> int:
         return store.push(push_share(1, [1], [IDS], np.ones(2 * len(IDS)))).applied
 
-    def bring(self, term: int, blocks: list[RowBlock] | None = None) -> bool:
+    def bring(self, term: int, foreign: bool = False) -> bool:
         taken = []
-        for block in blocks or self.saved:
+        for block in self.saved:
             fields, arrays = block.to_arrays()
-            taken.append(self.machine.restore({"block": fields, "term": term}, arrays)[1]["taken"])
+            told = {"block": fields, "term": term, "foreign": foreign}
+            taken.append(self.machine.restore(told, arrays)[1]["taken"])
         every = np.concatenate(taken)
         assert every.dtype == np.uint8
         assert every.all() or not every.any()
@@ -61,6 +63,23 @@ def test_restored_slots_hold_the_rows_and_what_was_seen_and_stand_in_the_term_of
     mark = scene.source.watermark(slots)
     assert store.held.slots.on_lineage(slots, mark).all()
     assert sum(b.rows for b in store.export(slots, Watermark(5, slots, mark))) == 0
+
+
+def test_nothing_is_told_from_a_position_that_only_looks_like_one_of_what_was_restored() -> None:
+    """Neither an increment since an own checkpoint, nor what an own copy of before lacks: they begin anew."""
+    scene = Scene()
+    scene.machine.install(scene.begun)
+    assert scene.bring(scene.begun.epoch, foreign=True)
+    scene.machine.install(plan(scene.begun, Recover()))
+    store, slots = scene.machine.store, scene.slots
+    assert (store.digest(slots) == scene.source.digest(slots)).all()
+    mark = scene.source.watermark(slots)
+    assert sum(b.rows for b in store.export(slots, Watermark(5, slots, mark))) == len(IDS)
+    assert not tellable(store.held, slots, mark).any()
+    now = store.watermark(slots)
+    assert tellable(store.held, slots, now).all()
+    store.push(push_share(2, [1], [IDS[:3]], np.ones(6)))
+    assert sum(b.rows for b in store.export(slots, Watermark(5, slots, now))) == 3
 
 
 def test_what_comes_late_meets_another_term_or_an_owner() -> None:
