@@ -19,17 +19,23 @@ Request = Callable[[int], Awaitable[object]]
 @dataclass
 class Outcome:
     """What came of a load. seconds: how long it ran. latency_s: of the requests that were `answered`, from their turn.
+    refused: those that failed.
 
     lag_s: of every request, how long after its turn it was begun: the generator's own part of the latency.
     """
 
     seconds: float = 0.0
     requests: int = 0
-    failed: int = 0
     answered: list[int] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
     latency_s: list[float] = field(default_factory=list)
     lag_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        """Requests that failed."""
+        return len(self.refused)
 
     @property
     def rate(self) -> float:
@@ -107,6 +113,6 @@ async def _one(request: Request, number: int, due: float, found: Outcome) -> Non
         found.latency_s.append(time.perf_counter() - due)
         found.answered.append(number)
     except EmbringError as error:
-        found.failed += 1
+        found.refused.append(number)
         if len(found.errors) < 20:
             found.errors.append(f"{type(error).__name__}: {error}"[:200])

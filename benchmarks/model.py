@@ -51,7 +51,7 @@ FANOUT = 16
 class PullCost:
     """Of one request, expected: rows that servers send, servers touched, bytes and frames both ways.
 
-    busiest: the share of all ids that the busiest server answers, over many requests.
+    busiest: the share of the busiest server in all ids that are sent, over many requests.
     """
 
     rows: float
@@ -118,14 +118,14 @@ class Model:
         for weight, chosen in turns:
             server = np.full(self.view.slots_total, -1)
             server[used] = chosen
-            figures, asked = self._one(samples, server)
+            figures, ids = self._one(samples, server)
             found += weight * figures
-            load += weight * asked
+            load += weight * ids
         rows, touched, sent, received, frames = found.tolist()
         return PullCost(rows, touched, sent, received, frames, busiest=float(load.max() / load.sum()))
 
     def _one(self, samples: int, server: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(rows, servers, bytes sent, bytes received, frames) and ids asked of each server, for one cover."""
+        """(rows, servers, bytes sent, bytes received, frames) and ids sent to each server, for one cover."""
         asked, rows, ids, missed = self._shares(samples, server)
         servers = np.flatnonzero(asked.sum(axis=1) > 0)
         if self.everywhere and sum(self.counts) * samples <= UNDIVIDED_MAX:  # sent as it is
@@ -136,7 +136,7 @@ class Model:
             sent = touched * pull_bytes(ids[s].sum() / touched, rows[s].sum() / touched, len(self.counts))
             got = touched * reply_bytes(rows[s].sum() / touched * self.workload.shape.dim)
             total += np.array([rows[s].sum(), touched, sent, got, 2 * touched])
-        return total, asked.sum(axis=1)
+        return total, ids.sum(axis=1)
 
     def _shares(self, samples: int, server: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
         """asked, rows, ids, missed: float64[S, F]. missed: the logarithm of the chance that s has no id of f."""
@@ -175,14 +175,16 @@ class Model:
             in_slot = np.minimum(np.bincount(slots, weights=law, minlength=len(missed)), 1.0)
             with np.errstate(divide="ignore"):
                 missed += samples * k * np.log1p(-in_slot)
-        between = 0
+        between = 0.0
+        mine = self.rows_of_slot > 0  # the view may have slots of other tables, of which nothing is told
         for s in range(len(self.view.servers)):
             for peer in range(len(self.view.servers)):
-                theirs = (owners[:, 0] == s) & (owners[:, 1:] == peer).any(axis=1)
-                if theirs.any():
-                    touched = (1 - np.exp(missed[theirs])).sum()
-                    between += block_bytes(touched, rows_in[theirs].sum(), dim, state_width)
-        return PushCost(changed, float(sent), float(between))
+                theirs = mine & (owners[:, 0] == s) & (owners[:, 1:] == peer).any(axis=1)
+                told = float(-np.expm1(missed[theirs].sum()))  # the chance that there is anything to tell
+                if told > 0:
+                    touched, rows_out = -np.expm1(missed[theirs]).sum() / told, rows_in[theirs].sum() / told
+                    between += told * block_bytes(touched, rows_out, dim, state_width)
+        return PushCost(changed, float(sent), between)
 
     # -- rows at rest, and changes
 

@@ -54,7 +54,7 @@ CARDS = (
     (
         "loss_bags_failed",
         "When one server is lost",
-        "bags of a sample that nobody can answer until a restore",
+        "bags of a sample that nobody can answer until a restore; arithmetic alone",
         100.0,
         "{:.0f} %",
     ),
@@ -69,7 +69,7 @@ def page(result: Mapping[str, Any]) -> str:
     rate = f"{work['rate_samples_per_s']:,.0f}"
     late = f"99 % of reads answered within, ms, at {rate} samples/s"
     words = {
-        **{key: work[key] for key in ("tables", "dim", "servers", "batch", "arrivals")},
+        **{key: work[key] for key in ("tables", "dim", "servers", "batch", "arrivals", "optimizer")},
         "rows": f"{work['rows']:,}",
         "ids": work["ids_per_sample"],
         "zipf": f"{work['zipf']:g}",
@@ -202,9 +202,11 @@ def _card(figures: Mapping[str, Any], key: str, title: str, why: str, scale: flo
         shown = model if measured is None else measured
         if shown is None:
             continue
-        tick = f'<span class="tick" style="left:calc({model / most:.2%} - 1px)"></span>' if model is not None else ""
+        both = model is not None and measured is not None
+        tick = f'<span class="tick" style="left:calc({model / most:.2%} - 1px)"></span>' if both else ""
+        look = "fill" if measured is not None else "fill alone"
         bars.append(
-            f'<div class="bar"><span>{LABELS[name]}</span><span class="track"><span class="fill" '
+            f'<div class="bar"><span>{LABELS[name]}</span><span class="track"><span class="{look}" '
             f'style="width:{shown / most:.2%};background:{COLOURS[name]}"></span>{tick}</span>'
             f'<span class="value">{form.format(shown * scale)}</span></div>'
         )

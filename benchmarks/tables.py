@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.placements import LABELS
-from benchmarks.tradeoff import AXES, CHECKED, OFF_MAX
+from benchmarks.tradeoff import ALIKE, AXES, CHECKED, OFF_MAX
 
 MIB = 2**20
 
@@ -31,6 +31,9 @@ PLACEMENT_ROWS: tuple[tuple[str, str, Show], ...] = (
     ("p99_ms", "reads at the stated rate, p99, ms", lambda v: f"{v:.2f}"),
     ("push_p50_ms", "pushes at the stated rate, p50, ms", lambda v: f"{v:.2f}"),
     ("push_p99_ms", "pushes at the stated rate, p99, ms", lambda v: f"{v:.2f}"),
+    ("reads_timed", "reads timed", lambda v: f"{v:,}"),
+    ("pushes_timed", "pushes timed", lambda v: f"{v:,}"),
+    ("failed", "requests failed", lambda v: f"{v:,}"),
     ("lag_p99_ms", "the generator's lag, p99, ms", lambda v: f"{v:.2f}"),
     ("push_rows_per_s", "push, rows/s", lambda v: f"{v:,.0f}"),
     ("push_bytes_per_row", "push, bytes a row", lambda v: f"{v:,.1f}"),
@@ -40,6 +43,7 @@ PLACEMENT_ROWS: tuple[tuple[str, str, Show], ...] = (
     ("loss_rows", "a lost server: rows lost", lambda v: f"{v:,.0f}"),
     ("loss_bags_failed", "a lost server: bags that fail", lambda v: f"{v:.1%}"),
     ("loss_reads_failed_until_view", "reads failed until the next view", lambda v: f"{v:,.0f}"),
+    ("loss_reads_until_view", "of so many", lambda v: f"{v:,.0f}"),
     ("loss_share_failed_after", "reads failing after it", lambda v: f"{v:.0%}"),
 )
 
@@ -64,7 +68,7 @@ def placement(result: Mapping[str, Any]) -> Group:
             table.add_row(title, *cells)
     head = (
         f"shape {work['shape']}: {work['tables']} tables, {work['ids_per_sample']} ids a sample, {work['rows']:,} "
-        f"rows of {work['dim']} floats, Zipf {work['zipf']:g}; {work['batch']} samples a request, "
+        f"rows of {work['dim']} floats, {work['optimizer']}, Zipf {work['zipf']:g}; {work['batch']} samples a request, "
         f"{work['servers']} servers; "
         f"latency at {work['rate_samples_per_s']:,.0f} samples/s ({work['arrivals']} arrivals, "
         f"{work['writes']:.0%} of them pushes)"
@@ -77,10 +81,10 @@ def _cell(found: Mapping[str, Any], key: str, show: Show) -> Text:
     measured, model = found["measured"].get(key), found["model"].get(key)
     if measured is None:
         return Text("" if model is None else show(model), style="dim")
-    text = Text(show(measured))
-    if model is not None and key in CHECKED:
-        off = found["off"].get(key, 0.0)
-        text.append(f" {off:+.1%}", style="dim" if abs(off) <= OFF_MAX else "bold red")
+    text = Text(show(measured), style="bold red" if key == "failed" and measured else "")
+    if model is not None and key in found["off"]:
+        off = found["off"][key]
+        text.append(f" {off:+.1%}", style="dim" if abs(off) <= OFF_MAX or key not in CHECKED else "bold red")
     return text
 
 
@@ -103,10 +107,16 @@ def verdicts(equal: bool, told: Mapping[str, Any]) -> list[tuple[str, str]]:
     wrong = [key for key, right in told["ordered"].items() if not right]
     if wrong:
         out.append((f"Not in the expected order: {', '.join(titles[key] for key in wrong)}.", "bold red"))
+    if told["late"]:
+        names = ", ".join(LABELS[name] for name in told["late"])
+        out.append(
+            (f"The load's own process fell behind the stated rate ({names}): latencies are of that.", "bold red")
+        )
     for name, others in told["dominated_by"].items():
         if others:
             by = ", ".join(LABELS[other] for other in others)
-            out.append((f"{LABELS[name]} is nowhere better than {by} (in {', '.join(AXES)}).", "yellow"))
+            near = f"figures within {ALIKE:.0%} count as equal"
+            out.append((f"{LABELS[name]} is nowhere better than {by} (in {', '.join(AXES)}; {near}).", "yellow"))
     free = [LABELS[name] for name, others in told["dominated_by"].items() if not others]
     out.append((f"No other placement is as good everywhere and better somewhere: {', '.join(free)}.", ""))
     out.append(("Grey: what the arithmetic says alone; a percentage: how far the count is from it.", "dim"))

@@ -42,24 +42,36 @@ ORDERS = {
     "memory_bytes": ("sharded", "whole", "replicated"),
     "push_bytes_per_row": ("whole", "sharded", "replicated"),
 }
-"""From the smallest to the largest, or equal: what must come out where bags have many ids."""
+"""From the smallest to the largest, or equal: what must come out wherever the arithmetic says so, as it does where bags
+have many ids."""
 
 
 def summary(figures: Figures) -> dict[str, Any]:
-    """Whether every counted figure agrees with the arithmetic, the worst of them, the orders, and who is dominated."""
-    off = [(abs(value), name, key) for name, found in figures.items() for key, value in found["off"].items()]
+    """Whether every counted figure agrees with the arithmetic, the worst of them, the orders, which latencies are those
+    of the load's own process, and who is dominated."""
+    off = [(abs(f["off"][key]), name, key) for name, f in figures.items() for key in CHECKED if key in f["off"]]
     worst = max(off, default=(0.0, "", ""))
     return {
         "agrees": worst[0] <= OFF_MAX,
         "worst_off": {"placement": worst[1], "figure": worst[2], "off": worst[0]},
-        "ordered": {key: in_order(figures, key, names) for key, names in ORDERS.items()},
+        "ordered": {
+            key: in_order(figures, key, names)
+            for key, names in ORDERS.items()
+            if in_order(figures, key, names, part="model")
+        },
+        "late": [name for name, found in figures.items() if late(found["measured"])],
         "dominated_by": dominated(figures),
     }
 
 
-def in_order(figures: Figures, key: str, names: tuple[str, ...]) -> bool:
+def late(measured: Mapping[str, Any]) -> bool:
+    """Whether the load's process began requests later than half of them were answered: the rate was too much for it."""
+    return bool(measured.get("lag_p99_ms", 0.0) > measured.get("p50_ms", float("inf")))
+
+
+def in_order(figures: Figures, key: str, names: tuple[str, ...], part: str = "measured") -> bool:
     """Whether these placements' figures rise, or stay alike, in this order; those that are missing are passed over."""
-    values = [figures[name]["measured"][key] for name in names if name in figures]
+    values = [figures[name][part][key] for name in names if name in figures]
     return all(a <= b * (1 + ALIKE) for a, b in pairwise(values))
 
 

@@ -63,7 +63,7 @@ class Workload:
         """float64[rows] of one table: how probable each of its ids is."""
         rows = self.sizes[table]
         out = np.empty(rows)
-        out[_names_of_ranks(rows, (self.seed, 3, table))] = np.diff(_law(rows, self.zipf), prepend=0.0)
+        out[_names_of_ranks(rows, (self.seed, 3, table))] = _weights(rows, self.zipf)
         return out
 
     def values(self, table: int) -> NDArray[np.float32]:
@@ -86,10 +86,14 @@ class Workload:
         return [self.batch(samples, number) for number in range(n)]
 
 
+def _weights(rows: int, exponent: float) -> NDArray[np.float64]:
+    weights = np.arange(1, rows + 1, dtype=np.float64) ** -exponent
+    return weights / weights.sum()
+
+
 @lru_cache(maxsize=64)
 def _law(rows: int, exponent: float) -> NDArray[np.float64]:
-    weights = np.arange(1, rows + 1, dtype=np.float64) ** -exponent
-    return np.cumsum(weights) / weights.sum()
+    return np.cumsum(_weights(rows, exponent))
 
 
 @lru_cache(maxsize=64)
@@ -101,3 +105,16 @@ def zipf_ids(rng: np.random.Generator, n: int, rows: int, exponent: float, seed:
     """int64[n] ids below `rows`: P(rank r) ~ r**-exponent, and a permutation by `seed` gives each rank its id."""
     ranks = np.minimum(np.searchsorted(_law(rows, exponent), rng.random(n)), rows - 1)
     return _names_of_ranks(rows, seed)[ranks]
+
+
+def distinct_zipf_ids(
+    rng: np.random.Generator, n: int, rows: int, exponent: float, seed: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """int64[min(n, rows)] distinct ids, as if drawn one after another without replacement by the law of `zipf_ids`.
+
+    By the Gumbel-top-k trick (Kool et al., 2019): those with the greatest log p + Gumbel noise, however skewed the law.
+    """
+    keys = np.log(_weights(rows, exponent)) + rng.gumbel(size=rows)
+    n = min(n, rows)
+    first = np.argpartition(-keys, n - 1)[:n]
+    return _names_of_ranks(rows, seed)[first[np.argsort(-keys[first])]]

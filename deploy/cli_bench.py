@@ -19,7 +19,9 @@ Example:  embring bench pull --shapes M --batches 32
 
 app = typer.Typer(help=HELP, no_args_is_help=True, **STYLE)
 
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write figures, raw samples, machine and versions.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write everything: figures, machine, versions, raw samples if any.")
+]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds of A/B/A/B; the median over them counts.")]
 SecondsOption = Annotated[float, typer.Option(min=0.001, help="Seconds of each side in a round.")]
 
@@ -30,7 +32,7 @@ def pull(
     shapes: Annotated[str, typer.Option(help="M: 26 tables, 214 ids a sample; O: one id each.")] = "M,O",
     batches: Annotated[str, typer.Option(help="Samples in a request.")] = "32,256,2048",
     rows: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 100_000,
-    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    zipf: Annotated[float, typer.Option(min=0.0, max=10.0, help="Exponent of the ids' Zipf law.")] = 1.05,
     rounds: RoundsOption = 5,
     seconds: SecondsOption = 0.4,
     servers: Annotated[int, typer.Option(min=1, help="Server processes.")] = 3,
@@ -53,7 +55,7 @@ def pull(
         rounds=rounds,
         seconds=seconds,
         servers=servers,
-        placement=_chosen("--placement", placement, ("sharded", "whole"))[0],  # type: ignore[arg-type]
+        placement=_one("--placement", placement, ("sharded", "whole")),  # type: ignore[arg-type]
     )
     _measure(suite.run, settings, output)
 
@@ -104,10 +106,13 @@ def placement(
     shape: Annotated[str, typer.Option(help="M: 26 tables, 214 ids a sample; O: one id each.")] = "M",
     ids: Annotated[str, typer.Option(help="Ids a sample of each table, in place of a shape: 3,1,100.")] = "",
     rows: Annotated[
-        int, typer.Option(min=1, help="Rows of a table at most; M and O have the published sizes.")
-    ] = 100_000,
+        int | None,
+        typer.Option(
+            min=1, help="Rows of a table at most; M and O have the published sizes. 100,000, or 20,000 (quick)."
+        ),
+    ] = None,
     dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
-    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    zipf: Annotated[float, typer.Option(min=0.0, max=10.0, help="Exponent of the ids' Zipf law.")] = 1.05,
     batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a request.")] = 32,
     writes: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of pushes at the stated rate.")] = 0.1,
     placements: Annotated[
@@ -118,14 +123,19 @@ def placement(
         float, typer.Option(min=0.0, help="Further copies of the mixed placement, as a part of all rows.")
     ] = 0.3,
     rate: Annotated[
-        float, typer.Option(min=0.0, help="Samples a second of the open loop; 0: half of what the slowest one does.")
+        float,
+        typer.Option(min=0.0, max=1e7, help="Samples a second of the open loop; 0: half of what the slowest one does."),
     ] = 0.0,
     arrivals: Annotated[str, typer.Option(help="Of the open loop: poisson or fixed.")] = "poisson",
-    rounds: RoundsOption = 5,
-    seconds: SecondsOption = 2.0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; medians over them count. 5, or 2 (quick).")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds of each phase in a round. 2, or 1 (quick).")
+    ] = None,
     join: Annotated[bool, typer.Option(help="Have one more server join after the load.")] = True,
     kill: Annotated[bool, typer.Option(help="Kill a server at the end, under reads.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="20,000 rows, 2 rounds of 1 s: within two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rows and rounds, where not given: within two minutes.")
+    ] = False,
     output: JsonOption = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one page that can be read without anything else.")
@@ -141,9 +151,9 @@ def placement(
     from benchmarks.workloads import SHAPES
 
     settings = suite.Settings(
-        shape=_chosen("--shape", shape, tuple(SHAPES))[0],
+        shape=_one("--shape", shape, tuple(SHAPES)),
         ids=_numbers("--ids", ids) if ids else (),
-        rows=min(rows, 20_000) if quick else rows,
+        rows=rows or (20_000 if quick else 100_000),
         dim=dim,
         zipf=zipf,
         batch=batch,
@@ -152,9 +162,9 @@ def placement(
         servers=servers,
         budget=budget,
         rate=rate,
-        arrivals=_chosen("--arrivals", arrivals, ("poisson", "fixed"))[0],
-        rounds=min(rounds, 2) if quick else rounds,
-        seconds=min(seconds, 1.0) if quick else seconds,
+        arrivals=_one("--arrivals", arrivals, ("poisson", "fixed")),
+        rounds=rounds or (2 if quick else 5),
+        seconds=seconds or (1.0 if quick else 2.0),
         join=join,
         kill=kill,
     )
@@ -167,7 +177,7 @@ def push(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 1_000_000,
     ids: Annotated[int, typer.Option(min=1, max=1_000_000, help="Distinct ids of a push.")] = 4096,
     dim: Annotated[int, typer.Option(min=1, max=4096, help="Floats of a row.")] = 64,
-    zipf: Annotated[float, typer.Option(min=0.0, help="Exponent of the ids' Zipf law.")] = 1.05,
+    zipf: Annotated[float, typer.Option(min=0.0, max=10.0, help="Exponent of the ids' Zipf law.")] = 1.05,
     servers: Annotated[int, typer.Option(min=2, max=16, help="Server processes.")] = 3,
     rounds: RoundsOption = 5,
     seconds: SecondsOption = 1.0,
@@ -252,7 +262,16 @@ def _chosen(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]
             raise RequestError(f"{option} has {part!r}; it may have {', '.join(allowed)}")
     if not found:
         raise RequestError(f"{option} is empty; it may have {', '.join(allowed)}")
+    if len(set(found)) < len(found):
+        raise RequestError(f"{option} is {text!r}; it may name each once")
     return found
+
+
+def _one(option: str, text: str, allowed: tuple[str, ...]) -> str:
+    first, *others = _chosen(option, text, allowed)
+    if others:
+        raise RequestError(f"{option} is {text!r}; it must be one of {', '.join(allowed)}")
+    return first
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -277,24 +296,26 @@ def _measure(
     html: Path | None = None,
     page: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Run a suite and print its figures (as a table where there is one); write everything to `output`, and a page to
-    `html`, which are looked at before anything is measured.
+    """Run a suite and print its figures (as a table where there is one); then write everything to `output`, and a page
+    to `html`, which are looked at before anything is measured.
 
     Exit status 1 where results differed.
     """
     for path in (output, html):
         if path is not None:
             _check_file(path)
+    if output is not None and html is not None and output.resolve() == html.resolve():
+        raise RequestError(f"--json and --html both name {output}")
     result = run(settings, _say)
+    if show is not None:
+        show(result)
+    else:
+        shown = {key: value for key, value in result.items() if key not in ("raw_us", "settings")}
+        print(json.dumps(shown, indent=1), flush=True)
     if output is not None:
         _write(output, json.dumps(result, indent=1) + "\n")
     if html is not None and page is not None:
         _write(html, page(result))
-    if show is not None and output is None:
-        show(result)
-    else:
-        shown = {key: value for key, value in result.items() if key not in ("raw_us", "settings")}
-        print(json.dumps(shown, indent=1))
     if not result["equal"]:
         raise RequestError("results differ, or what was promised was broken: see the figures")
 

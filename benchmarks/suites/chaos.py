@@ -120,8 +120,8 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
         "rows": kept,
         "slots_that_differ": differ,
         "checkpoints": saves,
-        "requests": len(bench.load.trace.ok),
-        "failed": len(bench.load.trace.ok) - sum(bench.load.trace.ok),
+        "requests": len(bench.load.trace.due),
+        "failed": int(bench.load.trace.failed().sum()),
         "errors": bench.load.trace.errors[:20],
     }
     return findings.to_plain({"command": "embring bench chaos", **asdict(settings)})
@@ -134,6 +134,8 @@ class Chaos:
         self.settings, self.servers, self.saves, self.report = settings, servers, saves, report
         self.load = Counted(servers.view(), settings.rows, settings.dim)
         self._runtime = runtime
+        self._spans: list[tuple[float, float]] = []
+        """From the strike to the calm after it, of each round."""
 
     async def go(self) -> list[dict[str, Any]]:
         """Every round of the chosen changes, as often as asked for."""
@@ -154,6 +156,8 @@ class Chaos:
             stop.set()
             await load
             await client.close()
+        for told, (begin, end) in zip(done, self._spans, strict=True):  # all requests have ended now
+            told["requests_failed"] = self.load.trace.between(begin, end)["failed"]
         return done
 
     async def _round(self, one: Round) -> dict[str, Any]:
@@ -173,14 +177,13 @@ class Chaos:
         record = await self._settled()
         end = {s["name"] for s in record["servers"]}
         ended = "new" if end == new else "old" if end == old else str(sorted(end))
-        failed = self.load.trace.between(moment, time.perf_counter())["failed"]
+        self._spans.append((moment, time.perf_counter()))
         return {
             **asdict(one),
             "server": victim["name"] if victim else "",
             "reached": reached and victim is not None,
             "ended": "old" if one.change == "checkpoint" and ended == "new" and not saved else ended,
             "settled_s": round(time.perf_counter() - moment, 2),
-            "requests_failed": failed,
         }
 
     async def _begin(self, change: str, before: Record) -> tuple[list[str], set[str]]:

@@ -7,6 +7,7 @@ Then one more server joins, and at last one is killed under reads of every place
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 import ps
 from benchmarks.implementations import LOAD_ROWS, same
-from benchmarks.load import Outcome, arrivals, closed, opened, percentiles_ms
+from benchmarks.load import Outcome, Request, arrivals, closed, opened, percentiles_ms
 from benchmarks.model import Model
 from benchmarks.placements import ABOUT, LABELS, NAMES, Lay, lay_out, mixed_tables
 from benchmarks.report import Findings
@@ -29,7 +30,9 @@ from benchmarks.suites.loss import lose_a_server
 from benchmarks.tradeoff import CHECKED, summary
 from benchmarks.workloads import PUBLISHED_ROWS, SHAPES, Batch, Shape, Workload
 from hashring.view import Server, View
+from ps.client.verbs import CHUNK
 from ps.controller.outlook import names_for
+from ps.errors import EmbringError, RequestError
 from ps.runtime import Runtime, read_token
 
 T = TypeVar("T")
@@ -40,9 +43,19 @@ IDS_IN_TURN = 400_000
 SMALL = 8
 """Samples of the requests that go on while a server is lost."""
 
+OPTIMIZER = ps.SGD(lr=1.0)
+"""Without a state of its own, and exact: others take more memory, and more bytes for each copy of a push."""
+
 TIMEOUT_S = 10.0
+"""Of a request. One that failed counts as having taken as long: its caller has waited for nothing."""
+
 LOAD_TIMEOUT_S = 60.0
 IDLE_S = 1.0
+MIXED_MIN, MIXED_MAX = 40, 4000
+"""Requests of the closed loop that finds the rate, where there are writes."""
+
+PERCENTILE_MIN = 100
+"""Requests of a round below which no p99 is told."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,8 @@ class Placed:
     write_s: list[list[float]] = field(default_factory=list)
     pushed: list[Outcome] = field(default_factory=list)
     counted: dict[str, float] = field(default_factory=dict)
+    made: Counter[int] = field(default_factory=Counter)
+    """How often each request was pushed to."""
 
     def count(self, **more: float) -> None:
         """Add to what was counted."""
@@ -118,6 +133,7 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     """Start a cluster, measure, end it; one JSON-able result."""
     findings = Findings()
     workload = settings.workload()
+    check_size(settings, workload)
     with (
         cluster(benchmark_config(settings.servers), report, in_place=False) as (runtime, client),
         watching(runtime) as servers,
@@ -141,10 +157,25 @@ def run(settings: Settings, report: Report) -> dict[str, Any]:
     findings.figures["summary"] = summary(figures)
     findings.figures["workload"] = described(settings, workload, bench.rate)
     for p in bench.placed:
+        findings.figures.setdefault("errors", {})[p.name] = [
+            e for o in (*p.closed, *p.opened, *p.pushed) for e in o.errors
+        ]
         findings.raw[p.name] = {"read": [*map(_us, p.read_s)], "push": [*map(_us, p.write_s)]}
         findings.raw[p.name]["lag"] = [_us(o.lag_s) for o in p.opened]
         findings.spreads[p.name] = p.spreads(settings.batch)
     return findings.to_plain({"command": "embring bench placement", **asdict(settings)})
+
+
+def check_size(settings: Settings, workload: Workload) -> None:
+    """Raise RequestError for requests that a client cuts into parts: then calls are no servers."""
+    shape = workload.shape
+    reply, asked = len(workload.tables) * shape.dim * 4, sum(shape.ids_per_sample) * 8
+    most = CHUNK // max(reply, asked)
+    if settings.batch > most:
+        raise RequestError(
+            f"--batch is {settings.batch}; at most {most} such samples ({reply} bytes of sums and {asked} of ids each) "
+            "go into one request"
+        )
 
 
 class Bench:
@@ -190,7 +221,7 @@ class Bench:
             before = self.servers.usage()
             for f, (table, lay) in enumerate(zip(placed.tables, placed.lay, strict=True)):
                 self._client.create_table(
-                    table, self.workload.shape.dim, ps.SGD(lr=1.0), placement=lay.placement, replicas=lay.replicas
+                    table, self.workload.shape.dim, OPTIMIZER, placement=lay.placement, replicas=lay.replicas
                 )
                 values = self.workload.values(f)
                 for at in range(0, len(values), LOAD_ROWS):
@@ -229,20 +260,42 @@ class Bench:
             await closed(partial(self._pull, client, placed), settings.in_flight, requests_max=8)
         for number in range(settings.rounds):
             self.report(f"round {number + 1} of {settings.rounds}: as fast as it goes")
-            for client, placed in _from(pairs, number):
+            for client, placed in _shuffled(pairs, (number, 0)):
                 await self._closed(client, placed)
+                if not placed.closed[-1].answered:
+                    raise EmbringError(f"{LABELS[placed.name]}: no pull was answered: {placed.closed[-1].errors[0]}")
         if not self.rate:
-            self.rate = min(median(o.rate for o in p.closed) for p in self.placed) * settings.batch / 2
+            self.rate = await self._half(pairs)
         for number in range(settings.rounds):
-            self.report(f"round {number + 1} of {settings.rounds}: {self.rate:.0f} samples/s, then pushes")
             due = arrivals(self.rate / settings.batch, settings.seconds, number, settings.arrivals)
-            written = np.random.default_rng((number, 1)).random(len(due)) < settings.writes
-            for client, placed in _from(pairs, number):
+            self.rate = len(due) / settings.seconds * settings.batch  # a whole number of requests
+            self.report(f"round {number + 1} of {settings.rounds}: {self.rate:.0f} samples/s, then pushes")
+            written = self._written(len(due), number)
+            for client, placed in _shuffled(pairs, (number, 2)):
                 await self._opened(client, placed, due, written)
                 await self._pushed(client, placed, idle)
             self._turn += len(due)
         for client in clients:
             await client.close()
+
+    def _written(self, requests: int, number: int) -> NDArray[np.bool_]:
+        """Which requests of a round are pushes."""
+        return np.random.default_rng((number, 1)).random(requests) < self.settings.writes
+
+    async def _half(self, pairs: "list[tuple[ps.AsyncClient, Placed]]") -> float:
+        """Half of the samples a second, reads and writes as they will be mixed, that the slowest placement answers."""
+        settings = self.settings
+        reads = min(median(o.rate for o in p.closed) for p in self.placed)
+        if not settings.writes:
+            return reads * settings.batch / 2
+        requests = int(np.clip(reads * settings.seconds / 2, MIXED_MIN, MIXED_MAX))  # as many to each: rows stay alike
+        written = self._written(requests, 0)
+        rates = []
+        for client, placed in pairs:
+            self.report(f"{LABELS[placed.name]}: reads and writes as fast as it goes")
+            found = await closed(self._mixed(client, placed, written, 0), settings.in_flight, requests_max=requests)
+            rates.append(found.rate)
+        return min(rates) * settings.batch / 2
 
     async def _idle(self) -> float:
         """Bytes a second that servers receive while nothing is asked: pings, and copies being compared."""
@@ -254,8 +307,23 @@ class Bench:
         await client.pull_bags(placed.requests[number % len(placed.requests)])
 
     async def _push(self, client: "ps.AsyncClient", placed: Placed, number: int) -> None:
-        bags = placed.requests[number % len(placed.requests)]
-        await client.push_bags(bags, dict.fromkeys(bags, self._grads))
+        at = number % len(placed.requests)
+        bags = placed.requests[at]
+        # Every second push to the same rows takes the one before back, so that sums stay exact in float32.
+        grads = self._grads if placed.made[at] % 2 == 0 else -self._grads
+        placed.made[at] += 1
+        await client.push_bags(bags, dict.fromkeys(bags, grads))
+
+    def _mixed(self, client: "ps.AsyncClient", placed: Placed, written: NDArray[np.bool_], first: int) -> Request:
+        """Reads and writes, the first of which has this number."""
+
+        async def request(i: int) -> None:
+            if written[i - first]:
+                await self._push(client, placed, i)
+            else:
+                await self._pull(client, placed, i)
+
+        return request
 
     async def _closed(self, client: "ps.AsyncClient", placed: Placed) -> None:
         before, used, own = client.statistics(), self.servers.usage(), own_cpu_seconds()
@@ -278,17 +346,11 @@ class Bench:
     async def _opened(
         self, client: "ps.AsyncClient", placed: Placed, due: NDArray[np.float64], written: NDArray[np.bool_]
     ) -> None:
-        async def request(i: int) -> None:
-            if written[i - self._turn]:
-                await self._push(client, placed, i)
-            else:
-                await self._pull(client, placed, i)
-
-        found = await opened(request, due, self._turn)
+        found = await opened(self._mixed(client, placed, written, self._turn), due, self._turn)
         placed.opened.append(found)
-        pushed = [written[number - self._turn] for number in found.answered]
-        placed.read_s.append([s for s, push in zip(found.latency_s, pushed, strict=True) if not push])
-        placed.write_s.append([s for s, push in zip(found.latency_s, pushed, strict=True) if push])
+        took = [*zip(found.answered, found.latency_s, strict=True), *((number, TIMEOUT_S) for number in found.refused)]
+        placed.read_s.append([s for number, s in took if not written[number - self._turn]])
+        placed.write_s.append([s for number, s in took if written[number - self._turn]])
 
     async def _pushed(self, client: "ps.AsyncClient", placed: Placed, idle: float) -> None:
         """The same pushes to each placement: some in flight, for their rate; then one by one, for what is sent.
@@ -321,16 +383,18 @@ class Bench:
 
     def figures(self) -> dict[str, Any]:
         """Of each placement: what was measured, what the arithmetic says, and how far they are apart."""
-        view = self.view or self.servers.view()
+        now = self.servers.view()
+        view = self.view or now
         beside = np.zeros(view.slots_total, np.int64)
         out = {}
         for placed in self.placed:
             model = Model(view, placed.tables, self.workload)
             measured, expected = self._measured(placed), self._expected(model, beside)
+            expected |= self._loss(model if view is now else Model(now, placed.tables, self.workload))
             beside = beside + model.rows_of_slot
             off = {
                 name: round(measured[name] / expected[name] - 1, 5)
-                for name in CHECKED
+                for name in (*CHECKED, "busiest_share")
                 if name in measured and expected[name]
             }
             out[placed.name] = {"measured": measured, "model": expected, "off": off}
@@ -356,6 +420,8 @@ class Bench:
             **_percentiles(placed.read_s, (50, 95, 99)),
             **{f"push_{name}": value for name, value in _percentiles(placed.write_s, (50, 99)).items()},
             "lag_p99_ms": median(percentiles_ms(o.lag_s)["p99_ms"] for o in placed.opened),
+            "reads_timed": sum(map(len, placed.read_s)),
+            "pushes_timed": sum(map(len, placed.write_s)),
             "failed": sum(o.failed for o in (*placed.closed, *placed.opened, *placed.pushed)),
             "push_rows_per_s": median(o.rate for o in placed.pushed) * c["rows_pushed"] / c["pushes"],
             "push_bytes_per_row": (c["push_bytes_sent"] + c["push_bytes_between"]) / rows_pushed,
@@ -363,7 +429,7 @@ class Bench:
 
     def _expected(self, model: Model, beside: NDArray[np.int64]) -> dict[str, Any]:
         batch = self.settings.batch
-        pull, push, memory, loss = model.pull(batch), model.push(batch, 0), model.memory(beside), model.loss()
+        pull, push, memory = model.pull(batch), model.push(batch, 0), model.memory(beside)
         (name,) = names_for(model.view, (), 0)
         join = model.join(Server(name, 1, model.view.servers[0].host))
         return {
@@ -377,6 +443,12 @@ class Bench:
             "push_bytes_per_row": (push.bytes_sent + push.bytes_between) / push.rows,
             "join_rows_moved": join.rows_moved,
             "join_rows_ideal": join.rows_ideal,
+        }
+
+    def _loss(self, model: Model) -> dict[str, float]:
+        """Of the view in which a server is killed: there is one more of them after a join."""
+        loss = model.loss()
+        return {
             "loss_slots_lost": loss.slots_lost,
             "loss_slots_under_replicated": loss.slots_under_replicated,
             "loss_rows": loss.rows_lost,
@@ -398,14 +470,16 @@ def described(settings: Settings, workload: Workload, rate: float) -> dict[str, 
         "rate_samples_per_s": round(rate, 1),
         "arrivals": settings.arrivals,
         "writes": settings.writes,
+        "optimizer": OPTIMIZER.kind,
         "replicated_in_mixed": sorted(mixed_tables(workload, settings.servers, settings.budget)),
         "placements": {name: {"label": LABELS[name], "about": ABOUT[name]} for name in settings.placements},
     }
 
 
 def _percentiles(rounds: list[list[float]], shares: Sequence[float]) -> dict[str, float]:
-    """Of each percentile the median over the rounds; none where no round has anything."""
-    found = [percentiles_ms(seconds, shares) for seconds in rounds if seconds]
+    """Of each percentile the median over the rounds; none where no round has anything, and no p99 of few."""
+    few = min(map(len, rounds), default=0) < PERCENTILE_MIN
+    found = [percentiles_ms(seconds, [q for q in shares if q < 99 or not few]) for seconds in rounds if seconds]
     return {name: median(of[name] for of in found) for name in found[0]} if found else {}
 
 
@@ -413,7 +487,6 @@ def _us(seconds: Sequence[float]) -> list[float]:
     return [round(s * 1e6, 1) for s in seconds]
 
 
-def _from(pairs: list[T], number: int) -> list[T]:
-    """Each round begins with another one: what one leaves behind does not always meet the same next one."""
-    turn = number % len(pairs)
-    return pairs[turn:] + pairs[:turn]
+def _shuffled(pairs: list[T], seed: tuple[int, int]) -> list[T]:
+    """In another order each round: what one leaves behind does not always meet the same next one."""
+    return [pairs[k] for k in np.random.default_rng(seed).permutation(len(pairs))]

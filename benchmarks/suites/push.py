@@ -19,7 +19,7 @@ import ps
 from benchmarks.measure import Side, interleave, timed
 from benchmarks.report import Findings
 from benchmarks.suites.cluster import Report, benchmark_config, cluster
-from benchmarks.workloads import zipf_ids
+from benchmarks.workloads import distinct_zipf_ids
 from ps.runtime import Runtime, read_token
 from ps.share import Acks
 from ps.spec import Optimizer
@@ -139,12 +139,8 @@ def _table(optimizer: str, way: str) -> str:
 
 
 def _push(settings: Settings, rng: np.random.Generator) -> Push:
-    """As many distinct ids as asked for, the more probable the earlier, in no order of theirs."""
-    found = np.empty(0, np.int64)
-    while len(found) < min(settings.ids, settings.rows):
-        drawn = zipf_ids(rng, 2 * settings.ids, settings.rows, settings.zipf, (7,))
-        _, first = np.unique(joined := np.concatenate([found, drawn]), return_index=True)
-        found = joined[np.sort(first)][: settings.ids]
+    """As many distinct ids as asked for, in the order in which they would be drawn."""
+    found = distinct_zipf_ids(rng, settings.ids, settings.rows, settings.zipf, (7,))
     return found, np.float32(0.01) * rng.standard_normal((len(found), settings.dim), np.float32)
 
 

@@ -10,6 +10,7 @@ and beside the slower of the two quiet phases around the change.
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -105,6 +106,16 @@ class Turn:
     end: float
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What was measured from one moment to another; what clients noticed is known only later."""
+
+    begin: float
+    end: float
+    figures: dict[str, Any]
+    turns: Sequence[Turn] = ()
+
+
 class Bench:
     """The load, and the changes under it."""
 
@@ -130,18 +141,20 @@ class Bench:
             "requests_per_s": round(rate, 1),
             "requests_per_s_max": {str(self.settings.servers + k): round(x, 1) for k, x in ((0, fewer), (1, more))},
         }
+        phases: dict[str, Phase] = {}
         try:
             await asyncio.sleep(1.0)
-            figures["before"] = await self._quiet()
-            figures["join"] = await self._change("join", [])
-            figures["between"] = await self._quiet()
-            figures["leave"] = await self._change("leave", figures["join"]["names"])
-            figures["after"] = await self._quiet()
+            phases["before"] = await self._quiet()
+            phases["join"] = await self._change("join", [])
+            phases["between"] = await self._quiet()
+            phases["leave"] = await self._change("leave", phases["join"].figures["names"])
+            phases["after"] = await self._quiet()
         finally:
             stop.set()
             await load
             for client in clients:
                 await client.close()
+        figures |= {name: self._seen(phase) for name, phase in phases.items()}
         for phase, around in (("join", ("before", "between")), ("leave", ("between", "after"))):
             now, before = figures[phase], figures["before"]
             if before["pushes_per_s"] and all(figures[p]["pull"] for p in (phase, "before", *around)):
@@ -149,7 +162,8 @@ class Bench:
                 now["pull_p99_to_before"] = round(now["pull"]["p99_ms"] / before["pull"]["p99_ms"], 3)
                 now["pull_p99_to_quiet"] = round(now["pull"]["p99_ms"] / quiet, 3)
                 now["pushes_to_before"] = round(now["pushes_per_s"] / before["pushes_per_s"], 3)
-        figures["failed"] = sum(figures[p]["failed"] for p in ("before", "join", "between", "leave", "after"))
+        first, last = phases["before"].begin, phases["after"].end
+        figures["load"] = self.load.trace.between(first, last)
         figures["errors"] = self.load.trace.errors[:20]
         return figures
 
@@ -172,7 +186,16 @@ class Bench:
         seconds = self.servers.leave()
         return {"rows": rows, "seconds": round(seconds, 2), "rows_per_s": round(rows / max(seconds, 0.01))}
 
-    async def _quiet(self) -> dict[str, Any]:
+    def _seen(self, phase: "Phase") -> dict[str, Any]:
+        """What was measured in a phase, and what clients noticed, once all of their requests have ended."""
+        seen = {**self.load.trace.between(phase.begin, phase.end), **phase.figures}
+        if phase.turns:
+            turned, others = self._pauses([turn for turn in phase.turns if turn.slots])
+            seen["push_pause_ms"] = {"slots": len(turned), **percentiles_ms(turned, (50, 99, 100))}
+            seen["other_slots_ms"] = {"slots": len(others), **percentiles_ms(others, (50, 99, 100))}
+        return seen
+
+    async def _quiet(self) -> "Phase":
         """A phase without a change, and what each server keeps in memory at its end."""
         begin, used = time.perf_counter(), host_cpu_seconds()
         await asyncio.sleep(self.settings.seconds)
@@ -180,12 +203,12 @@ class Bench:
         usage = await asyncio.to_thread(self.servers.usage)
         resident = {name: round(size / 2**20, 1) for name, size in sorted(usage.resident.items())}
         busy = round(used / (end - begin), 2)
-        return {**self.load.trace.between(begin, end), "cores_busy": busy, "resident_mib": resident}
+        return Phase(begin, end, {"cores_busy": busy, "resident_mib": resident})
 
     # -- the changes
 
-    async def _change(self, kind: str, names: list[str]) -> dict[str, Any]:
-        """Have servers join or leave, and wait until they have; what clients noticed meanwhile, and what was moved."""
+    async def _change(self, kind: str, names: list[str]) -> "Phase":
+        """Have servers join or leave, and wait until they have; what was moved, and when."""
         before = await asyncio.to_thread(self.servers.view)
         copied = await asyncio.to_thread(self.servers.copied)
         held = [sum(x) for x in zip(*copied.values(), strict=True)]
@@ -214,17 +237,13 @@ class Bench:
         after = await asyncio.to_thread(self.servers.view)
         turns.append(Turn(_primaries_moved(view, after), seen, end + TURN_S))
         rows, size = (sum(x) - then for x, then in zip(zip(*copied.values(), strict=True), held, strict=True))
-        await asyncio.sleep(TURN_S)  # what the last turn's pushes took is known then
-        turned, others = self._pauses([turn for turn in turns if turn.slots])
-        return {
+        figures = {
             "names": told["names"],
             "starting_s": round(copying - begin, 2),
-            **self.load.trace.between(begin, end),
             **await asyncio.to_thread(self._moved, after, rows, size),
             "cores_busy": round((host_cpu_seconds() - used) / (time.perf_counter() - begin), 2),
-            "push_pause_ms": {"slots": len(turned), **percentiles_ms(turned, (50, 99, 100))},
-            "other_slots_ms": {"slots": len(others), **percentiles_ms(others, (50, 99, 100))},
         }
+        return Phase(begin, end, figures, turns)
 
     def _pauses(self, turns: "list[Turn]") -> tuple[list[float], list[float]]:
         """The longest push of each probed slot while others got another primary, and it too, or not."""

@@ -13,7 +13,7 @@ from benchmarks.page import page, ticks
 from benchmarks.suites import placement as suite
 from benchmarks.tables import placement as table
 from benchmarks.tradeoff import CHECKED, dominated, in_order, summary
-from ps.errors import NotApplied
+from ps.errors import NotApplied, RequestError
 
 MEASURED = {
     **dict.fromkeys(("rows_per_sample", "bytes_per_sample", "push_bytes_per_row", "servers_per_request"), 1.0),
@@ -22,7 +22,7 @@ MEASURED = {
     **dict.fromkeys(("samples_per_s", "servers_cpu_us_per_sample", "client_cpu_us_per_sample"), 5.0),
     **dict.fromkeys(("p50_ms", "p95_ms", "p99_ms", "lag_p99_ms", "push_rows_per_s"), 3.0),
     "busiest_share": 0.5,
-    "failed": 0,
+    **dict.fromkeys(("failed", "reads_timed", "pushes_timed"), 0),
 }
 MODEL = {**{key: MEASURED[key] for key in CHECKED}, "busiest_share": 0.5, "loss_bags_failed": 0.25}
 
@@ -80,6 +80,7 @@ def test_an_open_load_begins_requests_that_are_due_though_none_is_answered() -> 
     found = asyncio.run(run())
     assert (found.requests, found.failed, len(found.latency_s), len(found.lag_s)) == (20, 1, 19, 20)
     assert found.errors == ["NotApplied: as you wish"]
+    assert found.refused == [7]
     assert sorted(found.answered) == [n for n in range(20) if n != 7]
     assert max(found.latency_s) >= 0.0095  # the first waits for the last, from the moment when it was due
 
@@ -101,7 +102,7 @@ def test_a_closed_load_keeps_as_many_in_flight_as_it_is_told() -> None:
 
 def test_a_rate_counts_requests_that_were_answered() -> None:
     """What is refused at once would else be the fastest."""
-    assert Outcome(2.0, requests=10, failed=4, answered=[0, 2, 3, 5, 7, 9]).rate == 3.0
+    assert Outcome(2.0, requests=10, refused=[1, 4, 6, 8], answered=[0, 2, 3, 5, 7, 9]).rate == 3.0
 
 
 @pytest.mark.parametrize(("read_s", "tails"), [([[], [0.002], [0.001]], [1.0, 2.0]), ([[], []], None)])
@@ -142,6 +143,46 @@ def test_the_table_marks_what_is_off() -> None:
     text = shown.get()
     assert "+50.0%" in text
     assert "more than 2% from the arithmetic" in text
+
+
+def test_what_failed_came_late_or_is_out_of_order_is_told() -> None:
+    result = placement_result()
+    found = result["placement"]
+    found["sharded"]["measured"] |= {"failed": 7, "lag_p99_ms": 4.0}
+    found["whole"]["measured"]["memory_bytes"] = 2.0**19  # below what sharded has, which is less by the arithmetic
+    found["whole"]["model"]["memory_bytes"] *= 2
+    result["summary"] = summary(found)
+    assert result["summary"]["late"] == ["sharded"]
+    assert result["summary"]["ordered"]["memory_bytes"] is False
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(result))
+    text = shown.get()
+    assert "fell behind the stated rate (sharded)" in text
+    assert "Not in the expected order: memory, all servers, MiB" in text
+    assert next(line for line in text.splitlines() if line.startswith("requests failed")).split()[2:] == ["7", "0"]
+
+
+def test_an_order_that_the_arithmetic_does_not_have_is_not_expected() -> None:
+    found = figures(sharded={"bytes_per_sample": 0.5}, whole={})
+    found["sharded"]["model"]["bytes_per_sample"] = 0.5  # where bags have one id, sharded tables answer with less
+    assert "bytes_per_sample" not in summary(found)["ordered"]
+
+
+def test_few_requests_have_no_p99_and_those_that_failed_count_as_long() -> None:
+    assert suite._percentiles([[0.001] * 99], (50, 99)) == {"p50_ms": 1.0}
+    assert suite._percentiles([[0.001] * 99 + [suite.TIMEOUT_S] * 2], (50, 99))["p99_ms"] == 10_000.0
+    assert suite._percentiles([[], []], (50, 99)) == {}
+
+
+@pytest.mark.parametrize(("batch", "most"), [(5041, "at most 5041"), (65_536, "at most 5041")])
+def test_a_request_that_clients_would_cut_is_refused(batch: int, most: str) -> None:
+    settings = suite.Settings(batch=batch)
+    if batch > 5041:
+        with pytest.raises(RequestError, match=most):
+            suite.check_size(settings, settings.workload())
+    else:
+        suite.check_size(settings, settings.workload())
 
 
 class _Tags(HTMLParser):

@@ -36,6 +36,8 @@ def test_help_shows_an_example(command: str) -> None:
         (("--batches", "0"), "'0'"),
         (("--batches", ","), "--batches is empty"),
         (("--placement", "round"), "'round'"),
+        (("--placement", "sharded,whole"), "must be one of"),
+        (("--goals", "S1,S1"), "each once"),
     ],
 )
 def test_bad_options_are_named(arguments: tuple[str, ...], says: str) -> None:
@@ -73,6 +75,9 @@ def test_results_that_differ_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--ids", "3,x"), "'x'"),
         (("--placements", "sharded,round"), "'round'"),
         (("--arrivals", "bursts"), "'bursts'"),
+        (("--shape", "M,O"), "must be one of"),
+        (("--placements", "sharded,sharded"), "each once"),
+        (("--json", "out", "--html", "./out"), "both name out"),
     ],
 )
 def test_bad_options_of_placement_are_named(arguments: tuple[str, ...], says: str) -> None:

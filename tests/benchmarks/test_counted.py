@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_a_load_finds_nothing_wrong_and_then_what_is_planted(tmp_path: Path) -> 
             others = [await cluster.async_client() for _ in range(2)]
             stop = asyncio.Event()
             running = asyncio.create_task(load.run(others, 400.0, stop))
-            while len(load.trace.ok) < 200:
+            while len(load.trace.due) < 200:
                 await asyncio.sleep(0.01)
             stop.set()
             await running
@@ -59,23 +60,29 @@ def test_requests_that_fail_or_miss_a_push_are_counted(tmp_path: Path) -> None:
         async def run() -> None:
             other = await Deaf.connect(cluster.addresses, "the-token-of-the-tests")
             for number in range(60):
-                await load.request(other, number, 0.0, load.trace)
+                await load.request(other, number, time.perf_counter(), load.trace)
             await other.close()
 
         asyncio.run(run())
         pulls = load.trace.kinds.count("pull")
         assert load.unseen == pulls > 0
-        assert load.trace.ok.count(False) >= 60 - pulls
+        assert load.trace.wrong.count(True) >= 60 - pulls
         assert load.trace.errors[0].endswith("NotApplied: as you wish")
 
 
 def test_figures_are_of_the_requests_that_were_due_between_two_moments() -> None:
     trace = Trace(
-        ["pull", "push", "probe", "pull"], [1.0, 2.0, 3.0, 9.0], [0.1, 0.4, 2.5, 9.0], [True, False, True, True]
+        kinds=["pull", "push", "probe", "push", "pull"],
+        due=[1.0, 2.0, 3.0, 4.0, 9.0],
+        lag=[0.0, 0.0, 2.4, 0.0, 0.0],
+        took=[0.1, 0.1, 2.5, 0.05, 9.0],
+        wrong=[False, True, False, False, False],
+        probed=[5, 5, 7, 5, 5],
     )
-    trace.probed = [5, 5, 7, 5]
     found = trace.between(0.5, 4.5)
-    assert (found["requests"], found["failed"], found["pushes_per_s"]) == (3, 1, 0.2)
+    assert (found["requests"], found["failed"], found["pushes_per_s"]) == (4, 2, 0.2)
+    assert found["failed_once_begun"] == 1  # the probe was late by the load's own lag alone
+    assert found["lag"]["p99_ms"] > 2000
     assert found["pull"]["p50_ms"] == 100.0
     assert trace.longest(5.0, 6.0) == {7: 2.5}  # begun before, and still under way
     assert trace.longest(5.6, 6.0) == trace.longest(2.0, 3.0) == {}

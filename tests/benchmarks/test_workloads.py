@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.workloads import SHAPES, Shape, Workload, zipf_ids
+from benchmarks.workloads import SHAPES, Shape, Workload, distinct_zipf_ids, zipf_ids
 
 
 def test_the_shapes_are_those_of_the_goals() -> None:
@@ -35,6 +35,29 @@ def test_ids_follow_zipf(exponent: float) -> None:
     assert np.all(np.abs(counts[:20] - expected[:20]) < 6 * np.sqrt(expected[:20]))
     other = zipf_ids(np.random.default_rng(1), n, rows, exponent, (2,))
     assert np.bincount(other).argmax() != np.bincount(ids).argmax()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.05, 3.0, 10.0])
+def test_distinct_ids_are_as_many_as_asked_for_however_steep_the_law(exponent: float) -> None:
+    rng = np.random.default_rng(2)
+    for n, rows in ((50, 1000), (1000, 1000), (5, 3)):
+        ids = distinct_zipf_ids(rng, n, rows, exponent, (1,))
+        assert len(np.unique(ids)) == len(ids) == min(n, rows)
+        assert 0 <= ids.min() <= ids.max() < rows
+
+
+def test_distinct_ids_are_those_of_draws_without_replacement() -> None:
+    """The first is drawn by the law itself, the second by the law without the first."""
+    rng, rows = np.random.default_rng(3), 4
+    law = np.arange(1, rows + 1) ** -1.2
+    law /= law.sum()
+    drawn = np.array([distinct_zipf_ids(rng, 2, rows, 1.2, (1,)) for _ in range(20_000)])
+    of_rank = np.argsort(-np.bincount(drawn[:, 0]))  # the id of each rank
+    first = np.bincount(drawn[:, 0], minlength=rows)[of_rank] / len(drawn)
+    assert np.abs(first - law).max() < 0.015
+    second = drawn[drawn[:, 0] == of_rank[0], 1]
+    share = np.bincount(second, minlength=rows)[of_rank[1:]] / len(second)
+    assert np.abs(share - law[1:] / law[1:].sum()).max() < 0.02
 
 
 def test_sums_are_exact_in_any_order() -> None:
