@@ -114,6 +114,8 @@ class Phase:
     end: float
     figures: dict[str, Any]
     turns: Sequence[Turn] = ()
+    started: float = 0.0
+    """When the last process that the change needs had started; the same as begin where none had to."""
 
 
 class Bench:
@@ -189,6 +191,10 @@ class Bench:
     def _seen(self, phase: "Phase") -> dict[str, Any]:
         """What was measured in a phase, and what clients noticed, once all of their requests have ended."""
         seen = {**self.load.trace.between(phase.begin, phase.end), **phase.figures}
+        if phase.started > phase.begin:
+            parts = (("starting", phase.begin, phase.started), ("moving", phase.started, phase.end))
+            figures = {name: self.load.trace.between(*part) for name, *part in parts}
+            seen |= {name: {key: of[key] for key in ("requests", "failed", "pull")} for name, of in figures.items()}
         if phase.turns:
             turned, others = self._pauses([turn for turn in phase.turns if turn.slots])
             seen["push_pause_ms"] = {"slots": len(turned), **percentiles_ms(turned, (50, 99, 100))}
@@ -243,7 +249,7 @@ class Bench:
             **await asyncio.to_thread(self._moved, after, rows, size),
             "cores_busy": round((host_cpu_seconds() - used) / (time.perf_counter() - begin), 2),
         }
-        return Phase(begin, end, figures, turns)
+        return Phase(begin, end, figures, turns, copying)
 
     def _pauses(self, turns: "list[Turn]") -> tuple[list[float], list[float]]:
         """The longest push of each probed slot while others got another primary, and it too, or not."""
