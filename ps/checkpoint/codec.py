@@ -22,6 +22,9 @@ from ps.wire import PREFIX, Buffer, FrameLimits, Message, assemble, body_buffer,
 LIMITS = FrameLimits(header_max=2**20, body_max=2**30)
 """Of one block in a file."""
 
+MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError, zlib.error)
+"""How decoding ends where bytes fit their checksum and are nothing that embring writes."""
+
 _LEVEL = 1
 _DTYPES = {code: np.dtype(code) for code in ("|u1", "<i4", "<i8", "<u8")}
 _ROWS = ("ids", "tables", "values", "state", "meta")
@@ -99,7 +102,7 @@ def decode_block(message: Message) -> RowBlock:
             named[name] = np.concatenate([[0], np.cumsum(named[name])]).astype(np.int64)
         named["last"] = named["last"] + named["base"]
         return RowBlock.from_arrays(fields, {**arrays, **named})
-    except (KeyError, TypeError, ValueError, IndexError, zlib.error, RequestError) as error:
+    except (*MALFORMED, RequestError) as error:
         raise CheckpointError(f"this is not a row block: {type(error).__name__} {error}") from None
 
 

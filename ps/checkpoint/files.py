@@ -26,97 +26,19 @@ the parent's manifest; it needs its parent, up to a full checkpoint: a *chain*, 
 import contextlib
 import logging
 import re
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any
 
-import msgpack
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from ps.checkpoint.codec import pack, read_frame, unpack
+from ps.checkpoint.codec import read_frame
+from ps.checkpoint.manifest import Block, Manifest, decode_manifest, encode_manifest, file_name
 from ps.checkpoint.storage import CheckpointError, Sink, Storage
-from ps.rowblock import Watermark
 from ps.wire import Buffer, Message
 
 log = logging.getLogger("embring.checkpoint")
 
-FORMAT = 2
 MANIFEST = "manifest"
-MAGIC = b"EMBRCKPT"
-_HEAD = struct.Struct("<8sIIQ")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
-_BLOCK_COLUMNS = (("file", "<i4"), ("size", "<i8"), ("rows", "<i8"), ("xxh3", "<u8"))
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A block of a file: which one, how long, how many rows, XXH3-64. It begins where the one before it ends."""
-
-    file: int
-    size: int
-    rows: int
-    xxh3: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint holds.
-
-    cluster, epoch, fingerprint: of the view it was taken under. term_max: the highest term of a position in it; a
-    restore goes above. tables: [number, name, group, spec]. groups: [number, placement, replicas, first, slots].
-    slots, positions int64[k]: the watermark, where each slot stood. parent: name of the checkpoint that this one is an
-    increment to, "" for a full one; parent_checksum: of that one's manifest. full: slots that it holds whole. models:
-    versions of the dense models that were served with these rows, by name, where that was told.
-    checksum: of this manifest, by which an increment names it.
-    """
-
-    name: str
-    created: str
-    cluster: int
-    epoch: int
-    fingerprint: str
-    term_max: int
-    tables: list[list[Any]]
-    groups: list[list[Any]]
-    slots: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    parent: str = ""
-    parent_checksum: int = 0
-    full: int = 0
-    models: dict[str, str] = field(default_factory=dict)
-    blocks: tuple[Block, ...] = field(default=(), repr=False)
-    checksum: int = 0
-
-    @property
-    def watermark(self) -> Watermark:
-        """What an increment to this checkpoint is asked since."""
-        return Watermark(self.cluster, self.slots, self.positions)
-
-    @property
-    def rows(self) -> int:
-        """Rows in all blocks."""
-        return sum(b.rows for b in self.blocks)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(b.size for b in self.blocks)
-
-    @property
-    def files(self) -> dict[str, list[Block]]:
-        """Files by name, each with its blocks in order."""
-        out: dict[str, list[Block]] = {}
-        for block in self.blocks:
-            out.setdefault(file_name(block.file), []).append(block)
-        return out
-
-
-def file_name(number: int) -> str:
-    """The name of a file of blocks."""
-    return f"{number:04}.blocks"
 
 
 # -- writing
@@ -193,42 +115,6 @@ class Saving:
             if missing(self.storage, manifest.parent):
                 raise CheckpointError(f"{parent} was removed meanwhile; save again") from None
             raise CheckpointError(f"{parent} is of no use any more; save again ({error})") from None
-
-
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of a manifest."""
-    plain = {f.name: getattr(manifest, f.name) for f in fields(Manifest) if f.name != "checksum"}
-    plain["blocks"] = _packed([np.array([getattr(b, n) for b in manifest.blocks], t) for n, t in _BLOCK_COLUMNS])
-    for name in ("slots", "positions"):
-        plain[name] = _packed([np.asarray(plain[name], "<i8")])
-    body = msgpack.packb(plain)
-    begin = _HEAD.pack(MAGIC, FORMAT, len(body), 0)[:16]
-    return begin + struct.pack("<Q", xxhash.xxh3_64_intdigest(begin + body)) + body
-
-
-def _packed(columns: list[NDArray[Any]]) -> list[Any]:
-    return [[[c.dtype.str, len(c)] for c in columns], pack(columns)]
-
-
-def decode_manifest(data: bytes, path: str) -> Manifest:
-    """The manifest in these bytes of `path`. Raises CheckpointError where they are damaged or of another format."""
-    if len(data) < _HEAD.size or data[:8] != MAGIC:
-        raise CheckpointError(f"{path} is damaged, or no manifest: it does not begin as one")
-    _, version, length, checksum = _HEAD.unpack_from(data)
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this version of embring reads format {FORMAT}")
-    body = data[_HEAD.size :]
-    if len(body) != length or xxhash.xxh3_64_intdigest(data[:16] + body) != checksum:
-        raise CheckpointError(f"{path} is damaged: it fails its checksum")
-    try:
-        plain = msgpack.unpackb(body)
-        columns = unpack(*reversed(plain.pop("blocks")))
-        for name in ("slots", "positions"):
-            (plain[name],) = unpack(*reversed(plain[name]))
-        blocks = tuple(Block(*line) for line in zip(*(c.tolist() for c in columns), strict=True))
-        return Manifest(**plain, blocks=blocks, checksum=checksum)
-    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
 
 
 # -- reading

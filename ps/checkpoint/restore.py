@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from hashring.view import Server
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import Manifest, chain, check_files, read_blocks
+from ps.checkpoint.files import chain, check_files, read_blocks
+from ps.checkpoint.manifest import Manifest
 from ps.checkpoint.reach import Absorber, Access, Ask, Counter, connected
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import EmbringError, NotApplied

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import MANIFEST, Manifest, check_link, missing, read_blocks, survey, unfinished
+from ps.checkpoint.files import MANIFEST, check_link, missing, read_blocks, survey, unfinished
+from ps.checkpoint.manifest import Manifest
 from ps.checkpoint.reach import Counter
 from ps.checkpoint.storage import CheckpointError, Storage
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from hashring.view import Group, Server, View
 from ps.checkpoint.codec import encode_block
-from ps.checkpoint.files import BlockFile, Manifest, Saving, survey
+from ps.checkpoint.files import BlockFile, Saving, survey
 from ps.checkpoint.hidden import hidden, missed
+from ps.checkpoint.manifest import Manifest
 from ps.checkpoint.reach import Access, Counter, connected, exported, newest_view
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import NotApplied, PerhapsApplied, RequestError, SlotsLost, WrongView

@@ -32,6 +32,7 @@ from hashring.tables import any_lost
 from hashring.view import Server, View
 from ps.checkpoint.hidden import hidden, hidden_name, missed, nobody
 from ps.errors import RequestError
+from ps.spec import TableSpec
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def prepare(
 ) -> Restore:
     """Plan a restore. Raises RequestError, in one sentence, where the checkpoint does not fit.
 
-    manifest: cluster, term_max, tables and groups of a checkpoint (ps.checkpoint.files.Manifest). tables: only these,
+    manifest: cluster, term_max, tables and groups of a checkpoint (ps.checkpoint.manifest). tables: only these,
     beside whatever else there is. same_tables: of this cluster's checkpoint no tables that were dropped since, and
     made again under their names: a restore may have made them, or somebody who begins anew.
     """
@@ -256,12 +257,13 @@ def _made(view: View, entries: Sequence[Sequence[Any]], saved: Sequence[Sequence
     """
     groups: dict[int, int] = {}
     sizes = {number: count for number, _, _, _, count in saved}
-    for _, name, there, spec in sorted(entries, key=lambda entry: entry[0]):
-        alike = {g.number for g in view.groups if (g.placement, g.replicas) == ("sharded", spec["replicas"])}
+    for _, name, there, plain in sorted(entries, key=lambda entry: entry[0]):
+        spec = TableSpec.from_plain(plain)  # servers would refuse the view, and every one after it
+        alike = {g.number for g in view.groups if (g.placement, g.replicas) == ("sharded", spec.replicas)}
         unseen = alike - {groups.get(there, -1)}
         kept = tuple(g for g in view.groups if g.number not in unseen)
         part = replace(view, groups=kept, tables=tuple(t for t in view.tables if t.group not in unseen))
-        part = _planned(part, CreateTable(name, spec, spec["placement"], spec["replicas"], slots=sizes[there]))
+        part = _planned(part, CreateTable(name, plain, spec.placement, spec.replicas, slots=sizes[there]))
         new = part.tables[-1]
         groups[there] = new.group
         back = tuple(g for g in view.groups if g.number in unseen)

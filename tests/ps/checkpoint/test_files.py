@@ -4,7 +4,6 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import pytest
 from ps.checkpoint import files
 from ps.checkpoint import storage as storing
 from ps.checkpoint.files import (
-    Manifest,
     Saving,
     chain,
     check_files,
     checkpoints,
-    decode_manifest,
-    encode_manifest,
     read_blocks,
     read_manifest,
     survey,
@@ -301,22 +297,12 @@ def test_a_later_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
     assert sentence in problems(storage)[0]
 
 
-def test_a_manifest_keeps_everything_and_its_name(tmp_path: Path) -> None:
-    plain = Manifest(
-        "a", "2026-01-01", 2**63 - 1, 3, "f", 7, [[1, "item", 2, {"dim": 4}]], [[2, "sharded", "all", 0, 64]],
-        np.arange(5), np.arange(5) << 40 | 3, "parent", 2**64 - 1, 4, {"ctr": "7"}, (files.Block(0, 10, 2, 2**64 - 1),),
-    )  # fmt: skip
-    read = decode_manifest(encode_manifest(plain), "x")
-    assert replace(read, slots=plain.slots, positions=plain.positions, checksum=0) == plain
-    assert (read.slots == plain.slots).all()
-    assert (read.positions == plain.positions).all()
+def test_a_checkpoint_keeps_its_name(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     source().save(storage, "first")
     (tmp_path / "first").rename(tmp_path / "second")
     with pytest.raises(CheckpointError, match="is of checkpoint 'first': a checkpoint keeps its name"):
         read_manifest(storage, "second")
-    with pytest.raises(CheckpointError, match="does not begin as one"):
-        decode_manifest(b"{}" * 20, "x")
 
 
 # -- retention

@@ -23,6 +23,7 @@ from ps.errors import NotApplied, RequestError
 from ps.failover import Wish
 from ps.runtime import Runtime, read_runtime, write_runtime
 from ps.server import Setup
+from ps.spec import TableSpec
 from ps.viewlog import ViewLog
 
 
@@ -139,7 +140,7 @@ def test_who_is_to_take_rows_of_a_restore_does_not_leave_while_its_first_view_sp
     async def test() -> None:
         control = control_of(tmp_path)
         mind, leave = control.shell.mind, {"kind": "leave", "names": ["server-0"]}
-        spec = {"name": "t", "placement": "sharded", "replicas": 1}
+        spec = TableSpec("t", 4).to_plain()
         mind.view = plan(plan(mind.view, CreateTable("t", spec, replicas=1)), Fail("server-1"))
         before, manifest = mind.view, manifest_of(mind.view)
         spreading, go_on = asyncio.Event(), asyncio.Event()

@@ -12,6 +12,7 @@ from ps.config.checkpoint import CheckpointConfig
 from ps.controller.keeper import LOST_WAIT_S, RETRY_S, Keeper, run_job
 from ps.controller.restore import prepare
 from ps.errors import ConfigError
+from ps.spec import TableSpec
 
 
 class World:
@@ -115,7 +116,7 @@ def test_slots_that_somebody_is_restoring_are_left_to_him() -> None:
     world = World(restore_lost=True)
     world.table()
     saved = {
-        "cluster": 9, "term_max": 5, "tables": [[1, "t", 1, {"placement": "sharded", "replicas": 1}]],
+        "cluster": 9, "term_max": 5, "tables": [[1, "t", 1, TableSpec("t", 4).to_plain()]],
         "groups": [[1, "sharded", 1, 0, 64]],
     }  # fmt: skip
     restore = prepare(world.view, saved, replace_tables=True, accept_loss=False)

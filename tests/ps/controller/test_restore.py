@@ -19,6 +19,11 @@ def cluster(replicas: int = 1) -> View:
     return plan(view, CreateTable("t", {}, replicas=replicas))
 
 
+def made(name: str, replicas: int = 1) -> CreateTable:
+    spec = TableSpec(name, 4, replicas=replicas)
+    return CreateTable(name, spec.to_plain(), spec.placement, spec.replicas)
+
+
 def manifest(view: View, term_max: int = 50) -> dict:
     return {
         "cluster": view.cluster,
@@ -70,9 +75,8 @@ def test_lost_slots_come_back_from_a_checkpoint_that_knows_tables_dropped_since(
 
 
 def test_lost_slots_of_a_restored_cluster_come_back_from_the_checkpoint_that_it_was_restored_from() -> None:
-    spec = {"placement": "sharded", "replicas": 1, "dim": 4}
-    full = plan(plan(cluster(), DropTable("t")), CreateTable("a", spec, replicas=1))
-    full = plan(full, CreateTable("b", {**spec, "replicas": 2}, replicas=2))
+    full = plan(plan(cluster(), DropTable("t")), made("a"))
+    full = plan(full, made("b", 2))
     saved = manifest(full)
     empty = plan(View.empty(2, slot_bits=4), Enlist(tuple(Server(f"r{i}", 30 + i, f"h{i}") for i in range(3))))
     again = prepare(empty, saved, replace_tables=False, accept_loss=False)
@@ -88,7 +92,7 @@ def test_lost_slots_come_back_after_the_cluster_went_back_to_the_checkpoint_by_h
     """Tables that a restore has made anew cannot be told from those that somebody dropped to begin anew."""
     view = plan(cluster(), DropTable("t"))
     for copies in (1, 2):
-        view = plan(view, CreateTable("tu"[copies - 1], {"placement": "sharded", "replicas": copies}, replicas=copies))
+        view = plan(view, made("tu"[copies - 1], copies))
     saved = manifest(view)
     again = prepare(view, saved, replace_tables=True, accept_loss=False)
     view = plan(conclude(again.first, again), Fail("s1"))
@@ -103,16 +107,15 @@ def test_lost_slots_come_back_after_the_cluster_went_back_to_the_checkpoint_by_h
 @pytest.mark.parametrize("how", ["restored beside", "made again while slots are lost"])
 def test_tables_that_shared_slots_and_do_not_any_more_are_not_filled_from_them(how: str) -> None:
     """Each slot of a checkpoint is sent to one place: the other would be called restored, without its rows."""
-    spec = {"placement": "sharded", "replicas": 1}
     view = plan(cluster(), DropTable("t"))
     for name in "tu":
-        view = plan(view, CreateTable(name, spec, replicas=1))
+        view = plan(view, made(name))
     saved = manifest(view)
     if how == "restored beside":
         beside = prepare(view, saved, replace_tables=True, accept_loss=False, tables=["u"])
         view = plan(conclude(beside.first, beside), Fail("s1"))
     else:
-        view = plan(plan(plan(view, Fail("s1")), DropTable("u")), CreateTable("u", spec, replicas=1))
+        view = plan(plan(plan(view, Fail("s1")), DropTable("u")), made("u"))
     lost = view.lost()
     groups = [view.group(view.table(name).group) for name in "tu"]
     if lost[groups[1].first : groups[1].first + groups[1].slots].any():
@@ -201,13 +204,21 @@ def test_it_ends_not_where_rows_were_sent_to_a_server_that_died_or_of_tables_tha
 def test_into_an_empty_cluster() -> None:
     full, view = cluster(2), plan(View.empty(2, slot_bits=4), Enlist((Server("a", 5, "h"), Server("b", 6, "h"))))
     saved = manifest(full)
-    saved["tables"][0][3] = {"placement": "sharded", "replicas": 2}
+    saved["tables"][0][3] = dict(made("t", 2).spec)
     restore = prepare(view, saved, replace_tables=False, accept_loss=False)
     assert restore.first.lost().all()
     after = conclude(restore.first, restore)
     assert [s.name for s in after.servers] == ["a", "b"]
     assert ((after.owners() >= 0).sum(axis=1) == 1).all()
     assert after.epoch == 51
+
+
+@pytest.mark.parametrize("tables", [[], ["t"]])
+def test_no_view_has_a_specification_that_no_server_can_read(tables: list[str]) -> None:
+    saved = manifest(plan(plan(cluster(), DropTable("t")), made("t")))
+    saved["tables"][0][3]["ttl_s"] = 5
+    with pytest.raises(RequestError, match=r"^table specification has an unknown key 'ttl_s'$"):
+        prepare(cluster(), saved, replace_tables=True, accept_loss=False, tables=tables)
 
 
 def test_a_checkpoint_without_tables() -> None:
