@@ -8,14 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hashring.view import View
+from ps.spec import NAME_MAX
 
-_SUFFIX = ".restoring"
+SUFFIX = ".restoring"
+"""Of hidden names: nobody else makes a table of such a name."""
+
 _NOBODY = "restore~"
 
 
 def hidden_name(table: str) -> str:
-    """The name of a table until it is restored."""
-    return table + _SUFFIX
+    """The name of a table until it is restored; of a long name the end is left out."""
+    return table[: NAME_MAX - len(SUFFIX)] + SUFFIX
 
 
 def nobody(epoch: int) -> str:
@@ -32,7 +35,7 @@ def unrestored(view: View) -> NDArray[np.bool_]:
 def hidden(view: View) -> NDArray[np.bool_]:
     """bool[slots_total]: those of them that have hidden tables alone, which nobody misses."""
     out = unrestored(view)
-    shown = {t.group for t in view.tables if not t.name.endswith(_SUFFIX)}
+    shown = {t.group for t in view.tables if not t.name.endswith(SUFFIX)}
     for group in view.groups:
         if group.number in shown:
             out[group.first : group.first + group.slots] = False

@@ -16,6 +16,7 @@ import numpy as np
 from hashring.planner import AlterTable, CreateTable, DropTable, Fail, Place, TruncateTable
 from hashring.tokens import hash_strings
 from hashring.view import View
+from ps.checkpoint.hidden import SUFFIX
 from ps.errors import RequestError
 from ps.spec import TableSpec
 
@@ -78,6 +79,8 @@ def _create(view: View, plain: Any, seed: int, replicas: int) -> CreateTable | N
         raise RequestError("create_table needs a field spec with the table's specification")
     own = {"seed": seed_of(str(plain.get("name")), seed), "replicas": replicas}
     spec = TableSpec.from_plain(own | {key: value for key, value in plain.items() if value is not None})
+    if spec.name.endswith(SUFFIX):
+        raise RequestError(f"table name is {spec.name!r}; names that end with {SUFFIX!r} are for tables being restored")
     if any(t.name == spec.name for t in view.tables):
         present = spec_of(view, spec.name)
         if present == spec:

@@ -282,7 +282,7 @@ def _beside(view: View, manifest: Mapping[str, Any], names: Sequence[str], repla
     names_of = {name: hidden_name(name) for name in names}
     for left in names_of.values():
         if (table := view.table(left)) is not None:
-            if not any_lost(view.group(table.group), view.lost()):
+            if not hidden(view)[view.group(table.group).first]:
                 raise RequestError(f"table {left!r} is in the way: a restore uses that name")
             view = _planned(view, DropTable(left))  # of a restore that did not end
     saved = [entry for entry in manifest["tables"] if entry[1] in names_of]

@@ -18,7 +18,7 @@ from ps.checkpoint.storage import CheckpointError, Storage
 from ps.controller.keeper import lost_for_good
 from ps.controller.restore import conclude, prepare
 from ps.errors import EmbringError, NotApplied, PerhapsApplied, RequestError, SlotsLost, WrongView
-from ps.spec import SGD, Adagrad, Initializer, TableSpec
+from ps.spec import NAME_MAX, SGD, Adagrad, Initializer, TableSpec
 from ps.store import StoreLimits
 from tests.ps.checkpoint.loopback import LoopCluster, without_sockets
 
@@ -309,6 +309,36 @@ def test_what_cannot_be_is_said_and_what_was_left_is_swept() -> None:
     assert after.table("item").spec["name"] == "item"
     with pytest.raises(RequestError, match="restore again"):
         conclude(plan(restore.first, DropTable("item.restoring")), restore)
+
+
+def test_a_table_that_somebody_made_under_a_hidden_name_is_not_dropped_though_its_slots_are_lost() -> None:
+    storage, cluster = Storage("memory://beside/users"), source()
+    cluster.create(replace(USER, name="item.restoring"))
+    cluster.save(storage, "full")
+    cluster.kill("s0")
+    with pytest.raises(RequestError, match=r"table 'item\.restoring' is in the way: a restore uses that name"):
+        cluster.restore(storage, tables=["item"], replace_tables=True)
+    assert cluster.view.table("item.restoring") is not None
+
+
+@pytest.mark.parametrize("letters", [118, 119, NAME_MAX])
+def test_a_table_of_any_name_comes_back_beside(letters: int) -> None:
+    storage, cluster, name = Storage(f"memory://beside/long{letters}"), LoopCluster(2), "x" * letters
+    cluster.create(replace(USER, name=name))
+    cluster.push(name, IDS, np.ones((300, 2)))
+    rows = cluster.rows(name)
+    cluster.save(storage, "full")
+    cluster.push(name, IDS, np.ones((300, 2)))
+    cluster.restore(storage, tables=[name], replace_tables=True)
+    assert cluster.rows(name) == rows
+
+
+def test_two_tables_with_one_hidden_name_do_not_come_back_at_once() -> None:
+    cluster, names = LoopCluster(2), ["x" * 127 + end for end in "ab"]
+    cluster.create(*(replace(USER, name=name) for name in names))
+    saved = manifest(cluster.view)
+    with pytest.raises(RequestError, match=r"x\.restoring' exists already$"):
+        prepare(cluster.view, saved, replace_tables=True, accept_loss=False, tables=names)
 
 
 def test_a_file_that_fails_ends_the_others_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,11 @@ def test_the_same_again_changes_nothing_and_another_is_refused(view):
         change_of(view, "create_table", {"spec": {**ITEM.to_plain(), "dim": 9}})
 
 
+def test_a_name_that_restores_use_is_refused(view):
+    with pytest.raises(RequestError, match=r"^table name is 'x\.restoring'; names that end with '\.restoring' are for"):
+        change_of(view, "create_table", {"spec": {"name": "x.restoring", "dim": 4}})
+
+
 def test_tables_without_a_seed_draw_different_ones_from_the_clusters(view):
     def drawn(name, seed):
         return change_of(view, "create_table", {"spec": {"name": name, "dim": 4}}, seed=seed).spec["seed"]
