@@ -39,6 +39,7 @@ log = logging.getLogger("embring.checkpoint")
 
 MANIFEST = "manifest"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
+_UNENDED = re.compile(rf"\d{{4,}}\.blocks|\.{MANIFEST}")
 
 
 # -- writing
@@ -139,11 +140,11 @@ def survey(storage: Storage) -> tuple[list[Manifest], list[CheckpointError]]:
     """The checkpoints of a folder, oldest first, and what is wrong with those that cannot be read."""
     good, bad = [], []
     for name in storage.names():
-        if _NAME.fullmatch(name) and storage.has(name, MANIFEST):
-            try:
+        try:
+            if _NAME.fullmatch(name) and storage.has(name, MANIFEST):
                 good.append(read_manifest(storage, name))
-            except CheckpointError as error:
-                bad.append(error)
+        except CheckpointError as error:
+            bad.append(error)
     return sorted(good, key=lambda m: (m.created, m.name)), bad
 
 
@@ -172,10 +173,9 @@ def newest(storage: Storage, cluster: int = 0) -> Manifest:
 def missing(storage: Storage, name: str) -> bool:
     """Whether there is surely no such checkpoint: storage that does not answer for a moment is no proof."""
     try:
-        storage.size(name, MANIFEST)
-    except OSError as error:
-        return isinstance(error, FileNotFoundError | NotADirectoryError)
-    return False
+        return not storage.has(name, MANIFEST)
+    except CheckpointError:
+        return False
 
 
 def chain(storage: Storage, name: str | None, cluster: int = 0) -> list[Manifest]:
@@ -206,25 +206,25 @@ def check_link(storage: Storage, manifest: Manifest, parent: Manifest | None) ->
 
 
 def unfinished(storage: Storage) -> list[str]:
-    """Folders of saves that did not end, or not yet."""
-    return [n for n in storage.names() if _NAME.fullmatch(n) and _begun(storage, n)]
+    """Folders of saves that did not end, or not yet, and of such that were being removed."""
+    return [n for n in storage.names() if _NAME.fullmatch(n) and missing(storage, n) and _begun(storage, n)]
 
 
 def _begun(storage: Storage, name: str) -> bool:
-    """Whether a save of this name was begun, and has not ended."""
-    return not storage.has(name, MANIFEST) and storage.has(name, file_name(0))
+    """Whether a folder holds what saves write before they end, and nothing else."""
+    try:
+        held = storage.names(name)
+    except CheckpointError:  # somebody else's
+        return False
+    return bool(held) and all(_UNENDED.fullmatch(n) for n in held)
 
 
 def check_files(storage: Storage, manifest: Manifest) -> None:
     """Raise CheckpointError unless every file is there in its full length (contents are checked as they are read)."""
     for name, blocks in manifest.files.items():
-        path, end = storage.path(manifest.name, name), sum(b.size for b in blocks)
-        try:
-            size = storage.size(manifest.name, name)
-        except OSError as error:
-            raise CheckpointError(f"{path} is missing: {error.strerror or error}") from None
+        size, end = storage.size(manifest.name, name), sum(b.size for b in blocks)
         if size != end:
-            raise CheckpointError(f"{path} has {size} bytes; the manifest counts {end}")
+            raise CheckpointError(f"{storage.path(manifest.name, name)} has {size} bytes; the manifest counts {end}")
 
 
 def read_blocks(storage: Storage, manifest: Manifest, name: str) -> Iterator[tuple[Block, Message]]:

@@ -81,16 +81,13 @@ def _link_problems(storage: Storage, names: dict[str, Manifest], manifest: Manif
 def _file_problems(storage: Storage, manifest: Manifest, counter: Counter) -> Iterator[str]:
     """The first damage of each file."""
     for name, blocks in manifest.files.items():
-        path = storage.path(manifest.name, name)
         try:
             size, end = storage.size(manifest.name, name), sum(b.size for b in blocks)
             for block, message in read_blocks(storage, manifest, name):
                 decode_block(message)
                 counter.add(block.rows, block.size, block.size)
             if size != end:
-                yield f"{path} has {size} bytes; the manifest counts {end}"
-        except OSError as error:
-            yield f"{path} is missing: {error.strerror or error}"
+                yield f"{storage.path(manifest.name, name)} has {size} bytes; the manifest counts {end}"
         except CheckpointError as error:
             yield str(error)
 

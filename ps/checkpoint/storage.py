@@ -4,9 +4,13 @@ A file is *created* (its content is durable once closed) or *published* (it appe
 own disk both sync files and folders; elsewhere an upload that was answered counts as durable and whole.
 """
 
+import contextlib
+import functools
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -54,6 +58,38 @@ class _LocalSink:
             self._file.close()
 
 
+class _Remote:
+    """A filesystem of fsspec, or a file of one: whatever else it raises is an OSError for those who call."""
+
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._thing, name)
+        return _told(value) if callable(value) else value
+
+    def __enter__(self) -> "_Remote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _told(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except OSError:
+            raise
+        except NotImplementedError:
+            raise OSError("this kind of place cannot do that") from None
+        except Exception as error:
+            raise OSError(f"{type(error).__name__} {error}") from error
+
+    return told
+
+
 class Storage:
     """A folder of folders of files. Paths inside are ("folder", "name")."""
 
@@ -61,15 +97,19 @@ class Storage:
         """Raises CheckpointError where there is no such scheme, or the package for it is not installed."""
         if not str(url):
             raise CheckpointError("the place of checkpoints is empty: name a folder or an fsspec URL")
+        if "::" in str(url):  # what caches lie between would tell of another state, or keep what is to last
+            raise CheckpointError(f"{url} is a chain of URLs: name the place itself")
         try:
-            self._fs, self.root = fsspec.core.url_to_fs(str(url))
+            filesystem, self.root = fsspec.core.url_to_fs(str(url))
         except (ImportError, ValueError, TypeError, OSError) as error:
             raise CheckpointError(f"{url} cannot be reached: {error}") from None
-        self.local = isinstance(self._fs, LocalFileSystem)
+        self.local = isinstance(filesystem, LocalFileSystem)
+        self._lasts = not isinstance(filesystem, MemoryFileSystem)
+        self._fs = _Remote(filesystem)
 
     def path(self, *parts: str) -> str:
         """The full path of a folder or file, as messages name it."""
-        return "/".join([self.root.rstrip("/"), *parts])
+        return "/".join([self.root.rstrip("/"), *parts]) or "/"
 
     def existing(self) -> "Storage":
         """The same, or CheckpointError where there is no such folder."""
@@ -79,17 +119,17 @@ class Storage:
 
     def lasting(self) -> "Storage":
         """The same, or CheckpointError where it ends with this process."""
-        if isinstance(self._fs, MemoryFileSystem):
+        if not self._lasts:
             raise CheckpointError("memory:// is the memory of one process, and gone with it: choose another place")
         return self
 
     def names(self, *parts: str) -> list[str]:
         """What a folder holds; nothing where there is none. Raises CheckpointError where it cannot be read."""
-        place = self.path(*parts) or "/"
+        place = self.path(*parts)
         try:
             self._fs.invalidate_cache(place)
             return sorted(str(p).rstrip("/").rpartition("/")[2] for p in self._fs.ls(place, detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise CheckpointError(f"{place} cannot be read: {error.strerror or error}") from None
@@ -97,15 +137,18 @@ class Storage:
     def has(self, *parts: str) -> bool:
         """Whether there is such a folder or file. Raises CheckpointError where that cannot be told."""
         try:
-            return bool(self._fs.exists(self.path(*parts)))
+            self._fs.info(self.path(*parts))  # `exists` of fsspec takes every error for a no
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except OSError as error:
             raise CheckpointError(f"{self.path(*parts)} cannot be reached: {error.strerror or error}") from None
+        return True
 
     def age_s(self, *parts: str) -> float:
         """Seconds since a folder or file was last changed; 0 where that is not known."""
         try:
             return max(0.0, time.time() - self._fs.modified(self.path(*parts)).timestamp())
-        except (OSError, NotImplementedError, KeyError):  # some stores of fsspec keep no times
+        except OSError:  # some stores of fsspec keep no times
             return 0.0
 
     def make(self, folder: str) -> None:
@@ -137,7 +180,7 @@ class Storage:
         """A new file to be written. Raises OSError."""
         if self.local:
             return _LocalSink(self.path(folder, name))
-        return cast(Sink, self._fs.open(self.path(folder, name), "wb"))
+        return cast(Sink, _Remote(self._fs.open(self.path(folder, name), "wb")))
 
     def publish(self, folder: str, name: str, data: bytes) -> None:
         """Make a file that is there whole or not at all, after all that was created in the folder. Raises OSError."""
@@ -159,25 +202,39 @@ class Storage:
         """A file to be read. Raises OSError."""
         if self.local:
             return open(self.path(folder, name), "rb", buffering=0)
-        return cast(IO[bytes], self._fs.open(self.path(folder, name), "rb"))
+        return cast(IO[bytes], _Remote(self._fs.open(self.path(folder, name), "rb")))
 
     def read(self, folder: str, name: str) -> bytes:
         """All of a file. Raises OSError."""
         return bytes(self._fs.cat_file(self.path(folder, name)))
 
     def size(self, folder: str, name: str) -> int:
-        """Bytes of a file. Raises OSError."""
-        return int(self._fs.size(self.path(folder, name)))
+        """Bytes of a file. Raises CheckpointError where it is missing, or cannot be read."""
+        path = self.path(folder, name)
+        try:
+            return int(self._fs.size(path))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(f"{path} is missing: {error.strerror or error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
 
     def withdraw(self, folder: str, name: str) -> None:
-        """Remove a file, for good before anything else is. Raises OSError."""
-        self._fs.rm_file(self.path(folder, name))
-        if self.local:
-            sync_folder(Path(self.path(folder)))
+        """Remove a file, for good before anything else is; another process may do the same. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(folder, name))
+            if self.local:
+                sync_folder(Path(self.path(folder)))
 
     def remove(self, folder: str) -> None:
-        """Remove a folder with all that is in it. Raises OSError."""
-        self._fs.rm(self.path(folder), recursive=True)
+        """Remove a folder with all that is in it; another process may do the same. Raises OSError."""
+        place = Path(self.path(folder))
+        with contextlib.suppress(FileNotFoundError):
+            if not self.local:
+                self._fs.rm(self.path(folder), recursive=True)
+                return
+            shutil.rmtree(place.resolve())  # what a link leads to takes the room
+            if place.is_symlink():
+                place.unlink()
 
 
 def _make_durable(folder: Path) -> None:

@@ -1,7 +1,10 @@
 """Chains that lack a sound checkpoint: never committed anew, never counted as sound, never in the way of others."""
 
+import errno
 import json
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
 from deploy.cli import app
@@ -51,6 +55,18 @@ def remove(storage: Storage, name: str) -> None:
 
 def unsound(storage: Storage, name: str | None = None) -> dict[str, Checked]:
     return {c.name: c for c in verify(storage, name) if c.problems}
+
+
+def fails_at(monkeypatch: pytest.MonkeyPatch, folder: Path, error: OSError) -> None:
+    """Whoever asks the disk for the manifest of this folder is answered by an error."""
+    real = LocalFileSystem.info
+
+    def info(filesystem: LocalFileSystem, path: str, **options: Any) -> Any:
+        if str(path) == str(folder / MANIFEST):
+            raise error
+        return real(filesystem, path, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "info", info)
 
 
 # -- the parent goes during the save
@@ -132,17 +148,47 @@ def test_prune_keeps_increments_whose_parent_is_there_but_cannot_be_read(
     source(storage, "a0", "a1", "b0")
     damage(tmp_path / "a0" / MANIFEST)
     assert prune(storage, 3, 1) == []
-    real_has, real_size = Storage.has, Storage.size
-
-    def size(storage: Storage, folder: str, name: str) -> int:
-        if folder == "a0":
-            raise OSError(5, "Input/output error")
-        return real_size(storage, folder, name)
-
-    monkeypatch.setattr(Storage, "has", lambda s, *parts: parts[:1] != ("a0",) and real_has(s, *parts))
-    monkeypatch.setattr(Storage, "size", size)
+    fails_at(monkeypatch, tmp_path / "a0", OSError(5, "Input/output error"))
     assert prune(storage, 3, 1) == []
     assert storage.names() == ["a0", "a1", "b0"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_no_sound_checkpoint_is_removed_or_passed_over_unsaid_because_it_cannot_be_reached_now(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path)
+    source(storage, "a0", "b0")
+    for path in (tmp_path / "b0").iterdir():
+        os.utime(path, (0, 0))
+    with monkeypatch.context() as patched:
+        fails_at(patched, tmp_path / "b0", OSError(code, "Input/output error"))
+        sentence = f"{tmp_path}/b0/manifest cannot be reached: Input/output error"
+        assert prune(storage, 1, 1) == []
+        assert chain(storage, None)[-1].name == "a0"
+        assert f"{sentence}; it is passed over, and the newest of the others is 'a0'" in caplog.text
+        assert unsound(storage)["b0"].problems == (sentence,)
+        with pytest.raises(CheckpointError, match=sentence):
+            unsound(storage, "b0")
+    assert not unsound(storage)
+    assert prune(storage, 1, 1) == ["a0"]
+
+
+def test_two_prunes_at_once_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    source(storage, "a0", "b0", "c0")
+    other = threading.Event()
+    real = Storage.withdraw
+
+    def withdraw(mine: Storage, folder: str, name: str) -> None:
+        if not other.is_set():
+            other.set()
+            prune(Storage(tmp_path), 1, 1)
+        real(mine, folder, name)
+
+    monkeypatch.setattr(Storage, "withdraw", withdraw)
+    assert prune(storage, 1, 1) == ["a0", "b0"]
+    assert storage.names() == ["c0"]
 
 
 # -- the newest

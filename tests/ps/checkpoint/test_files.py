@@ -360,6 +360,19 @@ def test_what_a_killed_save_left_goes_by_the_age_of_its_files() -> None:
     assert prune(storage, 1, 1) == ["killed"]
 
 
+@pytest.mark.parametrize("held", [["0001.blocks"], ["0000.blocks", ".manifest"], [".manifest"]])
+def test_whatever_a_kill_leaves_is_removed_and_nothing_of_others(tmp_path: Path, held: list[str]) -> None:
+    """A prune may be killed behind its first file, and an object store may have taken the second one first."""
+    for folder, names in (("killed", held), ("others", [*held, "notes.txt"]), ("empty", [])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(b"rows")
+            os.utime(tmp_path / folder / name, (0, 0))
+    (tmp_path / "file").write_text("")
+    assert prune(Storage(tmp_path), 1, 1) == ["killed"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "others"]
+
+
 def test_a_save_that_goes_on_for_days_is_not_taken_for_a_killed_one(tmp_path: Path) -> None:
     (tmp_path / "saving").mkdir()
     (tmp_path / "saving" / files.file_name(0)).write_bytes(b"rows")
