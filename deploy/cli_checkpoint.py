@@ -179,7 +179,7 @@ def prune(
 ) -> None:
     """Remove old checkpoints of the running cluster, whole chains only, and what killed saves left a day ago.
 
-    Increments go too where a checkpoint that they stand on is missing: they can restore nothing.
+    Increments go too where a checkpoint that they stand on is missing, or another one: they can restore nothing.
 
     Example:  embring checkpoint prune backups --keep 3
     """

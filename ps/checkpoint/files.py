@@ -26,7 +26,7 @@ the parent's manifest; it needs its parent, up to a full checkpoint: a *chain*, 
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import xxhash
 
@@ -156,18 +156,22 @@ def checkpoints(storage: Storage) -> list[Manifest]:
     return good
 
 
-def newest(storage: Storage, cluster: int = 0) -> Manifest:
+def newest(storage: Storage, cluster: int = 0, *, only: bool = False) -> Manifest:
     """The newest checkpoint that can be read, of the cluster where there is one: an old damaged one is in nobody's way.
 
-    Nobody knows when a damaged one was taken, so each is named in the log, which commands have on standard error.
-    Raises CheckpointError where there is none.
+    only: of no other cluster. Nobody knows when a damaged one was taken, so each is named in the log, which commands
+    have on standard error. Raises CheckpointError where there is none.
     """
     good, bad = survey(storage)
-    if not good:
-        raise bad[0] if bad else CheckpointError(f"there is no checkpoint in {storage.root}")
+    mine = [m for m in good if m.cluster == cluster]
+    if not mine and not only:
+        mine = good
+    if not mine:
+        of = " of this cluster" if only else ""
+        raise bad[0] if bad else CheckpointError(f"there is no checkpoint{of} in {storage.root}")
     for error in bad:
-        log.warning("%s; it is passed over, and the newest of the others is %r", error, good[-1].name)
-    return ([m for m in good if m.cluster == cluster] or good)[-1]
+        log.warning("%s; it is passed over, and the newest of the others is %r", error, mine[-1].name)
+    return mine[-1]
 
 
 def missing(storage: Storage, name: str) -> bool:
@@ -185,15 +189,33 @@ def chain(storage: Storage, name: str | None, cluster: int = 0) -> list[Manifest
     """
     storage.existing()
     manifest = newest(storage, cluster) if name is None else read_manifest(storage, name)
+
+    def find(parent: str) -> Manifest | None:
+        return read_manifest(storage, parent) if storage.has(parent, MANIFEST) else None
+
+    links = links_of(manifest, find)
+    if links[0].parent:
+        check_link(storage, links[0], find(links[0].parent))
+    return links
+
+
+def links_of(manifest: Manifest, find: Callable[[str], Manifest | None]) -> list[Manifest]:
+    """What a checkpoint needs, itself last, as far as it is there: where the first one has a parent, that is missing,
+    or another one. find: the checkpoint of a name.
+
+    It ends whatever the names are: a checksum is of all that a manifest says, its parent's checksum too.
+    """
     links = [manifest]
-    while manifest.parent:
-        there = storage.has(manifest.parent, MANIFEST)
-        parent = read_manifest(storage, manifest.parent) if there else None
-        check_link(storage, manifest, parent)
-        assert parent is not None
+    while links[-1].parent:
+        parent = find(links[-1].parent)
+        if parent is None or not _is_parent(parent, links[-1]):
+            break
         links.append(parent)
-        manifest = parent
     return links[::-1]
+
+
+def _is_parent(parent: Manifest, manifest: Manifest) -> bool:
+    return (parent.checksum, parent.cluster) == (manifest.parent_checksum, manifest.cluster)
 
 
 def check_link(storage: Storage, manifest: Manifest, parent: Manifest | None) -> None:
@@ -201,7 +223,7 @@ def check_link(storage: Storage, manifest: Manifest, parent: Manifest | None) ->
     path = storage.path(manifest.name)
     if manifest.parent and parent is None:
         raise CheckpointError(f"{path} is an increment to {manifest.parent!r}, which is missing")
-    if parent is not None and (parent.checksum, parent.cluster) != (manifest.parent_checksum, manifest.cluster):
+    if parent is not None and not _is_parent(parent, manifest):
         raise CheckpointError(f"{path} is an increment to another {manifest.parent!r} than the one here")
 
 

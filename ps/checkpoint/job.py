@@ -5,14 +5,15 @@ in it, and must not stand in an argument), its outcome goes as JSON to standard 
 """
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hashring.view import Server
-from ps.checkpoint.files import survey
+from ps.checkpoint.files import newest, survey
 from ps.checkpoint.models import newest_versions
 from ps.checkpoint.reach import Access, controller_through
 from ps.checkpoint.restore import restore
@@ -27,17 +28,23 @@ NICE = 5
 
 
 def work(order: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what was ordered; what came of it. Raises EmbringError.
+    """Do what was ordered; what came of it, and warnings, a list of sentences. Raises EmbringError.
 
     order: what ("save" or "restore"), directory, servers ([name, incarnation, addresses] each), token, tls_ca,
     fingerprint, cluster, full_every, keep, models (the repository that routers serve, "" for none).
     """
+    with heard() as warnings:
+        return {**_done(order), "warnings": warnings}
+
+
+def _done(order: Mapping[str, Any]) -> dict[str, Any]:
     storage = Storage(order["directory"])
     access = Access(order["token"], trusting(order["tls_ca"]))
     servers = [Server(name, number, "", "", tuple(places)) for name, number, places in order["servers"]]
     if order["what"] == "restore":
         with controller_through(servers, access) as ask:
-            return vars(restore(storage, ask, access, name=newest_of(storage, order["cluster"]), same_tables=True))
+            name = newest(storage, order["cluster"], only=True).name  # of another one, no slot could be restored here
+            return vars(restore(storage, ask, access, name=name, same_tables=True))
     known = chains([m for m in survey(storage)[0] if m.cluster == order["cluster"]])
     incremental = bool(known) and len(known[-1]) < order["full_every"]
     models = {}
@@ -48,12 +55,18 @@ def work(order: Mapping[str, Any]) -> dict[str, Any]:
     return {**vars(saved), **prune_after(storage, order["keep"], order["cluster"])}
 
 
-def newest_of(storage: Storage, cluster: int) -> str:
-    """The newest checkpoint of a cluster: of another one, no slot could be restored here. Raises CheckpointError."""
-    for manifest in reversed(survey(storage)[0]):
-        if manifest.cluster == cluster:
-            return manifest.name
-    raise CheckpointError(f"there is no checkpoint of this cluster in {storage.root}")
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What is said as a warning meanwhile: nobody reads the standard error of this process."""
+    sentences: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: sentences.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("embring.checkpoint")
+    log.addHandler(handler)
+    try:
+        yield sentences
+    finally:
+        log.removeHandler(handler)
 
 
 def main() -> None:

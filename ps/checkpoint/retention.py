@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ps.checkpoint.codec import decode_block
-from ps.checkpoint.files import MANIFEST, check_link, missing, read_blocks, survey, unfinished
+from ps.checkpoint.files import MANIFEST, check_link, links_of, missing, read_blocks, survey, unfinished
 from ps.checkpoint.manifest import Manifest
 from ps.checkpoint.reach import Counter
 from ps.checkpoint.storage import CheckpointError, Storage
@@ -39,7 +39,7 @@ def verify(storage: Storage, name: str | None = None, counter: Counter | None = 
             raise CheckpointError(
                 damaged.get(name) or f"{storage.path(name)} is not a checkpoint: it has no {MANIFEST}"
             )
-        known = _needed(names, names[name])
+        known = links_of(names[name], names.get)
         damaged = {n: e for n, e in damaged.items() if n == known[0].parent}
     counter.expect(sum(m.bytes for m in known))
     for folder, error in damaged.items():
@@ -60,15 +60,8 @@ def verify(storage: Storage, name: str | None = None, counter: Counter | None = 
 
 def _unsound_below(names: dict[str, Manifest], manifest: Manifest, unsound: Collection[str]) -> str:
     """The first unsound checkpoint of the chain that this one stands on, "" for none."""
-    links = _needed(names, manifest)
+    links = links_of(manifest, names.get)
     return next((n for n in (links[0].parent, *(m.name for m in links[:-1])) if n in unsound), "")
-
-
-def _needed(names: dict[str, Manifest], manifest: Manifest) -> list[Manifest]:
-    links = [manifest]
-    while (parent := names.get(links[-1].parent)) is not None:
-        links.append(parent)
-    return links[::-1]
 
 
 def _link_problems(storage: Storage, names: dict[str, Manifest], manifest: Manifest) -> Iterator[str]:
@@ -93,21 +86,22 @@ def _file_problems(storage: Storage, manifest: Manifest, counter: Counter) -> It
 
 
 def chains(manifests: list[Manifest]) -> list[list[Manifest]]:
-    """Checkpoints by the full one that they need, oldest chain first; those whose full one is missing are in none."""
+    """Checkpoints by the full one that they need, oldest chain first; those that lack it are in none."""
     names = {m.name: m for m in manifests}
     out: dict[str, list[Manifest]] = {}
     for manifest in manifests:
-        root = _needed(names, manifest)[0]
+        root = links_of(manifest, names.get)[0]
         if not root.parent:
             out.setdefault(root.name, []).append(manifest)
     return [out[m.name] for m in manifests if m.name in out]
 
 
 def severed(storage: Storage, manifests: list[Manifest]) -> list[Manifest]:
-    """Increments whose chain lacks a checkpoint (it is missing, not damaged): nothing can be restored from them."""
+    """Increments whose chain lacks a checkpoint (it is missing or another one, not damaged): nothing can be restored
+    from them."""
     names = {m.name: m for m in manifests}
-    roots = {m.name: _needed(names, m)[0].parent for m in manifests}
-    gone = {parent for parent in roots.values() if parent and missing(storage, parent)}
+    roots = {m.name: links_of(m, names.get)[0].parent for m in manifests}
+    gone = {parent for parent in roots.values() if parent and (parent in names or missing(storage, parent))}
     return [m for m in manifests if roots[m.name] in gone]
 
 

@@ -5,6 +5,7 @@ file. Where a slot's owner changes, its lane goes on with the new one, and asks 
 Pushes and pulls go on: servers cut an export into parts of a few milliseconds, each leaves when all owners hold it.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 
 from hashring.view import Group, Server, View
 from ps.checkpoint.codec import encode_block
-from ps.checkpoint.files import BlockFile, Saving, survey
+from ps.checkpoint.files import BlockFile, Saving, check_files, links_of, survey
 from ps.checkpoint.hidden import hidden, missed
 from ps.checkpoint.manifest import Manifest
 from ps.checkpoint.reach import Access, Counter, connected, exported, newest_view
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.errors import NotApplied, PerhapsApplied, RequestError, SlotsLost, WrongView
 from ps.rowblock import TERM_SHIFT, RowBlock
+
+log = logging.getLogger("embring.checkpoint")
 
 LANES_MAX = 16
 """Servers asked at once."""
@@ -70,7 +73,7 @@ def save(
     began, view = time.monotonic(), newest_view(servers, access)
     known = _known(storage, incremental)
     now = _moment(known, view.cluster)
-    parent = _parent(known, view, fingerprint) if incremental else None
+    parent = _parent(storage, known, view, fingerprint) if incremental else None
     with Saving(storage, now.strftime("%Y-%m-%dT%H-%M-%S.%fZ") if name is None else name) as saving:
         try:
             work = _Work(view, parent, access, counter or Counter())
@@ -109,18 +112,20 @@ def _moment(known: Iterable[Manifest], cluster: int) -> datetime:
     return max((datetime.now(UTC), *(at + timedelta(microseconds=1) for at in made)))
 
 
-def _parent(known: Sequence[Manifest], view: View, fingerprint: str) -> Manifest | None:
+def _parent(storage: Storage, known: Sequence[Manifest], view: View, fingerprint: str) -> Manifest | None:
     """The newest checkpoint that an increment can follow: one whose chain is whole, and of this very cluster."""
     names = {m.name: m for m in known}
     for manifest in reversed(known):
-        if manifest.cluster != view.cluster or manifest.fingerprint != fingerprint:
+        links = links_of(manifest, names.get)
+        if manifest.cluster != view.cluster or manifest.fingerprint != fingerprint or links[0].parent:
             continue
-        link: Manifest | None = manifest
-        while link is not None and link.parent:
-            above = names.get(link.parent)
-            link = above if above is not None and above.checksum == link.parent_checksum else None
-        if link is not None:
-            return manifest
+        try:
+            for link in links:
+                check_files(storage, link)
+        except CheckpointError as error:
+            log.warning("%s; no increment stands on %r", error, manifest.name)
+            continue
+        return manifest
     return None
 
 
@@ -134,7 +139,7 @@ class _Work:
     def __init__(self, view: View, parent: Manifest | None, access: Access, counter: Counter) -> None:
         _refuse_lost(view)
         total = view.slots_total
-        self.stopped = threading.Event()
+        self.stopped, self._newest = threading.Event(), threading.Lock()
         self.view, self.parent = view, parent
         self.positions = np.full(total, -1, np.int64)
         self.written, self.whole = np.zeros(total, bool), np.zeros(total, bool)
@@ -166,17 +171,18 @@ class _Work:
                 elif time.monotonic() >= until:
                     raise failed or CheckpointError(f"slot {todo[0]} was not sent: nothing was kept, save again")
                 self.stopped.wait(RETRY_S)
-                view = self._newer(view)
+                view = self._newer()
                 _refuse_lost(view)
                 todo = todo[view.owners()[todo, 0] >= 0]  # the slots of tables that were dropped are nobody's
         finally:
             file.close()
 
-    def _newer(self, view: View) -> View:
-        newer = newest_view(view.servers, self._access)
-        if newer.epoch > self.view.epoch:
-            self.view = newer
-        return newer
+    def _newer(self) -> View:
+        """The newest view that anybody heard of: servers that answer may have an older one than the save began with."""
+        heard = newest_view(self.view.servers, self._access)
+        with self._newest:
+            self.view = max(self.view, heard, key=lambda view: view.epoch)
+            return self.view
 
     def _round(self, view: View, todo: NDArray[np.int64], file: BlockFile) -> Exception | None:
         """Ask each slot's primary once; the last error that may pass."""
@@ -223,7 +229,7 @@ class _Work:
     ) -> Manifest:
         """What was saved, by the tables of now. Raises CheckpointError where a table's rows moved meanwhile."""
         servers = self.view.servers
-        view = self._newer(self.view) if any(s.alive for s in servers) else self.view
+        view = self._newer() if any(s.alive for s in servers) else self.view
         unseen = hidden(self._before)
         before = {t.name: t.group for t in self._before.tables if not unseen[self._before.group(t.group).first]}
         tables = [t for t in view.tables if t.name in before]

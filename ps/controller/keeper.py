@@ -87,15 +87,18 @@ class Keeper:
         if self._error:
             log.warning("checkpoint: %s", self._error)
             return
+        said = [f"{job}: {warning}" for warning in told.get("warnings", ())]
         if told.get("prune_error"):  # the save stands: the next one is due as ever, and will try it again
-            self._error = f"prune: {told['prune_error']}"
+            said.append(f"prune: {told['prune_error']}")
+        if said:
+            self._error = "; ".join(said)
             log.warning("checkpoint: %s", self._error)
         log.info("checkpoint: %s %s, %d rows, %d bytes", job, told["name"], told["rows"], told["bytes"])
         self._last[job] = {"at": time.time(), **{k: told[k] for k in ("name", "rows", "bytes")}}
 
     def status(self) -> dict[str, Any]:
-        """doing: the job under way, or None. last: by job, the last that ended well. error: of the last, or of the
-        pruning that followed it, "" if none."""
+        """doing: the job under way, or None. last: by job, the last that ended well. error: of the last, what
+        it warned of, or of the pruning that followed it, "" if none."""
         return {
             "directory": self._config.directory,
             "every_s": self._config.every_s,

@@ -17,8 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from ps.checkpoint.files import MANIFEST, Saving, chain, checkpoints
-from ps.checkpoint.job import newest_of
+from ps.checkpoint.files import MANIFEST, Saving, chain, checkpoints, newest
 from ps.checkpoint.retention import Checked, prune, verify
 from ps.checkpoint.storage import CheckpointError, Storage
 from ps.spec import SGD, TableSpec
@@ -51,6 +50,10 @@ def blocks(folder: Path) -> Path:
 def remove(storage: Storage, name: str) -> None:
     storage.withdraw(name, MANIFEST)
     storage.remove(name)
+
+
+def listed(folder: Path) -> list[str]:
+    return CliRunner().invoke(app, ["checkpoint", "list", str(folder)]).stdout.splitlines()
 
 
 def unsound(storage: Storage, name: str | None = None) -> dict[str, Checked]:
@@ -133,8 +136,9 @@ def test_prune_removes_increments_whose_chain_lacks_a_checkpoint(tmp_path: Path)
     other.save(storage, "theirs1", incremental=True)
     for name in ("a0", "theirs0"):
         remove(storage, name)
-    listed = CliRunner().invoke(app, ["checkpoint", "list", str(tmp_path)]).stdout.splitlines()
-    lacking = {line.split()[0] for line in listed if "cannot be restored: its chain lacks a checkpoint" in line}
+    lacking = {
+        line.split()[0] for line in listed(tmp_path) if "cannot be restored: its chain lacks a checkpoint" in line
+    }
     assert lacking == {"a1", "a2", "theirs1"}
     assert prune(storage, 3, 1) == ["a2", "a1"]
     assert storage.names() == ["b0", "theirs1"]
@@ -174,6 +178,27 @@ def test_no_sound_checkpoint_is_removed_or_passed_over_unsaid_because_it_cannot_
     assert prune(storage, 1, 1) == ["a0"]
 
 
+def test_a_cycle_of_names_is_no_chain(tmp_path: Path) -> None:
+    """An increment is copied back from a backup, and what it stood on has been made anew, as an increment to it."""
+    storage = Storage(tmp_path / "backups")
+    cluster = source(storage, "x0", "y1")
+    (tmp_path / "backups" / "y1").rename(tmp_path / "y1")
+    storage.remove("x0")
+    cluster.save(storage, "y1")
+    cluster.save(storage, "x0", incremental=True)
+    storage.remove("y1")
+    (tmp_path / "y1").rename(tmp_path / "backups" / "y1")
+    sentences = [f"{storage.path(name)} is an increment to another {of!r} than the one here" for name, of in
+                 (("y1", "x0"), ("x0", "y1"))]  # fmt: skip
+    assert {c.problems[0] for c in verify(storage)} == set(sentences)
+    assert sum("cannot be restored" in line for line in listed(tmp_path / "backups")) == 2
+    with pytest.raises(CheckpointError, match=sentences[1]):
+        chain(storage, "x0")
+    assert cluster.save(storage, "z0", incremental=True).parent == ""
+    assert sorted(prune(storage, 1, 1)) == ["x0", "y1"]
+    assert storage.names() == ["z0"]
+
+
 def test_two_prunes_at_once_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(tmp_path)
     source(storage, "a0", "b0", "c0")
@@ -203,7 +228,6 @@ def test_the_newest_is_chosen_past_damaged_manifests_which_are_named(
     damage(tmp_path / name / MANIFEST)
     newest = ["b0", "b1"] if name == "c0" else ["c0"]
     assert [m.name for m in chain(storage, None)] == newest
-    assert newest_of(storage, 1) == newest[-1]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message == (
@@ -231,6 +255,14 @@ def test_the_newest_of_the_cluster_goes_before_newer_ones_of_others(tmp_path: Pa
     ours.kill("s1")
     assert ours.restore(storage).name == "a1"
     assert ours.rows("item") == before
+
+
+def test_of_another_cluster_no_slot_can_be_restored_by_itself(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    source(storage, "a0", "b0")
+    assert newest(storage, 1, only=True).name == "b0"
+    with pytest.raises(CheckpointError, match=f"^there is no checkpoint of this cluster in {tmp_path}$"):
+        newest(storage, 2, only=True)
 
 
 def test_damaged_manifests_alone_are_no_empty_folder(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """What the controller's process does: a save stands, whatever becomes of what is done after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ps.checkpoint.files import checkpoints
+from ps.checkpoint.files import MANIFEST, checkpoints
 from ps.checkpoint.job import work
 from ps.checkpoint.storage import Storage
 from ps.config.checkpoint import CheckpointConfig
@@ -58,3 +60,28 @@ def test_a_prune_that_fails_is_told_beside_the_save_and_nothing_is_saved_again_f
     assert status["last"]["save"]["name"] == saves[-1]["name"]
     told = work(order(cluster, tmp_path))
     assert (len(told["pruned"]), told["prune_error"]) == (2, "")
+
+
+def test_what_the_restore_of_lost_slots_passes_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = LoopCluster(2)
+    cluster.create(TableSpec("t", 3, SGD(lr=1.0)))
+    storage = Storage(tmp_path)
+    for name in ("a", "b"):
+        cluster.save(storage, name)
+    path = tmp_path / "b" / MANIFEST
+    path.write_bytes(path.read_bytes()[:-1])
+    cluster.kill("s0")
+
+    @contextmanager
+    def controller(*_: object) -> Iterator[Any]:
+        yield cluster.ask
+
+    monkeypatch.setattr("ps.checkpoint.job.controller_through", controller)
+    told = work({**order(cluster, tmp_path), "what": "restore"})
+    sentence = f"{path} is damaged: it fails its checksum; it is passed over, and the newest of the others is 'a'"
+    assert (told["name"], told["warnings"]) == ("a", [sentence])
+    keeper = Keeper(CheckpointConfig(directory=str(tmp_path), restore_lost=True), lambda: cluster.view, lambda job: {})
+    keeper.ended("restore", told)
+    assert keeper.status()["error"] == f"restore: {sentence}"
+    assert keeper.status()["last"]["restore"]["name"] == "a"
+    assert work(order(cluster, tmp_path))["warnings"] == []
