@@ -40,6 +40,7 @@ from ps.wire import (
     Message,
     pull_share,
     push_share,
+    unpack_plain,
     vector,
     view_message,
     view_of,
@@ -455,6 +456,11 @@ class Service:
 
     async def _admin(self, request: Message) -> Result:
         fields = {k: v for k, v in request.fields.items() if k not in ("verb", "deadline_ms", "epoch")}
+        if "fields" in request.arrays:  # more than a header may hold, as of a restore
+            more = unpack_plain(vector(request.arrays, "fields", "|u1"))
+            if not isinstance(more, dict):
+                raise RequestError(f"fields are {str(more)[:40]}; they must be a map")
+            fields |= more
         verb = request.fields.get("verb")
         if not isinstance(verb, str):
             raise RequestError("verb must be text")

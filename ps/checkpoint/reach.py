@@ -19,7 +19,7 @@ from ps.errors import EmbringError, NotApplied, PerhapsApplied, WrongView
 from ps.fabric.blocking import BlockingConnection
 from ps.fabric.protocol import Hello
 from ps.rowblock import RowBlock
-from ps.wire import Message, view_of
+from ps.wire import Message, pack_plain, view_of
 
 TIMEOUT_S = 60.0
 """For one part of an export, or one block to be absorbed."""
@@ -86,7 +86,7 @@ def controller_through(servers: Sequence[Server], access: Access) -> Iterator[As
         for server in servers:
             try:
                 with connected(server, access, CONNECT_S) as connection:
-                    return call(connection, "admin", {"verb": verb, **fields}, {}).fields
+                    return call(connection, "admin", {"verb": verb}, {"fields": pack_plain(fields)}).fields
             except (NotApplied, WrongView) as error:
                 failed = error
         raise failed

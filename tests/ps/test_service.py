@@ -21,7 +21,7 @@ from ps.service import Service, serve
 from ps.share import PullShare, PushShare, features_of
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store, StoreLimits
-from ps.wire import Message, pull_message, push_message, view_message, view_of
+from ps.wire import Message, pack_plain, pull_message, push_message, view_message, view_of
 
 WAIT_S = 30.0
 DIM = 4
@@ -152,6 +152,7 @@ def test_the_welcome_says_who_it_is(server):
         ("drain", {"on": 1}, {}, "on is 1"),
         ("admin", {}, {}, "verb must be text"),
         ("admin", {"verb": "refuse"}, {}, "the controller says no"),
+        ("admin", {"verb": "x"}, {"fields": pack_plain(7)}, "fields are 7; they must be a map"),
     ],
 )
 def test_wrong_requests_are_named(server, op, fields, arrays, match):
@@ -345,7 +346,9 @@ def test_draining_refuses_rows_and_nothing_else(server):
 def test_administration_reaches_the_controller(server):
     reply = server.ask("admin", {"verb": "create_table", "spec": {"name": "x"}, "epoch": 1})
     assert reply.fields["done"] == "create_table"
-    assert server.asked == [("create_table", {"spec": {"name": "x"}})]
+    manifest = {"tables": [[n, "t" * 100, 1, {"default": [0.1] * 4096}] for n in range(40)]}
+    server.ask("admin", {"verb": "restore", "epoch": 1}, {"fields": pack_plain({"manifest": manifest})})
+    assert server.asked == [("create_table", {"spec": {"name": "x"}}), ("restore", {"manifest": manifest})]
 
 
 def test_statistics_count_what_happened(server):

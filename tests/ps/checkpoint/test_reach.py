@@ -11,7 +11,8 @@ from hashring.planner import Join, plan
 from hashring.view import Server, View
 from ps.checkpoint.reach import Access, controller_through, newest_view
 from ps.errors import AuthError, EmbringError, NotApplied, PerhapsApplied, WrongView
-from ps.wire import view_message
+from ps.spec import TableSpec
+from ps.wire import LIMITS, Message, encode, view_message
 
 ACCESS = Access("")
 SERVERS = tuple(Server(f"s{i}", 10 + i, f"h{i}", addresses=(f"unix:{i}",)) for i in range(2))
@@ -32,6 +33,7 @@ def first_fails(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("ps.checkpoint.reach.connected", connected)
 
     def call(server: Server, op: str, fields: dict[str, Any], arrays: dict[str, Any]) -> Any:
+        encode(Message(op, 1, fields, arrays), LIMITS)
         told, packed = view_message(VIEW) if op == "view" else ({"by": server.name, **fields}, {})
         return SimpleNamespace(fields=told, arrays=packed)
 
@@ -61,5 +63,7 @@ def test_the_controller_is_asked_through_the_next_server_where_the_first_is_anot
     first_fails(error)
     with controller_through(SERVERS, ACCESS) as ask:
         assert ask("status") == {"by": "s1", "verb": "status"}
+        big = [TableSpec(f"t{n}", 4096, default=(0.1,) * 4096).to_plain() for n in range(30)]
+        assert ask("restore", manifest={"tables": big})["verb"] == "restore"
     with controller_through(SERVERS[:1], ACCESS) as ask, pytest.raises(WrongView):
         ask("status")
