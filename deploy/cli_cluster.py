@@ -37,8 +37,6 @@ def up(
 
     Example:  embring up --servers 3 --routers 2 --models models/
     """
-    from ps.checkpoint.files import chain
-    from ps.checkpoint.storage import Storage
     from ps.cluster import start
     from ps.config import load_config
 
@@ -51,10 +49,8 @@ def up(
         find_models(Path(settings.router.models))  # a wrong folder is refused before a process is started
     elif routers is not None:
         raise typer.BadParameter("routers need a models repository: --models DIR, or models in [router]")
-    if restore is not None and not settings.checkpoint.directory:
-        raise typer.BadParameter("--restore needs the directory of [checkpoint] in a cluster.toml: --config FILE")
-    if restore not in (None, "latest"):
-        chain(Storage(settings.checkpoint.directory), restore)  # a wrong name is refused before a process is started
+    if restore is not None:
+        _check_restore(settings.checkpoint.directory, restore)
     runtime = start(settings, state=state, address=address, report=say)
     if restore is not None:
         _restored(runtime, settings.checkpoint.directory, restore)
@@ -85,6 +81,19 @@ def _changed(settings: Any, section: str, **options: Any) -> Any:
     """The configuration with the options that were given."""
     given = {key: value for key, value in options.items() if value is not None}
     return settings.with_settings(section, **given) if given else settings
+
+
+def _check_restore(directory: str, name: str) -> None:
+    """Refuse a wrong name, or what cannot be read, before a process is started."""
+    from ps.checkpoint.files import chain, checkpoints
+    from ps.checkpoint.storage import Storage
+
+    if not directory:
+        raise typer.BadParameter("--restore needs the directory of [checkpoint] in a cluster.toml: --config FILE")
+    if name == "latest":
+        checkpoints(Storage(directory))
+    else:
+        chain(Storage(directory), name)
 
 
 def _restored(runtime: Any, directory: str, name: str) -> None:

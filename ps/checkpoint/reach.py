@@ -139,10 +139,15 @@ class Absorber:
 
     def _settle(self) -> None:
         number, block = self._sent.popleft()
-        taken = self._connection.receive(number, TIMEOUT_S).arrays["taken"].astype(bool)
+        reply = self._connection.receive(number, TIMEOUT_S)
+        taken, epoch = reply.arrays["taken"].astype(bool), int(reply.fields["epoch"])
         if not taken.all():
-            slot = int(block.slots[~taken][0])
-            raise CheckpointError(f"server {self._name} did not take slot {slot}: restore again")
+            why = f"its view of epoch {epoch} has it in another term than the restore, {self._term}: restore again"
+            if epoch < self._term:
+                why = (
+                    f"its view is of epoch {epoch}, and it has not taken that of the restore, {self._term}: see its log"
+                )
+            raise CheckpointError(f"server {self._name} did not take slot {int(block.slots[~taken][0])}: {why}")
 
 
 class Counter:

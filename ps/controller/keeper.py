@@ -5,8 +5,10 @@ sooner; a restore likewise: whatever made it fail (a table that the checkpoint h
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,8 @@ LOST_WAIT_S = 20.0
 """How long a server that died may take to be started again before lost slots are restored without it."""
 
 JOB_MAX_S = 24 * 3600.0
+
+COMMAND = (sys.executable, "-m", "ps.checkpoint.job")
 
 Job = Literal["save", "restore"]
 Order = Callable[[Job], dict[str, Any]]
@@ -120,11 +124,20 @@ def complete(view: View) -> bool:
 
 def run_job(order: dict[str, Any]) -> dict[str, Any]:
     """Have the order done by a process; its outcome, or {"error": sentence}. Blocks."""
-    command = [sys.executable, "-m", "ps.checkpoint.job"]
     try:
-        done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, timeout=JOB_MAX_S)
+        done = subprocess.run(COMMAND, input=json.dumps(order), capture_output=True, text=True, timeout=JOB_MAX_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": f"its process failed: {error}"}
+    with contextlib.suppress(ValueError):
         told: dict[str, Any] = json.loads(done.stdout)
         return told
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        last = done.stderr.strip().splitlines()[-1:] if isinstance(error, ValueError) else [str(error)]
-        return {"error": f"its process failed: {' '.join(last)[:300]}"}
+    return {"error": ": ".join([_ended(done.returncode), *done.stderr.strip().splitlines()[-1:]])[:300]}
+
+
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"its process ended with status {status}"
+    try:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"its process was ended by signal {-status}"

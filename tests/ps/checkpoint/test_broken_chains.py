@@ -275,6 +275,19 @@ def test_damaged_manifests_alone_are_no_empty_folder(tmp_path: Path) -> None:
             choose(storage)
 
 
+@pytest.mark.parametrize("name", ["latest", "a0", "a1"])
+def test_up_refuses_what_it_cannot_restore_before_it_starts_a_process(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(Storage(tmp_path), "a0")
+    damage(tmp_path / "a0" / MANIFEST)
+    config = tmp_path / "cluster.toml"
+    config.write_text(f'[checkpoint]\ndirectory = "{tmp_path}"\n')
+    monkeypatch.setattr("ps.cluster.start", lambda *_, **__: pytest.fail("a process was started"))
+    done = CliRunner().invoke(app, ["up", "--config", str(config), "--restore", name])
+    assert isinstance(done.exception, CheckpointError)
+
+
 @pytest.mark.parametrize("command", ["restore", "up"])
 def test_commands_restore_the_newest_past_an_old_damaged_manifest(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hashring.planner import Join, plan
 from hashring.view import Server, View
-from ps.checkpoint.reach import Access, controller_through, newest_view
+from ps.checkpoint.reach import Absorber, Access, controller_through, newest_view
+from ps.checkpoint.storage import CheckpointError
 from ps.errors import AuthError, EmbringError, NotApplied, PerhapsApplied, WrongView
 from ps.spec import TableSpec
 from ps.wire import LIMITS, Message, encode, view_message
@@ -67,3 +69,21 @@ def test_the_controller_is_asked_through_the_next_server_where_the_first_is_anot
         assert ask("restore", manifest={"tables": big})["verb"] == "restore"
     with controller_through(SERVERS[:1], ACCESS) as ask, pytest.raises(WrongView):
         ask("status")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "sentence"),
+    [
+        (6, r"^server s0 did not take slot 3: its view is of epoch 6, and it has not taken that of the restore, 7"),
+        (8, r"^server s0 did not take slot 3: its view of epoch 8 has it in another term than the restore, 7"),
+    ],
+)
+def test_why_a_server_takes_no_rows_is_told(epoch: int, sentence: str) -> None:
+    taken = {"taken": np.array([1, 0], np.uint8)}
+    connection = SimpleNamespace(
+        send=lambda *_: 1, receive=lambda *_: SimpleNamespace(fields={"epoch": epoch}, arrays=taken)
+    )
+    absorber = Absorber(connection, "s0", 7)  # type: ignore[arg-type]
+    absorber.send(SimpleNamespace(slots=np.array([2, 3]), to_arrays=lambda: ({}, {})))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=sentence):
+        absorber.finish()

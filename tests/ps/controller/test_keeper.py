@@ -1,5 +1,6 @@
 """When checkpoints are saved and lost slots restored: by a clock of the test, without any process."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from hashring.planner import CreateTable, Fail, Join, Return, plan
 from hashring.view import Server, View
 from ps.config import Config, annotated, load_config
 from ps.config.checkpoint import CheckpointConfig
+from ps.controller import keeper
 from ps.controller.keeper import LOST_WAIT_S, RETRY_S, Keeper, run_job
 from ps.controller.restore import prepare
 from ps.errors import ConfigError
@@ -129,7 +131,22 @@ def test_slots_that_somebody_is_restoring_are_left_to_him() -> None:
 def test_the_process_tells_its_error_in_one_sentence(tmp_path) -> None:
     order = {"what": "restore", "directory": str(tmp_path), "servers": [], "token": "t", "tls_ca": "", "cluster": 5}
     assert run_job(order) == {"error": f"there is no checkpoint of this cluster in {tmp_path}"}
-    assert "its process failed: KeyError" in run_job({"what": "save"})["error"]
+    assert run_job({"what": "save"})["error"].startswith("its process ended with status 1: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("os.kill(os.getpid(), 9)", "its process was ended by SIGKILL"),
+        ("os.kill(os.getpid(), 35)", "its process was ended by signal 35"),
+        ("os._exit(3)", "its process ended with status 3"),
+        ("sys.exit('no room')", "its process ended with status 1: no room"),
+        ("print('{')", "its process ended with status 0"),
+    ],
+)
+def test_how_the_process_ended_is_told(code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "COMMAND", [sys.executable, "-c", f"import os, sys; {code}"])
+    assert run_job({}) == {"error": why}
 
 
 def test_the_section_needs_a_place_and_keeps_urls(tmp_path) -> None:
