@@ -12,6 +12,8 @@ All numbers are little-endian. FORMAT is 2; whoever meets a higher one refuses i
     16      8     XXH3-64 of bytes 0 to 16 and of the body (u64)
     24      n     body: MessagePack, the fields of `Manifest` by name; arrays are [[dtype, length] ..., packed]
 
+`Manifest` and what its fields may hold stand in ps.checkpoint.manifest.
+
 A block is one frame (ps.wire): a MessagePack header ["block", 0, fields, arrays] and raw arrays. fields has cluster,
 copy, sections ([dim, optimizer] each) and packed ([name, dtype, length] each). Arrays are those of `RowBlock`
 by name: rows ("0.ids", "0.tables", "0.values", "0.state", "0.meta", ...) are raw; all others are in the array
@@ -98,14 +100,15 @@ class Saving:
     def commit(self, manifest: Manifest) -> Manifest:
         """Make it a checkpoint, durable when this returns; its manifest with the checksum.
 
-        Raises OSError, and CheckpointError where the parent is not there any more.
+        Raises OSError, and CheckpointError where the parent is not there any more, or nobody could restore it.
         """
         if manifest.parent:
             self._check_parent(manifest)
         data = encode_manifest(manifest)
+        manifest = decode_manifest(data, self.storage.path(self.name, MANIFEST))
         self.storage.publish(self.name, MANIFEST, data)
         self._committed = True
-        return decode_manifest(data, self.name)
+        return manifest
 
     def _check_parent(self, manifest: Manifest) -> None:
         """The parent was chosen when the save began; another process may have pruned it since."""

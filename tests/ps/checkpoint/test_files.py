@@ -113,6 +113,12 @@ def test_nothing_stays_of_a_save_that_fails(place: Storage) -> None:
     assert place.names() == []
 
 
+def test_what_nobody_could_restore_is_not_committed(place: Storage) -> None:
+    with pytest.raises(CheckpointError, match="first/manifest cannot be restored: models must be text"):
+        source().save(place, "first", models={"ctr": 7})
+    assert place.names() == []
+
+
 # -- crashes
 
 
