@@ -102,7 +102,7 @@ class Manifest:
         for name in ("name", "created", "fingerprint", "parent"):
             text(vars(self), name)
         for name, high in _WHOLE.items():
-            whole(vars(self), name, 0, high)
+            _whole(name, getattr(self, name), 0, high)
         for told in (*self.models, *self.models.values()):
             text({"models": told}, "models")
         if datetime.fromisoformat(self.created).tzinfo is None:
@@ -121,8 +121,8 @@ class Manifest:
         _numbered("group", [group[0] for group in self.groups])
         end = 0
         for number, _, _, first, slots in sorted(self.groups, key=lambda group: group[3]):
-            whole({"first": first}, "first", end, SLOTS_MAX - 1)  # behind the group before it
-            whole({"slots": slots}, "slots", 1, SLOTS_MAX - first)
+            _whole(f"the first slot of group {number}", first, end, SLOTS_MAX - 1)  # behind the group before it
+            _whole(f"slots of group {number}", slots, 1, SLOTS_MAX - first)
             if slots & (slots - 1):
                 raise RequestError(f"group {number} has {slots} slots; it must have a power of two")
             end = first + slots
@@ -130,24 +130,34 @@ class Manifest:
     def _check_tables(self) -> None:
         _numbered("table", [entry[0] for entry in self.tables])
         places = {number: (placement, replicas) for number, placement, replicas, _, _ in self.groups}
-        names = set[str]()
         for _, name, group, plain in self.tables:
             spec = TableSpec.from_plain(plain)
-            if spec.name != name or name in names:
-                raise RequestError(f"table {name!r} has the specification of {spec.name!r}, or comes twice")
+            if spec.name != name:
+                raise RequestError(f"table {name!r} has the specification of {spec.name!r}")
             if places.get(group) != (spec.placement, spec.replicas):
                 raise RequestError(
                     f"table {name!r} has placement and replicas {(spec.placement, spec.replicas)}; "
                     f"its group {group} has {places.get(group)}"
                 )
-            names.add(name)
+        _once("table", [entry[1] for entry in self.tables])
+
+
+def _whole(what: str, value: Any, low: int, high: int) -> None:
+    whole({what: value}, what, low, high)
 
 
 def _numbered(what: str, numbers: list[int]) -> None:
     for number in numbers:
-        whole({f"{what} number": number}, f"{what} number", 0, NUMBER_MAX)
-    if len(set(numbers)) < len(numbers):
-        raise RequestError(f"two {what}s have the same number; every number must be another")
+        _whole(f"{what} number", number, 0, NUMBER_MAX)
+    _once(f"{what} number", numbers)
+
+
+def _once(what: str, values: list[Any]) -> None:
+    seen = set[Any]()
+    for value in values:
+        if value in seen:
+            raise RequestError(f"{what} {value!r} comes twice")
+        seen.add(value)
 
 
 def _within(name: str, column: NDArray[Any], end: int) -> None:

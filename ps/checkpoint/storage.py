@@ -58,7 +58,7 @@ class _LocalSink:
             self._file.close()
 
 
-class _Remote:
+class _Guarded:
     """A filesystem of fsspec, or a file of one: whatever else it raises is an OSError for those who call."""
 
     def __init__(self, thing: Any) -> None:
@@ -68,7 +68,7 @@ class _Remote:
         value = getattr(self._thing, name)
         return _told(value) if callable(value) else value
 
-    def __enter__(self) -> "_Remote":
+    def __enter__(self) -> "_Guarded":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class Storage:
             raise CheckpointError(f"{url} cannot be reached: {error}") from None
         self.local = isinstance(filesystem, LocalFileSystem)
         self._lasts = not isinstance(filesystem, MemoryFileSystem)
-        self._fs = _Remote(filesystem)
+        self._fs = _Guarded(filesystem)
 
     def path(self, *parts: str) -> str:
         """The full path of a folder or file, as messages name it."""
@@ -180,7 +180,7 @@ class Storage:
         """A new file to be written. Raises OSError."""
         if self.local:
             return _LocalSink(self.path(folder, name))
-        return cast(Sink, _Remote(self._fs.open(self.path(folder, name), "wb")))
+        return cast(Sink, _Guarded(self._fs.open(self.path(folder, name), "wb")))
 
     def publish(self, folder: str, name: str, data: bytes) -> None:
         """Make a file that is there whole or not at all, after all that was created in the folder. Raises OSError."""
@@ -202,7 +202,7 @@ class Storage:
         """A file to be read. Raises OSError."""
         if self.local:
             return open(self.path(folder, name), "rb", buffering=0)
-        return cast(IO[bytes], _Remote(self._fs.open(self.path(folder, name), "rb")))
+        return cast(IO[bytes], _Guarded(self._fs.open(self.path(folder, name), "rb")))
 
     def read(self, folder: str, name: str) -> bytes:
         """All of a file. Raises OSError."""
@@ -229,12 +229,12 @@ class Storage:
         """Remove a folder with all that is in it; another process may do the same. Raises OSError."""
         place = Path(self.path(folder))
         with contextlib.suppress(FileNotFoundError):
-            if not self.local:
+            if self.local:
+                shutil.rmtree(place.resolve())  # what a link leads to takes the room
+            else:
                 self._fs.rm(self.path(folder), recursive=True)
-                return
-            shutil.rmtree(place.resolve())  # what a link leads to takes the room
-            if place.is_symlink():
-                place.unlink()
+        if self.local and place.is_symlink():
+            place.unlink(missing_ok=True)
 
 
 def _make_durable(folder: Path) -> None:
