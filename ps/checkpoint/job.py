@@ -28,16 +28,11 @@ NICE = 5
 
 
 def work(order: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what was ordered; what came of it, and warnings, a list of sentences. Raises EmbringError.
+    """Do what was ordered; what came of it. Raises EmbringError.
 
     order: what ("save" or "restore"), directory, servers ([name, incarnation, addresses] each), token, tls_ca,
     fingerprint, cluster, full_every, keep, models (the repository that routers serve, "" for none).
     """
-    with heard() as warnings:
-        return {**_done(order), "warnings": warnings}
-
-
-def _done(order: Mapping[str, Any]) -> dict[str, Any]:
     storage = Storage(order["directory"])
     access = Access(order["token"], trusting(order["tls_ca"]))
     servers = [Server(name, number, "", "", tuple(places)) for name, number, places in order["servers"]]
@@ -70,13 +65,14 @@ def heard() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    """Read an order, do it, and say what came of it."""
+    """Read an order, do it, and say what came of it, and what was warned of."""
     os.nice(NICE)
-    try:
-        told = work(json.load(sys.stdin))
-    except EmbringError as error:
-        told = {"error": str(error)}
-    json.dump(told, sys.stdout)
+    with heard() as warnings:
+        try:
+            told = work(json.load(sys.stdin))
+        except EmbringError as error:
+            told = {"error": str(error)}
+    json.dump({**told, "warnings": warnings}, sys.stdout)
 
 
 if __name__ == "__main__":

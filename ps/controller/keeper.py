@@ -85,18 +85,18 @@ class Keeper:
     def ended(self, job: Job, told: dict[str, Any]) -> None:
         """A job has ended with this outcome."""
         now, self._doing = self._clock(), None
-        self._error = f"{job}: {told['error']}" if "error" in told else ""
-        wait = self._config.every_s if job == "save" else 0.0
-        self._next[job] = now + (min(wait or RETRY_S, RETRY_S) if self._error else wait)
-        if self._error:
-            log.warning("checkpoint: %s", self._error)
-            return
-        said = [f"{job}: {warning}" for warning in told.get("warnings", ())]
+        failed, said = "error" in told, [f"{job}: {warning}" for warning in told.get("warnings", ())]
+        if failed:
+            said.insert(0, f"{job}: {told['error']}")
         if told.get("prune_error"):  # the save stands: the next one is due as ever, and will try it again
             said.append(f"prune: {told['prune_error']}")
+        self._error = "; ".join(said)
         if said:
-            self._error = "; ".join(said)
             log.warning("checkpoint: %s", self._error)
+        wait = self._config.every_s if job == "save" else 0.0
+        self._next[job] = now + (min(wait or RETRY_S, RETRY_S) if failed else wait)
+        if failed:
+            return
         log.info("checkpoint: %s %s, %d rows, %d bytes", job, told["name"], told["rows"], told["bytes"])
         self._last[job] = {"at": time.time(), **{k: told[k] for k in ("name", "rows", "bytes")}}
 

@@ -263,7 +263,7 @@ def _made(view: View, entries: Sequence[Sequence[Any]], saved: Sequence[Sequence
         unseen = alike - {groups.get(there, -1)}
         kept = tuple(g for g in view.groups if g.number not in unseen)
         part = replace(view, groups=kept, tables=tuple(t for t in view.tables if t.group not in unseen))
-        part = _planned(part, CreateTable(name, plain, spec.placement, spec.replicas, slots=sizes[there]))
+        part = _planned(part, CreateTable(name, spec.to_plain(), spec.placement, spec.replicas, slots=sizes[there]))
         new = part.tables[-1]
         groups[there] = new.group
         back = tuple(g for g in view.groups if g.number in unseen)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ps.checkpoint.files import MANIFEST, checkpoints
-from ps.checkpoint.job import work
+from ps.checkpoint.job import heard, work
 from ps.checkpoint.storage import Storage
 from ps.config.checkpoint import CheckpointConfig
 from ps.controller.keeper import Keeper
@@ -77,11 +77,13 @@ def test_what_the_restore_of_lost_slots_passes_over_is_told(tmp_path: Path, monk
         yield cluster.ask
 
     monkeypatch.setattr("ps.checkpoint.job.controller_through", controller)
-    told = work({**order(cluster, tmp_path), "what": "restore"})
+    with heard() as warnings:
+        told = work({**order(cluster, tmp_path), "what": "restore"})
     sentence = f"{path} is damaged: it fails its checksum; it is passed over, and the newest of the others is 'a'"
-    assert (told["name"], told["warnings"]) == ("a", [sentence])
+    assert (told["name"], warnings) == ("a", [sentence])
     keeper = Keeper(CheckpointConfig(directory=str(tmp_path), restore_lost=True), lambda: cluster.view, lambda job: {})
-    keeper.ended("restore", told)
+    keeper.ended("restore", {**told, "warnings": warnings})
     assert keeper.status()["error"] == f"restore: {sentence}"
     assert keeper.status()["last"]["restore"]["name"] == "a"
-    assert work(order(cluster, tmp_path))["warnings"] == []
+    keeper.ended("restore", {"error": "there is no table 'u'", "warnings": warnings})
+    assert keeper.status()["error"] == f"restore: there is no table 'u'; restore: {sentence}"

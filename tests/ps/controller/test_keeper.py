@@ -130,7 +130,8 @@ def test_slots_that_somebody_is_restoring_are_left_to_him() -> None:
 
 def test_the_process_tells_its_error_in_one_sentence(tmp_path) -> None:
     order = {"what": "restore", "directory": str(tmp_path), "servers": [], "token": "t", "tls_ca": "", "cluster": 5}
-    assert run_job(order) == {"error": f"there is no checkpoint of this cluster in {tmp_path}"}
+    sentence = f"there is no checkpoint of this cluster in {tmp_path}"
+    assert run_job(order) == {"error": sentence, "warnings": []}
     assert run_job({"what": "save"})["error"].startswith("its process ended with status 1: KeyError")
 
 
