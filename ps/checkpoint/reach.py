@@ -120,8 +120,7 @@ class Absorber:
     foreign: whether positions are of another cluster, or of other slots."""
 
     def __init__(self, connection: BlockingConnection, name: str, term: int, foreign: bool) -> None:
-        self._connection, self._name = connection, name
-        self._fields = {"term": term, "epoch": term, "foreign": foreign}
+        self._connection, self._name, self._term, self._foreign = connection, name, term, foreign
         self._sent: deque[tuple[int, RowBlock]] = deque()
 
     def send(self, block: RowBlock) -> None:
@@ -129,7 +128,7 @@ class Absorber:
         while len(self._sent) >= AHEAD:
             self._settle()
         fields, arrays = block.to_arrays()
-        fields = {"block": fields, **self._fields}
+        fields = {"block": fields, "term": self._term, "epoch": self._term, "foreign": self._foreign}
         self._sent.append((self._connection.send("absorb", fields, arrays, TIMEOUT_S), block))
 
     def finish(self) -> None:

@@ -83,7 +83,7 @@ def test_why_a_server_takes_no_rows_is_told(epoch: int, sentence: str) -> None:
     connection = SimpleNamespace(
         send=lambda *_: 1, receive=lambda *_: SimpleNamespace(fields={"epoch": epoch}, arrays=taken)
     )
-    absorber = Absorber(connection, "s0", 7)  # type: ignore[arg-type]
+    absorber = Absorber(connection, "s0", 7, False)  # type: ignore[arg-type]
     absorber.send(SimpleNamespace(slots=np.array([2, 3]), to_arrays=lambda: ({}, {})))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=sentence):
         absorber.finish()
