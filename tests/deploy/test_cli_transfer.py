@@ -61,7 +61,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
     monkeypatch.setattr(cli_transfer, "running", lambda: None)
     monkeypatch.setattr(cli_transfer, "_view", lambda runtime: found)
     monkeypatch.setattr(client, "connect", lambda: found)
-    monkeypatch.setattr(bulk, "CHUNK_BYTES", CHUNK * 4 * DIM)
+    monkeypatch.setattr(bulk.sources, "CHUNK_BYTES", CHUNK * 4 * DIM)
     return found
 
 

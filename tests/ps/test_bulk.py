@@ -1,5 +1,6 @@
 """Bulk import and export: every kind of file there and back, interruptions, bad files in one sentence."""
 
+import io
 import resource
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ps import bulk
-from ps.bulk import Export, bring, check_dim, ids_path, open_source, take
+from ps.bulk import Export, bring, check_dim, exports, ids_path, open_source, sources, take
 from ps.checkpoint.reach import Counter
 from ps.errors import RequestError
 
@@ -104,7 +105,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_there_and_back(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "CHUNK_BYTES", 16 * 4 * DIM)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 16 * 4 * DIM)
     table = Table()
     path = write(tmp_path / f"in{kind}")
     bring(table, "t", path, open_source(path), 0, Notes(), Counter())
@@ -143,7 +144,7 @@ def test_an_empty_table(tmp_path: Path, kind: str) -> None:
 def test_an_interrupted_import_goes_on_where_it_stopped(
     tmp_path: Path, kind: str, dies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "CHUNK_BYTES", 11 * 4 * DIM)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 11 * 4 * DIM)
     path, notes, table = write(tmp_path / f"in{kind}"), Notes(), Table(dies)
     with pytest.raises(InterruptedError):
         bring(table, "t", path, open_source(path), 0, notes, Counter())
@@ -159,7 +160,7 @@ def test_an_interrupted_import_goes_on_where_it_stopped(
 def test_ids_are_distinct_or_not_whether_they_lie_dense_or_apart(apart: list[int], least: int, dense: int) -> None:
     near = list(range(least, least + dense))[::-1]
     for ids in (apart, near, [*near, *apart[:1]], [*near, *near[:1]], [*apart, *apart[-1:]]):
-        assert bulk._distinct(np.array(ids, np.int64)) == (len(set(ids)) == len(ids))
+        assert sources._distinct(np.array(ids, np.int64)) == (len(set(ids)) == len(ids))
 
 
 @pytest.mark.parametrize("dies", [1, 5, 15])
@@ -204,7 +205,7 @@ def test_an_export_begun_anew_forgets_how_far_an_older_one_came(tmp_path: Path, 
     path = tmp_path / f"out{kind}"
     table = interrupted(path)
     anew = Export(path, 1, 2, DIM, resume=False)
-    first = next(bulk._pulled(table, "t", 0))[1]
+    first = next(exports._pulled(table, "t", 0))[1]
     for _ in range(20):
         anew.write(first.ids, first.rows)
     anew.close()  # as a kill before its own first mark leaves it
@@ -223,11 +224,15 @@ def test_the_older_mark_is_gone_before_anything_is_cut(
     interrupted(path)
     marks: list[bool] = []
 
-    def opened(file: Path, mode: str) -> Any:
-        marks.append((tmp_path / ".out.npy.mark").exists())
-        return open(file, mode)
+    class Partial(io.BufferedRandom):
+        def truncate(self, size: int | None = None) -> int:
+            marks.append((tmp_path / ".out.npy.mark").exists())
+            return super().truncate(size)
 
-    monkeypatch.setattr(bulk, "open", opened, raising=False)
+    def opened(file: Path, mode: str, opener: Any) -> Any:
+        return Partial(io.FileIO(file, "r+", opener=opener))
+
+    monkeypatch.setattr(exports, "open", opened, raising=False)
     Export(path, 1, 3 if resume else 2, DIM, resume).close()
     assert marks == [False, False]
 
@@ -241,7 +246,7 @@ def test_a_kill_between_ids_and_rows_leaves_nothing_that_looks_whole(
     table.rows = dict(zip((IDS + 1000).tolist(), ROWS, strict=True))
     take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
     table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
-    replace = bulk.os.replace
+    replace = exports.os.replace
 
     def killed(source: Path, target: Path) -> None:
         if target == (ids_path(path), path)[dies]:
@@ -249,12 +254,88 @@ def test_a_kill_between_ids_and_rows_leaves_nothing_that_looks_whole(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bulk.os, "replace", killed)
+        patch.setattr(exports.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
     assert not path.exists()
     take(table, "t", Export(path, 1, 2, DIM, resume=True), Counter())
     assert imported(path) == expected()
+
+
+def test_two_exports_into_one_file_are_one_and_a_sentence(tmp_path: Path, kind: str) -> None:
+    """While the first is under way, and at every step of its end."""
+    path, table = tmp_path / f"out{kind}", Table()
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    refused: list[int] = []
+
+    class Second(Counter):
+        def add(self, rows: int, size: int, done: int) -> None:
+            super().add(rows, size, done)
+            with pytest.raises(RequestError, match=rf"out{kind} is being exported to by another command"):
+                Export(path, 1, 2, DIM, resume=bool(done))
+            refused.append(done)
+
+    take(table, "t", Export(path, 1, 2, DIM, resume=False), Second())
+    assert sum(refused) == bulk.PARTS
+    assert imported(path) == expected()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("between", ["opened and locked", "named and closed"])
+def test_an_export_that_begins_while_another_ends_leaves_both_whole(
+    tmp_path: Path, kind: str, between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, table = tmp_path / f"out{kind}", Table()
+    table.rows = dict(zip(IDS.tolist(), ROWS, strict=True))
+    first, second = Export(path, 1, 2, DIM, resume=False), list[Export]()
+    if between == "opened and locked":
+        flock = exports.fcntl.flock
+
+        def ended_meanwhile(*arguments: Any) -> None:
+            monkeypatch.setattr(exports.fcntl, "flock", flock)
+            take(table, "t", first, Counter())
+            flock(*arguments)
+
+        monkeypatch.setattr(exports.fcntl, "flock", ended_meanwhile)
+        with pytest.raises(RequestError, match="is being exported to by another command"):
+            Export(path, 1, 2, DIM, resume=False)
+    else:
+        close = first.close
+
+        def begun_meanwhile() -> None:
+            if not second:
+                second.append(Export(path, 1, 2, DIM, resume=False))
+            close()
+
+        monkeypatch.setattr(first, "close", begun_meanwhile)
+        take(table, "t", first, Counter())
+        assert imported(path) == expected()
+        table.rows = {5: ROWS[1]}
+        take(table, "t", second[0], Counter())
+    assert imported(path) == {i: row.tolist() for i, row in table.rows.items()}
+
+
+def test_an_export_that_was_killed_when_it_had_its_name_is_not_told_again(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, table = tmp_path / f"out{kind}", Table()
+    table.rows = dict.fromkeys(range(-90, 0), ROWS[0])
+    replace = exports.os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target == path:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            take(table, "t", Export(path, 1, 2, DIM, resume=False), Counter())
+    table.rows = {5: ROWS[1]}
+    export = Export(path, 1, 2, DIM, resume=True)
+    assert not export.resumed
+    take(table, "t", export, Counter())
+    assert imported(path) == {5: ROWS[1].tolist()}
 
 
 def test_a_state_dict_counts_its_rows(tmp_path: Path) -> None:
@@ -333,6 +414,7 @@ def test_a_full_disk_is_one_sentence_and_the_export_goes_on_once_there_is_room(
             take(table, "t", export, Counter())
         assert export._rows.closed
         assert export._ids.closed
+        assert not (tmp_path / f".out{kind}.new").exists()  # it takes as much room again
     assert not path.exists()
     again = Export(path, 1, 2, DIM, resume=True)
     assert again.resumed == (when != "it is begun")
@@ -439,3 +521,14 @@ def test_an_export_into_a_folder_is_refused_before_any_row_comes(tmp_path: Path,
     (tmp_path / f"out{kind}").mkdir()
     with pytest.raises(RequestError, match=r"out\.\w+ cannot be written: it is a folder"):
         Export(tmp_path / f"out{kind}", 1, 2, DIM, resume=False)
+
+
+def test_an_export_into_a_folder_that_may_not_be_entered_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shut(path: Path, **_: Any) -> None:  # root, who may run this, may enter any
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", shut)
+    with pytest.raises(RequestError, match=r"out\.npy cannot be written: Permission denied"):
+        Export(tmp_path / "out.npy", 1, 2, DIM, resume=False)

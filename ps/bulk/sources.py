@@ -1,17 +1,11 @@
-"""Rows of a table from files of other tools, and into them: .npy, .safetensors (a torch state_dict), .parquet.
+"""Rows of a table from files of other tools.
 
 A source knows its ids at once (8 bytes a row), so that duplicates are found before anything is sent, and gives rows in
-chunks from any row on. An export streams into raw files beside the target, which can be gone on with after an
-interruption, and gives the target its name when it is whole.
+chunks from any row on.
 """
 
-import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +18,6 @@ from ps.ragged import as_float32
 CHUNK_BYTES = 4 * 2**20
 """Rows read, and sent, at a time."""
 
-GROUP_BYTES = 16 * 2**20
-"""Rows of one group of a Parquet file."""
-
 Rows = NDArray[np.float32]
 
 IN_FLIGHT = 4
@@ -37,11 +28,6 @@ TIMEOUT_S = 60.0
 
 DENSE = 16
 """Ids of which there are more than one in so many numbers lie dense."""
-
-PARTS = 16
-"""Parts of an export; an interrupted one goes on with the first that is not whole."""
-
-_SPANS = tuple(pairwise((k << 64) // PARTS for k in range(PARTS + 1)))
 
 KINDS = (".npy", ".safetensors", ".parquet")
 
@@ -61,7 +47,7 @@ def open_source(path: Path, values: str | None = None, ids: str | None = None) -
 
     Raises RequestError naming the file and what is wrong with it.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     opening: dict[str, Callable[..., Source]] = {".npy": _Npy, ".safetensors": _Tensors, ".parquet": _Parquet}
     try:
         if not path.is_file():
@@ -75,7 +61,8 @@ def open_source(path: Path, values: str | None = None, ids: str | None = None) -
     return source
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """The suffix of a file of rows, one of KINDS. Raises RequestError for any other."""
     kind = path.suffix.lower()
     if kind in (".pt", ".pth", ".bin", ".pkl"):
         raise RequestError(f"{path} is a pickle, and reading it runs code: save it with safetensors.torch.save_file")
@@ -154,7 +141,7 @@ class _Npy:
 
 def ids_file(path: Path, ids: str | None) -> Path | None:
     """The .npy file that holds the ids, where the file of rows does not itself; ids: as in `open_source`."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == ".npy":
         beside = ids_path(path)
         return Path(ids) if ids is not None else beside if beside.is_file() else None
@@ -323,173 +310,3 @@ def bring(client: Any, table: str, path: Path, source: Source, start: int, progr
         at = end
     while sent:
         settle()
-
-
-# -- exports
-
-
-@dataclass
-class Mark:
-    """How far an interrupted export came: of which table of which cluster, up to which token, with how many rows."""
-
-    cluster: int
-    table: int
-    dim: int
-    token: int
-    rows: int
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise RequestError, naming the file and the reason, where it cannot be written: a full disk, say."""
-    try:
-        yield
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-class Export:
-    """Rows on their way into a file. With `resume` what an interrupted export left is gone on with."""
-
-    HEAD = 4096
-    """Bytes left for the header, which names the number of rows: known at the end only."""
-
-    def __init__(self, path: Path, cluster: int, table: int, dim: int, resume: bool) -> None:
-        self.path, self.kind = path, _kind(path)
-        if path.is_dir():
-            raise RequestError(f"{path} cannot be written: it is a folder")
-        self.mark = Mark(cluster, table, dim, 0, 0)
-        left = self._left()
-        self.resumed = resume and left is not None and (left.cluster, left.table, left.dim) == (cluster, table, dim)
-        if self.resumed and left is not None:
-            self.mark = left
-        mode = "r+b" if self.resumed else "w+b"
-        with writing(path):
-            if not self.resumed:  # first of all: after a kill an older mark would be believed of the new rows
-                self._partial("mark").unlink(missing_ok=True)
-            self._rows = open(self._partial("rows"), mode)  # noqa: SIM115 - closed by `close`
-            self._ids = open(self._partial("ids"), mode)  # noqa: SIM115
-            self._rows.truncate(self.HEAD + self.mark.rows * dim * 4)
-            self._ids.truncate(self.HEAD + self.mark.rows * 8)
-            for file in (self._rows, self._ids):
-                file.seek(0, os.SEEK_END)
-
-    def _partial(self, what: str) -> Path:
-        return self.path.with_name(f".{self.path.name}.{what}")
-
-    def _left(self) -> Mark | None:
-        try:
-            left = Mark(**json.loads(self._partial("mark").read_bytes()))
-            whole = self._partial("rows").stat().st_size >= self.HEAD + left.rows * left.dim * 4
-            return left if whole and self._partial("ids").stat().st_size >= self.HEAD + left.rows * 8 else None
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def write(self, ids: NDArray[np.int64], rows: Rows) -> None:
-        """Some rows."""
-        with writing(self.path):
-            self._ids.write(np.ascontiguousarray(ids).data)
-            self._rows.write(np.ascontiguousarray(rows).data)
-        self.mark.rows += len(ids)
-
-    def reached(self, token: int) -> None:
-        """Every row up to this token was written: an interrupted export goes on from here."""
-        self.mark.token = token
-        with writing(self.path):
-            self._rows.flush()
-            self._ids.flush()
-            temporary = self._partial("mark.new")
-            temporary.write_text(json.dumps(asdict(self.mark)))
-            os.replace(temporary, self._partial("mark"))
-
-    def close(self) -> None:
-        """Close the files; what was written stays for a resume."""
-        with writing(self.path), closing(self._rows), closing(self._ids):
-            pass  # each is closed, also where the other cannot write what it still holds
-
-    def finish(self) -> None:
-        """Give the file its name: it is whole."""
-        n, dim = self.mark.rows, self.mark.dim
-        with writing(self.path):
-            {".npy": self._npy, ".safetensors": self._tensors, ".parquet": self._parquet}[self.kind](n, dim)
-            self.close()
-            for what in ("rows", "ids", "mark"):
-                self._partial(what).unlink(missing_ok=True)
-
-    def _npy(self, n: int, dim: int) -> None:
-        for file, code, shape in ((self._rows, "<f4", (n, dim)), (self._ids, "<i8", (n,))):
-            text = f"{{'descr': {code!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
-            head = b"\x93NUMPY\x01\x00" + (self.HEAD - 10).to_bytes(2, "little")
-            file.seek(0)
-            file.write(head + text.encode().ljust(self.HEAD - 11) + b"\n")
-            file.flush()
-        # The rows get their name last, and older ones go first: after a kill in between they would lie beside new ids.
-        self.path.unlink(missing_ok=True)
-        os.replace(self._partial("ids"), ids_path(self.path))
-        os.replace(self._partial("rows"), self.path)
-
-    def _tensors(self, n: int, dim: int) -> None:
-        end = n * dim * 4
-        table = {
-            "rows": {"dtype": "F32", "shape": [n, dim], "data_offsets": [0, end]},
-            "ids": {"dtype": "I64", "shape": [n], "data_offsets": [end, end + n * 8]},
-        }
-        self._ids.flush()
-        with open(self._partial("ids"), "rb") as ids:
-            ids.seek(self.HEAD)
-            while data := ids.read(CHUNK_BYTES):
-                self._rows.write(data)
-        self._rows.seek(0)
-        self._rows.write((self.HEAD - 8).to_bytes(8, "little") + json.dumps(table).encode().ljust(self.HEAD - 8))
-        self._rows.flush()
-        os.replace(self._partial("rows"), self.path)
-
-    def _parquet(self, n: int, dim: int) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self._rows.flush()
-        self._ids.flush()
-        # Columns without nulls, and rows without a least and a greatest value: a third less work to write and to read.
-        lists = pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
-        schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("row", lists, nullable=False)])
-        options = {"compression": "none", "use_dictionary": False, "write_statistics": ["id"]}
-        with pq.ParquetWriter(self._partial("new"), schema, **options) as writer:
-            step = max(1, GROUP_BYTES // (4 * dim))
-            for at in range(0, n, step):
-                count = min(step, n - at)
-                ids = np.fromfile(self._partial("ids"), np.int64, count, offset=self.HEAD + at * 8)
-                rows = np.fromfile(self._partial("rows"), np.float32, count * dim, offset=self.HEAD + at * dim * 4)
-                columns = [pa.array(ids), pa.FixedSizeListArray.from_arrays(pa.array(rows), type=lists)]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        os.replace(self._partial("new"), self.path)
-
-
-def take(client: Any, table: str, export: Export, counter: Any) -> None:
-    """Write all rows of a table into an export, from where it stands, and finish it.
-
-    counter: a ps.checkpoint.reach.Counter. Raises what Client.pull_range raises.
-    """
-    counter.expect(PARTS)
-    counter.add(export.mark.rows, 0, sum(stop <= export.mark.token for _, stop in _SPANS))
-    try:
-        for stop, part in _pulled(client, table, export.mark.token):
-            if part is None:
-                export.reached(stop)
-                counter.add(0, 0, 1)
-            else:
-                export.write(part.ids, part.rows)
-                counter.add(len(part.ids), part.rows.nbytes, 0)
-        export.finish()
-    finally:
-        export.close()
-
-
-def _pulled(client: Any, table: str, token: int) -> Iterator[tuple[int, Any]]:
-    """(end of a span, some of its rows), and (end, None) where all of a span have come; of spans that end after
-    `token`."""
-    for start, stop in _SPANS:
-        if stop > token:
-            for part in client.pull_range(table, start, stop if stop < 2**64 else None, TIMEOUT_S):
-                yield stop, part
-            yield stop, None
