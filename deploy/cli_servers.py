@@ -21,7 +21,9 @@ Names = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME]...", help="Servers, as `embring status` names them.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")]
-Abort = Annotated[bool, typer.Option("--abort", help="Undo the change that is under way.")]
+Abort = Annotated[
+    bool, typer.Option("--abort", help="Undo it: the change of these servers, or the one that is under way.")
+]
 Bandwidth = Annotated[
     int | None,
     typer.Option("--max-bandwidth", min=1, max=2**20, metavar="MiB/s", help="What each server may spend on copying."),
@@ -83,7 +85,7 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
         raise ConfigError("--abort and --dry-run exclude each other")
     with controller(running()) as ask:
         if abort:
-            told = ask("abort")
+            told = ask("abort", kind=kind, names=names)
             say(f"going back: {', '.join(told['names'])}")
         else:
             wanted = {"kind": kind, "names": names, "bytes_per_s": (max_bandwidth or 0) << 20}
@@ -93,28 +95,30 @@ def _change(kind: str, names: list[str], dry_run: bool, max_bandwidth: int | Non
                 return
             say(line_of(plan))
             told = plan  # who is asked for, until the controller answers: Ctrl-C may come before that
+            wanted["names"] = plan["names"]
         copied, interrupted = Copied(ask("status", fresh=True)), False
         try:
             if not abort:
                 told = ask("move", **wanted)
-            follow(ask, abort, copied)
+            follow(ask, told["names"], abort, copied)
         except KeyboardInterrupt:
-            interrupted = _go_back(ask)
-            follow(ask, interrupted, copied)
+            interrupted = _go_back(ask, kind, told["names"])
+            follow(ask, told["names"], interrupted, copied)
         record = ask("status", fresh=True)
         copied.see(record)
+    _check(kind, told["names"], record, abort or interrupted)
     if interrupted:
         say(f"{', '.join(told['names'])}: gone back; the servers are {', '.join(_servers(record))}")
         raise typer.Exit(130)
     _report("abort" if abort else kind, told["names"], record, copied, as_json)
 
 
-def _go_back(ask: Ask) -> bool:
-    """Undo what is under way; False where it was done before that could be."""
+def _go_back(ask: Ask, kind: str, names: list[str]) -> bool:
+    """Undo the change of these servers; False where it was done before that could be."""
     from ps.errors import RequestError
 
     try:
-        ask("abort")
+        ask("abort", kind=kind, names=names)
     except RequestError as error:
         say(f"too late to go back: {error}")
         return False
@@ -122,18 +126,32 @@ def _go_back(ask: Ask) -> bool:
     return True
 
 
+def _check(kind: str, names: list[str], record: Mapping[str, Any], undone: bool) -> None:
+    """Raise NotApplied where a change, or that it was undone, is not what the cluster shows."""
+    from ps.errors import NotApplied
+
+    joined = (kind == "join") != undone
+    if not (wrong := sorted(name for name in names if (name in _servers(record)) != joined)):
+        return
+    if undone:
+        raise NotApplied(
+            f"{', '.join(wrong)} did not go back: another change was made meanwhile, and the servers are "
+            f"{', '.join(_servers(record))}"
+        )
+    if kind == "leave":
+        raise NotApplied(f"{', '.join(wrong)} did not leave: it was aborted, or had not begun")
+    raise NotApplied(
+        record["move_failed"]
+        or f"{', '.join(names)} did not join: it was aborted, or the controller was started again before it had joined"
+    )
+
+
 def _servers(record: Mapping[str, Any]) -> list[str]:
     return sorted(s["name"] for s in record["servers"])
 
 
 def _report(kind: str, names: list[str], record: Mapping[str, Any], copied: "Copied", as_json: bool) -> None:
-    from ps.errors import NotApplied
-
     there = _servers(record)
-    if kind == "join" and not set(names) <= set(there):
-        raise NotApplied(record["move_failed"] or f"{', '.join(names)} did not join: it was aborted")
-    if kind == "leave" and set(names) & set(there):
-        raise NotApplied(f"{', '.join(sorted(set(names) & set(there)))} did not leave: it was aborted")
     rows, size = copied.total()
     figures = {"epoch": record["epoch"], "servers": there, "rows_copied": rows, "bytes_copied": size}
     if as_json:
@@ -164,11 +182,13 @@ class Copied:
         return sum(now[0] - then[0] for now, then in counted), sum(now[1] - then[1] for now, then in counted)
 
 
-def follow(ask: Ask, to_the_end: bool = False, copied: Copied | None = None) -> dict[str, Any]:
+def follow(
+    ask: Ask, names: list[str] | None = None, to_the_end: bool = False, copied: Copied | None = None
+) -> dict[str, Any]:
     """Wait until no change is under way, with a bar on a terminal; the status then. copied: sees every status.
 
-    to_the_end: until nothing at all is left to copy. Raises NotApplied where the controller is away for too long: the
-    change goes on when it is back.
+    names: the servers whose change it is, and no other is waited for. to_the_end: until nothing at all is left to copy.
+    Raises NotApplied where the controller is away for too long: the change goes on when it is back.
     """
     from ps.errors import NotApplied
 
@@ -183,15 +203,22 @@ def follow(ask: Ask, to_the_end: bool = False, copied: Copied | None = None) -> 
                     raise NotApplied(f"{error}; the change goes on once it is back, see `embring status`") from None
                 time.sleep(POLL_S)
                 continue
-            ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
-            left = to_the_end and record["slots_left"]
             if copied is not None:
                 copied.see(record)
-            if record["move"] is None and not record["starting"] and not ending and not left:
+            changing = _changing(record)
+            ours = changing if names is None else changing & set(names)
+            left = to_the_end and record["slots_left"] and changing == ours
+            if not ours and not left:
                 return record
             total = max(total, record["slots_left"])
             show(stage(record), total - uncopied(record), total)
             time.sleep(POLL_S)
+
+
+def _changing(record: Mapping[str, Any]) -> set[str]:
+    """Servers that start, join, leave or end."""
+    ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
+    return {*(record["move"]["names"] if record["move"] else ()), *record["starting"], *ending}
 
 
 def uncopied(record: Mapping[str, Any]) -> int:

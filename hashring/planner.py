@@ -4,7 +4,7 @@
     Leave(names)         the leavers' slots, and only those, go to others
     Rebalance()          missing copies and uneven loads are mended, after failures and returns
     Begin(move, servers) servers are to join, owning nothing yet, or to leave: the view has a goal (hashring.goal)
-    Abort()              who was to join leaves, who was to leave stays
+    Abort(kind, names)   who was to join leaves, who was to leave stays
     End()                the goal is reached: leavers, who own nothing any more, are no longer in the view
     Fail(name)           a dead server leaves every owner list but those where it is last: such slots are lost
     Return(server)       a name comes back as a new process: it owns nothing of what its predecessor held
@@ -28,6 +28,7 @@ them to the newcomer; a leave moves only what the leaver held. Lost slots are ne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,10 @@ class Begin:
 
 @dataclass(frozen=True)
 class Abort:
-    """The move that is under way is to be undone."""
+    """The move of this kind, of these servers, is to be undone, if it is the one that is under way."""
+
+    kind: Literal["join", "leave"]
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ def plan(view: View, change: Change) -> View:
             after = _enlist(view, servers)
         case Begin(move, servers):
             after = _begin(view, move, servers)
-        case Abort():
-            after = _abort(view)
+        case Abort(kind, names):
+            after = _abort(view, Move(kind, names))
         case End():
             after = _end(view)
         case Withdraw(slots):
@@ -255,10 +259,7 @@ def _check_leave(view: View, names: Sequence[str]) -> None:
 
 def _begin(view: View, move: Move, servers: Sequence[Server]) -> View:
     if view.move is not None:
-        verb = "joining" if view.move.kind == "join" else "leaving"
-        raise PlanError(
-            f"a change is under way ({', '.join(view.move.names)} {verb}): wait until it is done, or abort it"
-        )
+        raise PlanError(f"a change is under way ({view.move}): wait until it is done, or abort it")
     if len(set(move.names)) < len(move.names) or not move.names:
         raise PlanError(f"the servers are {', '.join(move.names) or 'none'}; each must be named once")
     if move.kind == "join":
@@ -269,13 +270,16 @@ def _begin(view: View, move: Move, servers: Sequence[Server]) -> View:
     return replace(view, move=move)
 
 
-def _abort(view: View) -> View:
-    if view.move is None:
+def _abort(view: View, undone: Move) -> View:
+    move = view.move
+    if move is None:
         raise PlanError("no server is joining or leaving")
-    if view.move.kind == "leave":
+    if move.undoes or (move.kind, set(move.names)) != (undone.kind, set(undone.names)):
+        raise PlanError(f"the change that is under way is {move}, not {undone}")
+    if move.kind == "leave":
         return replace(view, move=None)
-    _check_leave(view, view.move.names)
-    return replace(view, move=replace(view.move, kind="leave"))
+    _check_leave(view, move.names)
+    return replace(view, move=replace(move, kind="leave", undoes=True))
 
 
 def _end(view: View) -> View:

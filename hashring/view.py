@@ -92,12 +92,18 @@ class Table:
 class Move:
     """A change of the servers that is under way: those of these names join, or leave.
 
-    bytes_per_s: what each server may spend on copying slots to others; 0 is no limit.
+    bytes_per_s: what each server may spend on copying slots to others; 0 is no limit. undoes: they leave because their
+    join was aborted.
     """
 
     kind: Literal["join", "leave"]
     names: tuple[str, ...]
     bytes_per_s: int = 0
+    undoes: bool = False
+
+    def __str__(self) -> str:
+        verb = "going back" if self.undoes else "joining" if self.kind == "join" else "leaving"
+        return f"{', '.join(self.names)} {verb}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +224,7 @@ class View:
                 for g in self.groups
             ],
             "tables": [[t.number, t.name, t.group, dict(t.spec)] for t in self.tables],
-            "move": [self.move.kind, list(self.move.names), self.move.bytes_per_s] if self.move else None,
+            "move": [m.kind, list(m.names), m.bytes_per_s, m.undoes] if (m := self.move) else None,
         }
 
     @staticmethod
@@ -257,7 +263,7 @@ def _from_plain(plain: Mapping[str, Any]) -> View:
         next_table=next_table,
         next_group=next_group,
         next_slot=next_slot,
-        move=Move(move[0], tuple(move[1]), int(move[2])) if move else None,
+        move=Move(move[0], tuple(move[1]), int(move[2]), *map(bool, move[3:4])) if move else None,
     )
 
 

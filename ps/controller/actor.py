@@ -23,7 +23,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from hashring.planner import Abort, Begin, Change
+from hashring.planner import Change
 from hashring.view import Move, Server, View
 from ps.config import Config, config_from_plain
 from ps.controller.admin import change_of, last_owned
@@ -32,7 +32,7 @@ from ps.controller.keeper import Job, Keeper
 from ps.controller.limits import limits_of
 from ps.controller.members import Member, Members
 from ps.controller.metrics import on_loop, serve_metrics
-from ps.controller.outlook import begun, names_for, outlook
+from ps.controller.moves import Moves
 from ps.controller.restore import Restore, conclude, prepare, receivers, recovered, told
 from ps.controller.shell import Shell
 from ps.controller.status import cluster_status
@@ -88,9 +88,9 @@ class Control:
         self.keeper = Keeper(config.checkpoint, lambda: self.shell.view, self._order)
         self._published: tuple[str, ...] = ()
         self._publishing = asyncio.Lock()
-        self._starting: tuple[str, ...] = ()
-        self._aborted = False
-        self._failed = ""
+        self.moves = Moves(
+            self.members, lambda: self.shell.view, lambda wish: self._change(wish), self._refuse, config.server.port
+        )
 
     async def begin(self) -> None:
         """Start (or, after a restart, find) the servers, until they are in the view."""
@@ -201,7 +201,7 @@ class Control:
         control = self.config.control
 
         def wanted() -> bool:  # whoever is about to join is, too: its move would wait for it without end
-            return self._named(member.name) or member.name in self._starting
+            return self._named(member.name) or member.name in self.moves.starting
 
         while control.restart and member.restarts < control.restarts_max and wanted():
             member.restarts += 1
@@ -221,16 +221,6 @@ class Control:
 
     # -- servers join and leave
 
-    def _move_of(self, fields: Mapping[str, Any]) -> Move:
-        """The move that is asked for. Raises RequestError."""
-        kind, names, rate = fields.get("kind"), fields.get("names") or (), fields.get("bytes_per_s") or 0
-        if kind not in ("join", "leave") or not isinstance(names, list | tuple) or not isinstance(rate, int):
-            raise RequestError("a move needs a kind, join or leave, a list of names, and bytes_per_s as a whole number")
-        if kind == "join":
-            ending = [member.name for member in self._superfluous()]
-            names = names_for(self.shell.view, names, self.config.server.port, ending)
-        return Move(kind, tuple(map(str, names)), max(0, rate))
-
     def _refuse(self, view: View, move: Move) -> None:
         """Raise RequestError where a server is to leave that rows of a restore are on their way to."""
         if self._restoring is None or move.kind != "leave":
@@ -243,76 +233,11 @@ class Control:
                 "killed, restore again first"
             )
 
-    def _outlook(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        figures_of = {m.name: m.figures for m in self.members.by_name.values()}
-        limit, move = self.config.server.copy_max_mib_per_s << 20, self._move_of(fields)
-        self._refuse(self.shell.view, move)
-        return outlook(self.shell.view, move, figures_of, limit)
-
-    async def _move(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin to add or remove servers: how far it is, `status` tells."""
-        if self._starting:
-            raise RequestError(
-                f"a change is under way ({', '.join(self._starting)} starting): wait until it is done, or abort it"
-            )
-        move = self._move_of(fields)
-        begun(self.shell.view, move)  # refused before any process is started
-        self._failed = ""
-        if move.kind == "join":
-            self._starting, self._aborted = move.names, False
-            task = asyncio.get_running_loop().create_task(self._join(move))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return {"names": list(move.names), "epoch": self.shell.view.epoch}
-
-        def wish(view: View) -> Change:
-            self._refuse(view, move)
-            return Begin(move)
-
-        return {"names": list(move.names), "epoch": await self._change(wish)}
-
-    async def _join(self, move: Move) -> None:
-        """Start the servers, and have them join; where one does not start, none does."""
-        try:
-            launches = (self.members.launch(name) for name in move.names)
-            failed = [o for o in await asyncio.gather(*launches, return_exceptions=True) if isinstance(o, Exception)]
-            members = [self.members.by_name[name] for name in move.names if name in self.members.by_name]
-            if failed or not all(m.state == "alive" for m in members):
-                raise failed[0] if failed else NotApplied("it died while it started")
-            if self._aborted:
-                raise NotApplied("it was aborted")
-            await self._change(Begin(move, tuple(m.server for m in members)))
-            if self._aborted:  # too late to refuse it, and too soon for the abort to find it in the view
-                await self._change(Abort())
-        except (RayError, TimeoutError, EmbringError) as error:
-            self._failed = f"{', '.join(move.names)} did not join: {type(error).__name__}: {error}"
-            log.warning(self._failed)
-            for name in move.names:
-                if not self._named(name):
-                    await self.members.remove(name)
-        finally:
-            self._starting = ()
-
-    async def _abort(self) -> dict[str, Any]:
-        """Undo the move that is under way: servers that were joining leave, those that were leaving stay."""
-        if self._starting and self.shell.view.move is None:
-            self._aborted = True
-            return {"names": list(self._starting), "epoch": self.shell.view.epoch}
-        move = self.shell.view.move
-        epoch = await self._change(Abort())
-        return {"names": list(move.names) if move else [], "epoch": epoch}
-
-    def _superfluous(self) -> list[Member]:
-        """Servers that have left the view, and run. Their names are not free until they have ended: a process that
-        joins under one of them would be ended in their place."""
-        members = self.members.by_name.values()
-        return [m for m in members if not self._named(m.name) and m.name not in self._starting and m.incarnation]
-
     async def _end_superfluous(self) -> None:
         """End servers that have left the view, without end: drained first, and only once the others know."""
         while True:
-            await self.shell.until(lambda: bool(self._superfluous()), LEAVE_WAIT_S)
-            for member in self._superfluous():
+            await self.shell.until(lambda: bool(self.moves.superfluous()), LEAVE_WAIT_S)
+            for member in self.moves.superfluous():
                 await self.shell.spread(self.shell.view.epoch)
                 await self._publish()  # the file may name nobody but those who leave
                 with contextlib.suppress(EmbringError):
@@ -418,11 +343,11 @@ class Control:
         if verb == "failover":
             return await self._fail_over(fields)
         if verb == "outlook":
-            return self._outlook(fields)
+            return self.moves.outlook(fields, self.config.server.copy_max_mib_per_s << 20)
         if verb == "move":
-            return await self._move(fields)
+            return await self.moves.begin(fields)
         if verb == "abort":
-            return await self._abort()
+            return await self.moves.abort(fields)
         changed = [False]
 
         def wish(view: View) -> Change | None:
@@ -436,12 +361,12 @@ class Control:
         """Everything about the cluster, as plain data."""
         told = cluster_status(self.shell.mind, list(self.members.by_name.values()))
         for server in told["servers"]:
-            if self._begun.is_set() and not self._named(server["name"]) and server["name"] not in self._starting:
+            if self._begun.is_set() and not self._named(server["name"]) and server["name"] not in self.moves.starting:
                 server["state"] = "ending"
         return {
             **told,
-            "starting": list(self._starting),
-            "move_failed": self._failed,
+            "starting": list(self.moves.starting),
+            "move_failed": self.moves.failed,
             "fingerprint": self.config.fingerprint,
             "checkpoint": self.keeper.status(),
             "metrics": self.metrics,

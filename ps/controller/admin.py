@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hashring.planner import AlterTable, CreateTable, DropTable, Fail, Place, TruncateTable
+from hashring.planner import Abort, AlterTable, CreateTable, DropTable, Fail, Place, TruncateTable
 from hashring.tokens import hash_strings
 from hashring.view import View
 from ps.checkpoint.hidden import SUFFIX
@@ -52,6 +52,21 @@ def change_of(view: View, verb: str, fields: Mapping[str, Any], seed: int = 0, r
     if verb == "failover":
         return _fail(view, str(name), bool(fields.get("force")))
     raise RequestError(f"unknown verb {verb!r}; known are create_table, alter_table, truncate, drop_table, failover")
+
+
+def abort_of(view: View, kind: Any, names: Sequence[str]) -> tuple[tuple[str, ...], Abort | None]:
+    """Whose move of a kind is to be undone, and the change: None where it has been. Without names it is the move that
+    is under way. Raises RequestError where there is none to undo."""
+    if kind not in ("join", "leave"):
+        raise RequestError(f"an abort is of a join or a leave, not of {kind!r}")
+    if view.move is None:
+        there = [view.server_index(name) is not None for name in names]
+        if not names or (any(there) if kind == "join" else not all(there)):
+            raise RequestError("no server is joining or leaving")
+        return tuple(names), None
+    whose = tuple(names) or view.move.names
+    undone = view.move.undoes and kind == "join" and set(whose) == set(view.move.names)
+    return whose, None if undone else Abort(kind, whose)
 
 
 def spec_of(view: View, name: str) -> TableSpec:

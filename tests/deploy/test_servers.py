@@ -97,6 +97,23 @@ def test_a_change_is_followed_until_its_processes_have_ended(monkeypatch: pytest
     assert not answers
 
 
+@pytest.mark.parametrize("to_the_end", [False, True])
+@pytest.mark.parametrize(
+    "others",
+    [
+        record({"kind": "leave", "names": ["server-1"]}, 9),
+        record(left=9, starting=["server-4"]),
+        record(left=9, servers=[{"name": "server-1", "incarnation": 1, "state": "ending", "addresses": []}]),
+    ],
+    ids=["joins or leaves", "starts", "ends"],
+)
+def test_nobody_waits_for_a_change_of_others(to_the_end: bool, others: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
+    answers = [record(starting=["server-3"]), record(JOIN, 9), others]
+    assert follow(lambda verb: answers.pop(0), ["server-3"], to_the_end) == others
+    assert not answers
+
+
 def test_a_controller_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
     monkeypatch.setattr("deploy.cli_servers.SILENT_S", 0.0)
@@ -126,9 +143,11 @@ class Asked:
     def __init__(self, **answers: Any) -> None:
         self.answers = {"outlook": {**PLAN, "kind": "leave"}, "status": record(), **answers}
         self.verbs: list[str] = []
+        self.fields: dict[str, dict[str, Any]] = {}
 
     def __call__(self, verb: str, **fields: Any) -> Any:
         self.verbs.append(verb)
+        self.fields[verb] = fields
         answer = self.answers[verb]
         if isinstance(answer, BaseException):
             raise answer
@@ -155,7 +174,7 @@ def test_an_interrupt_while_a_move_is_asked_for_that_was_refused(of_controller: 
     """There is nothing to undo: what there is now is told."""
     refused = RequestError("no server is joining or leaving")
     ask = of_controller(move=KeyboardInterrupt(), abort=refused)
-    with pytest.raises(NotApplied, match="server-3 did not leave: it was aborted"):
+    with pytest.raises(NotApplied, match="server-3 did not leave: it was aborted, or had not begun"):
         _change("leave", ["server-3"], False, None, False, False)
     assert ask.verbs == ["outlook", "status", "move", "abort", "status", "status"]
 
@@ -163,15 +182,46 @@ def test_an_interrupt_while_a_move_is_asked_for_that_was_refused(of_controller: 
 def test_an_interrupt_while_a_move_is_asked_for_that_was_taken(
     of_controller: Callable[..., Asked], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    of_controller(move=KeyboardInterrupt(), abort={"names": ["server-3"], "epoch": 8})
+    ask = of_controller(move=KeyboardInterrupt(), abort={"names": ["server-3"], "epoch": 8})
     with pytest.raises(typer.Exit) as ended:
         _change("leave", ["server-3"], False, None, False, False)
     assert ended.value.exit_code == 130
     assert "server-3: gone back; the servers are server-" in capsys.readouterr().err
+    assert ask.fields["abort"] == {"kind": "leave", "names": ["server-3"]}
     gone = {"status": {**record(), "servers": []}}
     of_controller(move=KeyboardInterrupt(), abort=RequestError("no server is joining or leaving"), **gone)
     _change("leave", ["server-3"], False, None, False, True)
     assert json.loads(capsys.readouterr().out)["names"] == ["server-3"]
+
+
+def test_the_servers_of_the_plan_are_those_that_are_asked_for(of_controller: Callable[..., Asked]) -> None:
+    """Else, where another was faster, they would not be those that the line before named."""
+    ask = of_controller(outlook=PLAN, move={"names": ["server-3"], "epoch": 8})
+    _change("join", [], False, None, False, True)
+    assert ask.fields["move"]["names"] == ["server-3"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(("kind", "there"), [("join", True), ("leave", False)])
+def test_gone_back_is_said_where_they_have(
+    of_controller: Callable[..., Asked], capsys: pytest.CaptureFixture[str], kind: str, there: bool, interrupted: bool
+) -> None:
+    servers = {} if there else {"servers": []}
+    answers = {"abort": {"names": ["server-3"], "epoch": 8}, "outlook": {**PLAN, "kind": kind}}
+    of_controller(status=record(**servers), move=KeyboardInterrupt(), **answers)
+    with pytest.raises(NotApplied, match="server-3 did not go back: another change was made meanwhile"):
+        _change(kind, ["server-3"], False, None, not interrupted, False)
+    assert "gone back" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("failed", "says"),
+    [("", "it was aborted, or the controller was started again before it had joined"), ("it: why", "it: why")],
+)
+def test_a_join_that_came_to_nothing_says_why(of_controller: Callable[..., Asked], failed: str, says: str) -> None:
+    of_controller(outlook=PLAN, move={"names": ["server-3"]}, status=record(servers=[], move_failed=failed))
+    with pytest.raises(NotApplied, match=f"{says}$"):
+        _change("join", [], False, None, False, False)
 
 
 def test_the_runtime_file_is_the_controllers_to_write(

@@ -198,12 +198,12 @@ def test_a_join_is_undone_by_a_leave_and_a_leave_by_staying() -> None:
     view = cluster(2)
     joining = step(plan(view, Begin(Move("join", ("s2",), 5), (server(2),))), np.arange(0, SLOTS, 3))
     assert (joining.owners() == 2).any()
-    undone, _ = arrive(plan(joining, Abort()), np.random.default_rng(0), 500)
+    undone, _ = arrive(plan(joining, Abort("join", ("s2",))), np.random.default_rng(0), 500)
     after = plan(undone, End())
     assert [s.name for s in after.servers] == ["s0", "s1"]
     assert ((after.owners() >= 0).sum(axis=1) == 2).all()
     leaving = step(plan(cluster(3), Begin(Move("leave", ("s1",)))), np.arange(0, SLOTS, 3))
-    stayed, _ = arrive(plan(leaving, Abort()), np.random.default_rng(0), 500)
+    stayed, _ = arrive(plan(leaving, Abort("leave", ("s1",))), np.random.default_rng(0), 500)
     assert stayed.move is None
     found = balance(stayed, stayed.groups[0])
     assert max(found.primaries, found.copies) <= 1.02
@@ -218,7 +218,7 @@ def test_a_join_is_undone_by_a_leave_and_a_leave_by_staying() -> None:
         (Begin(Move("leave", ("x",))), "no server is named 'x'; the servers are s0, s1, s2"),
         (Begin(Move("leave", ("s0", "s1"))), "would leave 1 server, fewer than replicas = 2"),
         (Begin(Move("leave", ("s0", "s1", "s2"))), "would leave no living server"),
-        (Abort(), "no server is joining or leaving"),
+        (Abort("join", ("s2",)), "no server is joining or leaving"),
         (End(), "no server is joining or leaving"),
     ],
 )
@@ -235,9 +235,28 @@ def test_one_move_at_a_time_and_none_ends_early() -> None:
         plan(view, End())
 
 
-def test_a_view_keeps_its_move_on_its_way_through_the_log() -> None:
-    view = plan(cluster(3, bits=4), Begin(Move("leave", ("s2",), 1024)))
-    assert View.from_plain(view.to_plain()).move == Move("leave", ("s2",), 1024)
+def test_an_abort_undoes_no_other_move_and_not_itself() -> None:
+    joining = plan(cluster(2, bits=4), Begin(Move("join", ("s2",)), (server(2),)))
+    undone = plan(joining, Abort("join", ("s2",)))
+    assert undone.move == Move("leave", ("s2",), undoes=True)
+    for view, abort, says in (
+        (joining, Abort("join", ("s1",)), "the change that is under way is s2 joining, not s1 joining"),
+        (joining, Abort("leave", ("s2",)), "the change that is under way is s2 joining, not s2 leaving"),
+        (undone, Abort("join", ("s2",)), "the change that is under way is s2 going back, not s2 joining"),
+        (undone, Abort("leave", ("s2",)), "the change that is under way is s2 going back, not s2 leaving"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            plan(view, abort)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_view_keeps_its_move_on_its_way_through_the_log(undone: bool) -> None:
+    view = plan(cluster(2, bits=4), Begin(Move("join", ("s2",), 1024), (server(2),)))
+    view = plan(view, Abort("join", ("s2",))) if undone else view
+    assert View.from_plain(view.to_plain()).move == view.move
+    plain = view.to_plain()
+    plain["move"] = plain["move"][:3]  # as it was logged before it told what it undoes
+    assert View.from_plain(plain).move == Move(view.move.kind, ("s2",), 1024)
     plain = cluster(2, bits=4).to_plain()
     del plain["move"]  # as views were logged before
     assert View.from_plain(plain).move is None

@@ -125,7 +125,8 @@ class Changes:
         return self.wish(Begin(Move("leave", tuple(some))), "leave")
 
     def _abort(self) -> bool:
-        return self.cluster.log.newest.move is not None and self.wish(Abort(), "abort")
+        move = self.cluster.log.newest.move
+        return move is not None and self.wish(Abort(move.kind, move.names), "abort")
 
     # -- tables
 

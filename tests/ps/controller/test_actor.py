@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from hashring.planner import Begin, CreateTable, Enlist, Fail, plan
+from hashring.planner import Begin, CreateTable, Enlist, Fail, PlanError, plan
 from hashring.view import Move, Server, View
 from ps.config import Config
 from ps.controller import actor
@@ -75,7 +75,13 @@ def test_an_abort_while_a_join_is_logged_is_not_forgotten(tmp_path: Path, monkey
         async def change(wish: object) -> int:
             wishes.append(type(wish).__name__)
             if isinstance(wish, Begin):  # no view has it yet
-                assert (await control.admin("abort", {}))["names"] == ["s-c"]
+                for names in ([], ["s-c"]):
+                    assert (await control.admin("abort", {"kind": "join", "names": names}))["names"] == ["s-c"]
+                with pytest.raises(RequestError, match="under way is s-c joining, not s-c, s-d joining"):
+                    await control.admin("abort", {"kind": "join", "names": ["s-c", "s-d"]})
+                control.shell.mind.view = plan(control.shell.view, wish)
+            elif callable(wish):
+                wishes[-1] = type(wish(control.shell.view)).__name__
             return 7
 
         async def launch(name: str) -> Member:
@@ -86,11 +92,61 @@ def test_an_abort_while_a_join_is_logged_is_not_forgotten(tmp_path: Path, monkey
         monkeypatch.setattr(control.members, "launch", launch)
         await control.admin("move", {"kind": "join", "names": ["s-c"]})
         async with asyncio.timeout(60):
-            await asyncio.gather(*control._tasks)
+            await asyncio.gather(*control.moves.joins)
         control.shell.close()
 
     asyncio.run(test())
     assert wishes == ["Begin", "Abort"]
+
+
+def test_what_would_be_done_is_refused_while_servers_start(tmp_path: Path) -> None:
+    async def test() -> None:
+        control = control_of(tmp_path)
+        control.moves.starting = ("server-3",)
+        for verb in ("move", "outlook"):
+            with pytest.raises(
+                RequestError, match=r"a change is under way \(server-3 starting\): wait until it is done"
+            ):
+                await control.admin(verb, {"kind": "join", "names": []})
+        control.shell.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("join", "server-3"), ("leave", "server-2")])
+@pytest.mark.parametrize("named", [False, True])
+def test_an_abort_that_is_asked_for_again_answers_the_same(
+    kind: str, name: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two presses of Ctrl-C, or two people: an undone join is a leave, which a second abort would undo."""
+
+    async def test() -> None:
+        control = control_of(tmp_path)
+        mind = control.shell.mind
+        servers = (Server("server-3", 13, "h"),) if kind == "join" else ()
+        mind.view = plan(mind.view, Begin(Move(kind, (name,), 5), servers))  # type: ignore[arg-type]
+
+        async def change(wish: Wish) -> int:
+            if (change := wish(mind.view) if callable(wish) else wish) is not None:
+                mind.view = granted(mind.view, change)
+            return mind.view.epoch
+
+        monkeypatch.setattr(control, "_change", change)
+        fields = {"kind": kind, "names": [name] if named else []}
+        first = await control.admin("abort", fields)
+        assert first["names"] == [name]
+        undone = control.shell.view.move
+        assert undone == (Move("leave", (name,), 5, undoes=True) if kind == "join" else None)
+        if named or kind == "join":
+            assert await control.admin("abort", fields) == first
+        assert control.shell.view.move == undone
+        says = "is server-3 going back, not server-3 leaving" if kind == "join" else "no server is joining or leaving"
+        other = {"kind": "join" if kind == "leave" else "leave", "names": []}
+        with pytest.raises((RequestError, PlanError), match=says):
+            await control.admin("abort", other)
+        control.shell.close()
+
+    asyncio.run(test())
 
 
 def test_the_name_of_a_process_that_is_still_ending_is_not_given_to_another(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_join_that_is_aborted_at_any_step_ends_in_the_old_view(after: int, dea
     if dead:
         world.crash(13, returns=False)
     if world.view.move is not None:
-        world.begin(Abort())
+        world.begin(Abort("join", names(3)))
         world.run(1)
         world.restart()
         world.run()
@@ -244,7 +244,7 @@ def test_a_leave_that_is_aborted_at_any_step_ends_as_it_was(after: int) -> None:
     world.run(3)
     world.begin(leaving(2))
     world.run(after)
-    world.begin(Abort())
+    world.begin(Abort("leave", names(2)))
     world.run()
     world.settled(names(0, 1, 2, 3), 2)
 
@@ -258,7 +258,7 @@ def test_a_newcomer_that_stays_dead_does_not_join_and_keeps_the_move_open() -> N
     world.run()
     assert world.view.move is not None
     assert ((world.view.owners() >= 0).sum(axis=1) == 2).all()
-    world.begin(Abort())
+    world.begin(Abort("join", names(3)))
     world.run()
     world.settled(names(0, 1, 2), 2)
 
