@@ -73,8 +73,8 @@ def alter(
 ) -> None:
     """Give tables other copies or another placement while pulls and pushes go on; returns once all is there.
 
-    A table that shares slots with others gets slots of its own first: its servers look through its rows for that, one
-    or two millions a second, and answer nothing meanwhile.
+    A table that shares slots with others gets slots of its own first: its servers look through its rows for that, some
+    two millions a second, and answer nothing meanwhile.
 
     Example:  embring table alter country --placement whole --replicas all
     """

@@ -7,6 +7,7 @@ from hashring.tokens import mix64
 from ps.kernels import inline, kernel
 from ps.kernels.index import (
     CAPACITY,
+    CHUNK_ENTRIES,
     FANOUT_BITS,
     FREE,
     GRANULE,
@@ -130,18 +131,50 @@ def drop_slots(slots: NDArray[np.int64], index: Index) -> None:
             segment_free(index, base, word & 63)
 
 
+# `collect` tells a segment's entries in the order of their places. Put into a smaller segment in that order, or taken
+# out of one, they pile up behind one another, and a slot costs the square of what it holds. So the entries of a slot
+# are gone through in steps that lie evenly whatever their number (the golden section); slot by slot, for the cache.
+
+
+@inline
+def _run_end(slots: NDArray[np.int32], start: int) -> int:
+    """The end of what stands behind one another for one slot, as much as a segment may hold."""
+    end = start + 1
+    while end < len(slots) and slots[end] == slots[start] and end - start < CHUNK_ENTRIES:
+        end += 1
+    return end
+
+
+@inline
+def _step(n: int) -> int:
+    """The step that meets each of n places once."""
+    step = max(1, int(n * 0.618))
+    while True:
+        a, b = n, step
+        while b > 0:
+            a, b = b, a % b
+        if a == 1:
+            return step
+        step += 1
+
+
 @kernel
 def erase_many(
     slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], index: Index, gone: NDArray[np.uint8]
 ) -> int:
     """Delete (code, id) pairs and free their rows; gone uint8[n] tells which were there. Returns how many."""
-    total = 0
-    for i in range(len(ids)):
-        row = erase(index, np.int64(slots[i]), np.int64(codes[i]), ids[i])
-        gone[i] = row >= 0
-        if row >= 0:
-            row_free(index.heap, index.free_rows, row)
-            total += 1
+    total, start = 0, 0
+    while start < len(ids):
+        end = _run_end(slots, start)
+        i, step = start, _step(end - start)
+        for _ in range(start, end):
+            row = erase(index, np.int64(slots[i]), np.int64(codes[i]), ids[i])
+            gone[i] = row >= 0
+            if row >= 0:
+                row_free(index.heap, index.free_rows, row)
+                total += 1
+            i = i + step if i + step < end else i + step - (end - start)
+        start = end
     return total
 
 
@@ -173,12 +206,15 @@ def insert_many(
 
 @kernel
 def detach_many(slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], index: Index) -> None:
-    """Take (code, id) pairs out of their slots; their rows stay as they are.
-
-    Backwards: `collect` tells a segment's entries in their order, and where those behind are gone none moves up.
-    """
-    for i in range(len(ids) - 1, -1, -1):
-        erase(index, np.int64(slots[i]), np.int64(codes[i]), ids[i])
+    """Take (code, id) pairs out of their slots; their rows stay as they are."""
+    start = 0
+    while start < len(ids):
+        end = _run_end(slots, start)
+        i, step = start, _step(end - start)
+        for _ in range(start, end):
+            erase(index, np.int64(slots[i]), np.int64(codes[i]), ids[i])
+            i = i + step if i + step < end else i + step - (end - start)
+        start = end
 
 
 @kernel
@@ -186,8 +222,14 @@ def attach_many(
     slots: NDArray[np.int32], codes: NDArray[np.int32], ids: NDArray[np.int64], rows: NDArray[np.int32], index: Index
 ) -> None:
     """Put (code, id) pairs, which are in no slot, into these, with rows that are theirs already."""
-    for i in range(len(ids)):
-        insert(index, np.int64(slots[i]), np.int64(codes[i]), ids[i], np.int64(rows[i]))
+    start = 0
+    while start < len(ids):
+        end = _run_end(slots, start)
+        i, step = start, _step(end - start)
+        for _ in range(start, end):
+            insert(index, np.int64(slots[i]), np.int64(codes[i]), ids[i], np.int64(rows[i]))
+            i = i + step if i + step < end else i + step - (end - start)
+        start = end
 
 
 @inline

@@ -1,5 +1,8 @@
 """The slot directory against a dict: growth, splits, deletions, dense segments, walks and compaction."""
 
+import time
+from math import gcd
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -295,3 +298,38 @@ def test_equal_ids_of_tables_with_equal_seeds_do_not_crowd_one_place():
                 steps += (place - home) % capacity[slot]
     # Linear probing at the largest load, 0.8, takes 2 steps on average; one crowd of 26 took 13 and more.
     assert steps / (tables * ids_n) < 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 610, 987, 1024, 3600, 40_000])
+def test_steps_through_a_slot_meet_all_of_it_evenly(n: int) -> None:
+    step = scan._step(n)
+    assert gcd(step, n) == 1
+    met = np.arange(n) * step % n
+    for first in range(16, n, n // 8 + 1):
+        parts = np.bincount(met[:first] * 8 // n, minlength=8)
+        assert parts.max() <= first / 8 + 6
+
+
+@pytest.mark.parametrize("what", ["moved", "erased"])
+def test_entries_of_a_big_slot_cost_no_more_in_the_order_of_their_places(what: str) -> None:
+    """In that order, which `collect` tells them in, they pile up unless they are gone through in steps."""
+    n = 13_000
+    pairs = [(0, i) for i in range(n)]
+    seconds: dict[str, list[float]] = {"places": [], "chance": []}
+    for _ in range(3):
+        for order, taken in seconds.items():
+            index = new_index(2, 0, rows=2**17)
+            add(index, pairs)
+            ids = np.array([i for _, i in held(index, 1, 0)], np.int64)
+            ids = np.random.default_rng(1).permutation(ids) if order == "chance" else ids
+            rows = np.array(find(index, [(0, i) for i in ids.tolist()]), np.int32)
+            slots = codes = np.zeros(n, np.int32)
+            begin = time.process_time()
+            if what == "moved":
+                scan.detach_many(slots, codes, ids, index)
+                scan.attach_many(slots, codes, ids, rows, index)
+            else:
+                scan.erase_many(slots, codes, ids, index, np.zeros(n, np.uint8))
+            taken.append(time.process_time() - begin)
+            assert find(index, [(0, i) for i in ids.tolist()]) == (rows.tolist() if what == "moved" else [-1] * n)
+    assert min(seconds["places"]) < 3 * min(seconds["chance"])
