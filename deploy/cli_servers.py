@@ -188,11 +188,12 @@ def follow(
     """Wait until no change is under way, with a bar on a terminal; the status then. copied: sees every status.
 
     names: the servers whose change it is, and no other is waited for. to_the_end: until nothing at all is left to copy.
-    Raises NotApplied where the controller is away for too long: the change goes on when it is back.
+    Raises NotApplied where the controller, or a server without which that cannot be told, is away for too long: the
+    change goes on when it is back.
     """
     from ps.errors import NotApplied
 
-    total, heard = 0, time.monotonic()
+    total, heard, busy = 0, time.monotonic(), time.monotonic()
     with _progress() as show:
         while True:
             try:
@@ -207,9 +208,13 @@ def follow(
                 copied.see(record)
             changing = _changing(record)
             ours = changing if names is None else changing & set(names)
-            left = to_the_end and record["slots_left"] and changing == ours
-            if not ours and not left:
+            left = to_the_end and changing == ours
+            if ours or (left and record["slots_left"]):
+                busy = heard
+            elif not left or not (missed := away(record)):
                 return record
+            elif heard - busy > SILENT_S:
+                raise NotApplied(f"{', '.join(missed)}: no answer; the change goes on after it, see `embring status`")
             total = max(total, record["slots_left"])
             show(stage(record), total - uncopied(record), total)
             time.sleep(POLL_S)
@@ -219,6 +224,12 @@ def _changing(record: Mapping[str, Any]) -> set[str]:
     """Servers that start, join, leave or end."""
     ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
     return {*(record["move"]["names"] if record["move"] else ()), *record["starting"], *ending}
+
+
+def away(record: Mapping[str, Any]) -> list[str]:
+    """Servers that do not answer, or are being started again: until they do, something may be left to copy."""
+    restarting = (s["name"] for s in record["servers"] if s["state"] in ("dead", "starting"))
+    return sorted({*record["unheard"], *restarting})
 
 
 def uncopied(record: Mapping[str, Any]) -> int:
@@ -231,8 +242,11 @@ def stage(record: Mapping[str, Any]) -> str:
     if record["starting"]:
         return f"starting {', '.join(record['starting'])}"
     move = record["move"]
+    if move is None and record["slots_left"]:
+        return "copying slots"
     if move is None:
-        return "copying slots" if record["slots_left"] else "ending processes that have left"
+        missed = "" if _changing(record) else ", ".join(away(record))
+        return f"waiting for {missed}" if missed else "ending processes that have left"
     states = {s["name"]: s["state"] for s in record["servers"]}
     bad = [f"{name} is {states.get(name, 'gone')}" for name in move["names"] if states.get(name) != "alive"]
     what = f"{', '.join(move['names'])} {'joining' if move['kind'] == 'join' else 'leaving'}"

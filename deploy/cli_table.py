@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli_common import STYLE, JsonOption, YesOption, running
+from deploy.cli_common import STYLE, JsonOption, YesOption, running, say
 from deploy.cli_transfer import export_rows, import_rows
 
 HELP = """List, describe, alter and drop tables; bring rows in from other tools' files, and out.
@@ -89,9 +89,7 @@ def alter(
         changes["placement"] = placement
     if not changes:
         raise ConfigError("nothing to change: say --replicas or --placement")
-    with _client() as client:
-        client.alter_table(names[0] if len(names) == 1 else names, **changes)
-    record = _settled()
+    record = _altered(names, changes)
     if as_json:
         print(json.dumps({"names": names, **changes, "epoch": record["epoch"]}))
     else:
@@ -99,13 +97,32 @@ def alter(
         print(f"{', '.join(names)}: {told} in epoch {record['epoch']}")
 
 
-def _settled() -> dict[str, Any]:
-    """Wait until every slot has the owners that it should have; the status then."""
+def _altered(names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    """Ask for the change, and wait until every slot has the owners that it should have; the status then.
+
+    The controller may answer too late, since servers that look through their rows answer nothing. Whether it has made
+    the change, the tables say.
+    """
     from deploy.cli_servers import follow
     from ps.cluster import controller
+    from ps.errors import PerhapsApplied
 
+    doubt = None
     with controller(running()) as ask:
-        return follow(ask, to_the_end=True)
+        try:
+            try:
+                ask("alter_table", names=names, changes=changes)
+            except PerhapsApplied as error:
+                doubt = error
+            record = follow(ask, to_the_end=True)
+        except KeyboardInterrupt:
+            say("the change goes on: `embring status`")
+            raise
+    if doubt and not all(t.items() >= changes.items() for t in record["tables"] if t["name"] in names):
+        raise doubt
+    if lacking := record["slots_under_replicated"]:
+        say(f"{lacking:,} slots have fewer copies than their tables ask for, and no server to put them on")
+    return record
 
 
 @app.command()

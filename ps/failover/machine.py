@@ -365,9 +365,15 @@ class Failover:
 
     @property
     def left(self) -> int:
-        """Copies that are to be made, and slots that only change their owners' order, until the goal is reached."""
+        """Copies that are to be made, and slots that only change their owners' order, until the goal is reached; 0 also
+        where that cannot be told, since some are `unheard`."""
         ahead = self._course()
         return 0 if ahead is None else len(ahead.missing) + len(ahead.ready) - ahead.gaining
+
+    @property
+    def unheard(self) -> list[str]:
+        """Servers, not known dead, that have not answered yet or do not any more."""
+        return [s.name for s in self.view.servers if s.alive and not self._usable(s.incarnation)]
 
     @property
     def held(self) -> int:

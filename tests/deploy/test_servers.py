@@ -36,7 +36,8 @@ PLAN = {
 def record(move: dict | None = None, left: int = 0, **more: object) -> dict:
     servers = [{"name": "server-3", "incarnation": 3, "state": "alive", "addresses": []}]
     slots = {"slots_left": left, "slots_held": 0}
-    return {"move": move, **slots, "starting": [], "servers": servers, "epoch": 7, "move_failed": "", **more}
+    told = {"move": move, **slots, "unheard": [], "starting": [], "servers": servers, "epoch": 7, "move_failed": ""}
+    return {**told, "slots_under_replicated": 0, "tables": [], **more}
 
 
 JOIN = {"kind": "join", "names": ["server-3"]}
@@ -69,6 +70,7 @@ def test_the_stage_names_who_is_not_well() -> None:
     assert stage(sick) == "server-3 leaving (server-3 is silent)"
     assert stage(record(JOIN | {"names": ["x"]})) == "x joining (x is gone)"
     assert stage(record(left=3)) == "copying slots"
+    assert stage(record(unheard=["server-3"])) == "waiting for server-3"
 
 
 def test_a_change_is_followed_until_its_processes_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +94,20 @@ def test_a_change_is_followed_until_its_processes_have_ended(monkeypatch: pytest
 
     assert follow(ask)["epoch"] == 7
     assert not answers
-    answers = [record(left=4), record(left=1), record()]
+    dead = [{"name": "server-3", "incarnation": 3, "state": "dead", "addresses": []}]
+    answers = [record(left=4), record(left=1), record(unheard=["server-3"]), record(servers=dead), record(left=1)]
+    answers.append(record())
     follow(ask, to_the_end=True)
     assert not answers
+
+
+def test_a_server_that_does_not_answer_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it does not, nobody can tell what is left."""
+    monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
+    monkeypatch.setattr("deploy.cli_servers.SILENT_S", 0.0)
+    with pytest.raises(NotApplied, match="server-3: no answer; the change goes on after it"):
+        follow(lambda verb: record(unheard=["server-3"]), to_the_end=True)
+    follow(lambda verb: record(unheard=["server-3"]))
 
 
 @pytest.mark.parametrize("to_the_end", [False, True])

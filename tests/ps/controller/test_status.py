@@ -35,6 +35,7 @@ def test_slots_that_lack_a_copy_are_counted_and_lost_ones_apart() -> None:
 def test_a_server_is_silent_after_so_many_pings() -> None:
     mind = Failover(cluster(1), FailoverLimits(pings_max=3))
     members = [Member(f"s{i}", incarnation=10 + i, state="alive") for i in range(3)]
+    assert cluster_status(mind, members)["unheard"] == ["s0", "s1", "s2"]
     for _ in range(4):
         mind.tick()
         for incarnation in (10, 12):
@@ -42,6 +43,7 @@ def test_a_server_is_silent_after_so_many_pings() -> None:
     record = cluster_status(mind, members)
     assert [s["state"] for s in record["servers"]] == ["alive", "silent", "alive"]
     assert [s["unanswered"] for s in record["servers"]] == [0, 3, 0]
+    assert record["unheard"] == ["s1"]
     assert sum(s["slots"] for s in record["servers"]) == SLOTS
     members[1].state = "dead"
     assert cluster_status(mind, members)["servers"][1]["state"] == "dead"
