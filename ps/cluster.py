@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ps.config import Config, annotated, load_config
-from ps.errors import ConfigError, NotApplied
+from ps.errors import ConfigError, NotApplied, cause
 from ps.fabric.address import check_free, parse_address
 from ps.fabric.tls import serving, trusting
 from ps.rayhead import Head, StartError, end_head, ensure_token, marked, ray_environment, start_head, start_time
@@ -239,7 +239,7 @@ def _start_actors(runtime: Runtime, config: Config, runtime_file: Path, report: 
             status = _started(controller, config.server.servers, report)
         except (ray.exceptions.RayError, TimeoutError) as error:
             ray.kill(controller)
-            raise StartError(f"the servers did not start: {_cause(error)} (logs: {runtime.state}/logs)") from None
+            raise StartError(f"the servers did not start: {cause(error)} (logs: {runtime.state}/logs)") from None
     addresses = tuple(a for s in status["servers"] for a in s["addresses"])
     return replace(runtime, addresses=addresses, cluster=status["cluster"], metrics=status["metrics"])
 
@@ -302,11 +302,6 @@ def _started(controller: Any, servers: int, report: Report) -> dict[str, Any]:
     return status
 
 
-def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__
-
-
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
     """Ray takes SIGTERM for itself, and gives it to nobody afterwards: it would end a command that has started a
@@ -348,7 +343,7 @@ def _driver(runtime: Runtime) -> Iterator[None]:
                     logging_level=logging.ERROR, configure_logging=False,
                 )  # fmt: skip
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise NotApplied(f"Ray at {runtime.ray_address} does not answer: {_cause(error)}") from None
+            raise NotApplied(f"Ray at {runtime.ray_address} does not answer: {cause(error)}") from None
         finally:
             os.chdir(stood)
         try:
@@ -390,7 +385,7 @@ def controller(runtime: Runtime) -> Iterator[Callable[..., dict[str, Any]]]:
                     sent = True
                 reply: Any = ray.get(actor.admin.remote(verb, fields), timeout=CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
-                raise unanswered(verb, sent, _cause(error)) from None
+                raise unanswered(verb, sent, cause(error)) from None
             if "error" in reply:
                 raise_error(reply["error"])
             return reply["ok"]

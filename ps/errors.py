@@ -119,3 +119,9 @@ ERRORS: dict[str, type[EmbringError]] = {
     )
 }
 """Error classes by the code that travels in a reply."""
+
+
+def cause(error: BaseException) -> str:
+    """The last line of an error, or its class: of one that came through Ray the lines before are a trace-back."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__

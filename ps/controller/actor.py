@@ -150,7 +150,7 @@ class Control:
         interval = self.config.control.statistics_interval_ms / 1000
         while True:
             await self._publish()
-            await asyncio.gather(*(self._ask_one(m, interval) for m in self.members.alive()))
+            await self._ask_all(interval)
             await asyncio.sleep(interval)
 
     async def _publish(self) -> None:
@@ -164,6 +164,9 @@ class Control:
                         self._published = addresses
                 except OSError as error:
                     log.warning("the runtime file %s cannot be written: %s", file, error)
+
+    async def _ask_all(self, timeout: float) -> None:
+        await asyncio.gather(*(self._ask_one(m, timeout) for m in self.members.alive()))
 
     async def _ask_one(self, member: Member, timeout: float) -> None:
         with contextlib.suppress(EmbringError):
@@ -330,7 +333,7 @@ class Control:
         """Answer an administrator. Raises EmbringError."""
         if verb == "status":
             if fields.get("fresh"):
-                await asyncio.gather(*(self._ask_one(m, CONNECT_S) for m in self.members.alive()))
+                await self._ask_all(CONNECT_S)
             return self.status()
         if not self._begun.is_set():
             raise NotApplied("the controller is still starting")
@@ -343,6 +346,7 @@ class Control:
         if verb == "failover":
             return await self._fail_over(fields)
         if verb == "outlook":
+            await self._ask_all(CONNECT_S)  # a controller that was just started again knows of no row
             return self.moves.outlook(fields, self.config.server.copy_max_mib_per_s << 20)
         if verb == "move":
             return await self.moves.begin(fields)

@@ -13,7 +13,7 @@ from hashring.view import Move, View
 from ps.controller.admin import abort_of
 from ps.controller.members import Member, Members
 from ps.controller.outlook import begun, names_for, outlook
-from ps.errors import EmbringError, NotApplied, RequestError
+from ps.errors import EmbringError, NotApplied, RequestError, cause
 from ps.failover import Wish
 
 log = logging.getLogger("embring.controller")
@@ -96,8 +96,8 @@ class Moves:
             if self._aborted:  # too late to refuse it, and too soon for the abort to find it in the view
                 await self._undo(move.kind, move.names)
         except (RayError, TimeoutError, EmbringError) as error:
-            self.failed = f"{', '.join(move.names)} did not join: {type(error).__name__}: {error}"
-            log.warning(self.failed)
+            self.failed = f"{', '.join(move.names)} did not join: {cause(error)}"
+            log.warning("%s", self.failed, exc_info=error)
             for name in move.names:
                 if self._view().server_index(name) is None:
                     await self._members.remove(name)

@@ -72,20 +72,23 @@ def begun(view: View, move: Move) -> View:
 
 
 def pair_loads(view: View, figures: Mapping[str, Mapping[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rows, and their bytes on the wire, in one copy of each slot: float64[slots_total] each, an average by table.
+    """Rows, and their bytes on the wire, in one copy of each slot: float64[slots_total] each, an average by table; 0 of
+    slots that are lost.
 
     figures: of each server by name, with rows_by_table.
     """
     rows, size = np.zeros(view.slots_total), np.zeros(view.slots_total)
-    owners = view.owners()
+    owners, there = view.owners(), ~view.lost()
     for table in view.tables:
         group = view.group(table.group)
         mine = slice(group.first, group.first + group.slots)
-        copies = max(1, int((owners[mine] >= 0).sum()))
+        copies = max(1, int((owners[mine][there[mine]] >= 0).sum()))
         held = sum(int(f.get("rows_by_table", {}).get(table.name, 0)) for f in figures.values())
         spec = TableSpec.from_plain(table.spec)
-        rows[mine] += held / copies
-        size[mine] += held / copies * (ArenaKey(spec.dim, spec.optimizer.kind).row_bytes + ROW_EXTRA_BYTES)
+        rows[mine] += there[mine] * held / copies
+        size[mine] += (
+            there[mine] * held / copies * (ArenaKey(spec.dim, spec.optimizer.kind).row_bytes + ROW_EXTRA_BYTES)
+        )
     return rows, size
 
 
@@ -102,9 +105,8 @@ def outlook(view: View, move: Move, figures: Mapping[str, Mapping[str, Any]], li
     was, will = _held(present, k), _held(wanted, k)
     made = will & ~was
     rows, size = pair_loads(view, figures)
-    sources = np.bincount(present[made.any(axis=1), 0], made.sum(axis=1)[made.any(axis=1)] * 1.0, minlength=k)
-    share = float((size * made.sum(axis=1)).sum())
-    busiest = float(sources.max(initial=0.0)) / max(1.0, float(sources.sum()))
+    copied, each = made.any(axis=1), size * made.sum(axis=1)
+    busiest = float(np.bincount(present[copied, 0], each[copied], minlength=k).max(initial=0.0))
     rates = [rate for rate in (move.bytes_per_s, limit) if rate]
     servers = []
     for i, server in enumerate(after.servers):
@@ -124,8 +126,8 @@ def outlook(view: View, move: Move, figures: Mapping[str, Mapping[str, Any]], li
         "lost": int(view.lost().sum()),
         "turns": int((present[:, 0] != wanted[:, 0]).sum()),
         "rows": round(float((rows * made.sum(axis=1)).sum())),
-        "bytes": round(share),
-        "seconds": round(share * busiest / min(rates, default=COPY_BYTES_PER_S), 1),
+        "bytes": round(float(each.sum())),
+        "seconds": round(busiest / min(rates, default=COPY_BYTES_PER_S), 1),
         "bytes_per_s": min(rates, default=0),
         "servers": servers,
         "hosts": _by_host(servers),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from hashring.planner import Begin, CreateTable, Enlist, Fail, PlanError, plan
 from hashring.view import Move, Server, View
@@ -23,7 +23,7 @@ from ps.errors import NotApplied, RequestError
 from ps.failover import Wish
 from ps.runtime import Runtime, read_runtime, write_runtime
 from ps.server import Setup
-from ps.spec import TableSpec
+from ps.spec import SGD, TableSpec
 from ps.viewlog import ViewLog
 
 
@@ -108,6 +108,52 @@ def test_what_would_be_done_is_refused_while_servers_start(tmp_path: Path) -> No
                 RequestError, match=r"a change is under way \(server-3 starting\): wait until it is done"
             ):
                 await control.admin(verb, {"kind": "join", "names": []})
+        control.shell.close()
+
+    asyncio.run(test())
+
+
+def test_what_would_be_done_counts_rows_as_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that was just started again has not heard of any yet."""
+
+    async def test() -> None:
+        control = control_of(tmp_path)
+        spec = TableSpec("t", 4, SGD(lr=1.0)).to_plain()
+        control.shell.mind.view = plan(control.shell.view, CreateTable("t", spec, replicas=1))
+        for server in control.shell.view.servers:
+            control.members.by_name[server.name] = Member(server.name, None, server.incarnation, state="alive")
+
+        async def ask_one(member: Member, timeout: float) -> None:
+            member.figures = {"rows_by_table": {"t": 800}}
+
+        monkeypatch.setattr(control, "_ask_one", ask_one)
+        told = await control.admin("outlook", {"kind": "leave", "names": ["server-2"]})
+        assert told["rows"] == pytest.approx(2400 * told["slots"] / 8, abs=1)
+        assert told["seconds"] >= 0
+        control.shell.close()
+
+    asyncio.run(test())
+
+
+def test_a_server_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = 'ray::Server.ready() (pid=7)\n  File "x.py", line 1, in f\nOSError: [Errno 98] Address already in use\n'
+
+    async def test() -> None:
+        control = control_of(tmp_path)
+
+        async def launch(name: str) -> Member:
+            raise RayError(trace)
+
+        async def remove(name: str) -> None:
+            pass
+
+        monkeypatch.setattr(control.members, "launch", launch)
+        monkeypatch.setattr(control.members, "remove", remove)
+        await control.admin("move", {"kind": "join", "names": ["server-3"]})
+        async with asyncio.timeout(60):
+            await asyncio.gather(*control.moves.joins)
+        told = control.status()["move_failed"]
+        assert told == "server-3 did not join: OSError: [Errno 98] Address already in use"
         control.shell.close()
 
     asyncio.run(test())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hashring.planner import Begin, CreateTable, Enlist, plan
+from hashring.planner import Begin, CreateTable, Enlist, Fail, plan
 from hashring.view import Move, Server, View
 from ps.controller.outlook import COPY_BYTES_PER_S, begun, names_for, outlook
 from ps.errors import RequestError
@@ -54,6 +54,32 @@ def test_the_time_is_that_of_the_busiest_server_at_the_lowest_limit() -> None:
     assert told[2]["seconds"] == pytest.approx(10 * told[1]["seconds"], rel=0.05)
     names = {h["host"]: h["slots"][1] for h in told[0]["hosts"]}
     assert names == {"h0": SLOTS, "h1": 0, "h2": SLOTS}
+
+
+def test_the_time_counts_bytes_not_slots() -> None:
+    """One slot of a whole table may weigh more than all others, and its primary alone copies it."""
+    view = cluster(4)
+    spec = TableSpec("w", 16, SGD(lr=1.0), placement="whole", replicas=1)
+    view = plan(view, CreateTable("w", spec.to_plain(), placement="whole", replicas=1))
+    owner = view.servers[int(view.owners()[-1, 0])].name
+    other = next(s.name for s in view.servers if s.name != owner)
+    told = {s.name: {"rows_by_table": {"w": 1e6 * (s.name == owner)}} for s in view.servers}
+    for names in ((owner,), (owner, other)):
+        found = outlook(view, Move("leave", names, 10**6), told)
+        assert found["bytes"] == 1e6 * (4 * 16 + 16 + 12)
+        assert found["seconds"] == found["bytes"] / 10**6
+
+
+def test_lost_slots_weigh_nothing_and_take_nothing_from_the_others() -> None:
+    view = plan(View.empty(1, slot_bits=6), Enlist(tuple(Server(f"server-{i}", 10 + i, "h") for i in range(4))))
+    view = plan(view, CreateTable("t", TableSpec("t", 16, SGD(lr=1.0)).to_plain(), replicas=1))
+    row = 4 * 16 + 16 + 12
+    told = {f"server-{i}": {"rows_by_table": {"t": 1600}} for i in range(1, 4)}
+    lost = plan(view, Fail("server-0"))
+    assert lost.lost().sum() == SLOTS / 4
+    servers = {s["name"]: s for s in outlook(lost, Move("leave", ("server-3",)), told)["servers"]}
+    assert [servers[f"server-{i}"]["bytes"][0] for i in range(4)] == [0, 1600 * row, 1600 * row, 1600 * row]
+    assert outlook(lost, Move("leave", ("server-3",)), told)["rows"] == 1600
 
 
 @pytest.mark.parametrize(
