@@ -42,12 +42,14 @@ def import_rows(
     source = open_source(file, values, ids)
     with connect() as client, progress("importing") as counter:
         check_dim(file, source, name, client.describe(name).dim)
-        record = _Record(file, values, ids, view.cluster, view.table(name).number)
+        number = _number(view, name)
+        record = _Record(file, values, ids, view.cluster, number)
         start = record.read() if resume else 0
         _check_there(client, name, file, source, start)
         if not start:  # else, were this one killed at once, a resume would believe how far an older one came
             record.remove()
         bring(client, name, file, source, start, record, counter)
+        _check_same(name, number, f"rows that had come are gone, import {file} again")
         record.remove()
     told = {"table": name, "rows": counter.rows, "skipped": start, "bytes": counter.bytes}
     already = f" ({start:,} were there already)" if start else ""
@@ -73,10 +75,20 @@ def export_rows(
     view = _view(running())
     with connect() as client, progress("exporting") as counter:
         dim = client.describe(name).dim
-        export = Export(file, view.cluster, view.table(name).number, dim, resume)
+        number = _number(view, name)
+        export = Export(file, view.cluster, number, dim, resume)
         take(client, name, export, counter)
+        _check_same(name, number, f"{file} may hold rows of both, export it again")
     told = {"table": name, "rows": export.mark.rows, "file": str(file), "resumed": export.resumed}
     print(json.dumps(told) if as_json else f"{file}: {export.mark.rows:,} rows of {name}")
+
+
+def _check_same(name: str, number: int, cure: str) -> None:
+    """Raise RequestError where a table has been made anew, or was truncated, since it had this number."""
+    from ps.errors import RequestError
+
+    if _number(_view(running()), name) != number:
+        raise RequestError(f"table {name!r} was made anew, or truncated, meanwhile: {cure}")
 
 
 def _check_there(client: Any, table: str, file: Path, source: Any, count: int) -> None:
@@ -96,11 +108,20 @@ def _check_there(client: Any, table: str, file: Path, source: Any, count: int) -
 
 
 def _view(runtime: Any) -> Any:
-    """The newest view of the running cluster: which cluster it is, and the number that tells a table from later ones
-    of its name."""
+    """The newest view of the running cluster."""
     from ps.checkpoint.reach import newest_view
 
     return newest_view(servers_of(runtime), access_to(runtime))
+
+
+def _number(view: Any, name: str) -> int:
+    """What tells a table from later ones of its name. Raises RequestError where there is none."""
+    from ps.errors import RequestError
+
+    table = view.table(name)
+    if table is None:
+        raise RequestError(f"no table is named {name!r} in epoch {view.epoch}")
+    return int(table.number)
 
 
 def _known(file: Path) -> dict[str, Any]:

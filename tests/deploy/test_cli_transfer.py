@@ -26,7 +26,7 @@ COUNT, DIM, CHUNK = 40, 2, 4
 class Table:
     """A cluster with one table, and its client. dies: at which call."""
 
-    cluster, number, dim, dies = 7, 1, DIM, -1
+    cluster, epoch, number, dim, dies = 7, 1, 1, DIM, -1
 
     def __init__(self) -> None:
         self.rows: dict[int, list[float]] = {}
@@ -152,6 +152,34 @@ def test_a_resumed_import_with_another_file_of_ids_or_none_begins_anew(table: Ta
     table.rows = {}
     assert skipped(file) == 0
     assert sorted(table.rows) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(
+    ("verb", "work", "cure"),
+    [
+        ("import", "bring", "rows that had come are gone, import .* again"),
+        ("export", "take", "rows of both, export it"),
+    ],
+)
+def test_a_table_that_was_made_anew_meanwhile_is_no_success(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, work: str, cure: str, made: bool
+) -> None:
+    """made: or dropped, and not made again."""
+    file = tmp_path / "rows.npy"
+    np.save(file, matrix(1))
+
+    def remade(*arguments: object) -> None:
+        monkeypatch.setattr(table, "number", table.number + 1)
+        monkeypatch.setattr(table, "table", lambda name: table if made else None)
+
+    monkeypatch.setattr(bulk, work, remade)
+    failed = CliRunner().invoke(app, [verb, "t", str(file)]).exception
+    assert isinstance(failed, RequestError)
+    assert re.search(
+        f"'t' was made anew, or truncated, meanwhile: .*{cure}" if made else "no table is named 't' in epoch 1",
+        str(failed),
+    )
 
 
 @pytest.mark.parametrize("gone", ["some at the begin", "the last"])
