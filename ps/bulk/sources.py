@@ -72,8 +72,8 @@ def kind_of(path: Path) -> str:
 
 
 def check_dim(path: Path, source: Source, table: str, dim: int) -> None:
-    """Raise RequestError unless the rows are as wide as the table's."""
-    if source.dim != dim:
+    """Raise RequestError unless the rows are as wide as the table's; lists of which there are none have no width."""
+    if source.dim != dim and (source.dim or len(source.ids)):
         raise RequestError(f"{path} has rows of {source.dim} values; table {table!r} has {dim}")
 
 
@@ -232,8 +232,12 @@ class _Parquet:
         self.dim = kind.list_size if pa.types.is_fixed_size_list(kind) else self._first_length()
 
     def _first_length(self) -> int:
-        for batch in self._file.iter_batches(1, columns=[self._values]):
-            return len(batch.column(0)[0].as_py() or ())
+        """Values in the first row that has any; 0 where there are no rows."""
+        for batch in self._file.iter_batches(1024, columns=[self._values]):
+            if len(lists := batch.column(0).drop_null()):
+                return len(lists[0].as_py())
+        if len(self.ids):
+            raise RequestError(f"column {self._values!r} of {self._path} has nulls only; every row is a list of floats")
         return 0
 
     def rows(self, start: int, count: int) -> Iterator[Rows]:
@@ -267,10 +271,10 @@ class _Parquet:
         if column.null_count or flat.null_count or not pc.all(pc.equal(pc.list_value_length(column), self.dim)).as_py():
             lengths = [len(row) if row is not None and None not in row else -1 for row in column.to_pylist()]
             bad = next(i for i, length in enumerate(lengths) if length != self.dim)
-            what = f"{lengths[bad]} values" if lengths[bad] >= 0 else "a null"
-            raise RequestError(
-                f"column {self._values!r} of {self._path} has {what} in row {at + bad}; the first row has {self.dim}"
-            )
+            what = f"{lengths[bad]} values in row {at + bad}; the first row has {self.dim}"
+            if lengths[bad] < 0:
+                what = f"a null in row {at + bad}; every row has {self.dim} values"
+            raise RequestError(f"column {self._values!r} of {self._path} has {what}")
         return as_float32(flat.to_numpy(zero_copy_only=False)).reshape(-1, self.dim)
 
 
@@ -297,7 +301,7 @@ def bring(client: Any, table: str, path: Path, source: Source, start: int, progr
     counter.expect(len(source.ids))
     counter.add(0, 0, start)
     at = start
-    for rows in source.rows(start, max(1, CHUNK_BYTES // (4 * source.dim))):
+    for rows in source.rows(start, max(1, CHUNK_BYTES // (4 * max(1, source.dim)))):
         while len(sent) >= IN_FLIGHT:
             settle()
         end = at + len(rows)

@@ -478,7 +478,10 @@ BAD: list[tuple[str, Any, dict[str, str], str]] = [
     ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]), {}, r"has 1 values in row 1; the"),
     ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [3.0] * 3, [4.0]]), {}, r"has 3 values in row 1; the first"),
     ("a.parquet", parquet(id=[1, 2, 3], row=[[1.0, 2.0], [], [3.0] * 4]), {}, r"has 0 values in row 1; the first"),
-    ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], None]), {}, r"has a null in row 1"),
+    ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], None]), {}, r"has a null in row 1; every row has 2 values"),
+    ("a.parquet", parquet(id=[1, 2], row=[None, [1.0, 2.0]]), {}, r"has a null in row 0; every row has 2 values"),
+    ("a.parquet", parquet(id=[1, 2], row=[[1.0, None], [1.0, 2.0]]), {}, r"has a null in row 0; every row has 2"),
+    ("a.parquet", parquet(id=[1], row=pa.array([None], pa.list_(pa.float32()))), {}, r"has nulls only; every row is a"),
     ("a.parquet", parquet(id=[1, 2], row=[[1.0, 2.0], [3.0, np.nan]]), {}, r"has nan in row 1, column 1"),
     ("a.parquet", lambda path: path.write_bytes(b"no"), {}, r"cannot be read as \.parquet"),
     ("a.safetensors", tensors(a=torch.zeros(2, 2), b=torch.zeros(2, 2)), {}, r"the matrices a, b: choose one"),
@@ -514,6 +517,16 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npy")
     with pytest.raises(RequestError, match=r"has rows of 3 values; table 'item' has 8"):
         check_dim(path, open_source(path), "item", 8)
+
+
+def test_lists_of_which_there_are_none_fit_any_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "row": pa.array([], pa.list_(pa.float32()))}), path)
+    check_dim(path, open_source(path), "item", 8)
+    assert imported(path) == {}
+    np.save(tmp_path / "a.npy", np.zeros((0, 3), np.float32))
+    with pytest.raises(RequestError, match="has rows of 3 values; table 'item' has 8"):
+        check_dim(tmp_path / "a.npy", open_source(tmp_path / "a.npy"), "item", 8)
 
 
 @pytest.mark.parametrize("kind", [".npy", ".safetensors", ".parquet"])
