@@ -111,8 +111,8 @@ class Moves:
         kind, names = fields.get("kind"), [str(name) for name in fields.get("names") or ()]
         if kind == "join" and self._view().move is None and set(self.starting) & set(names or self.starting):
             if set(self.starting) != set(names or self.starting):
-                joins = (Move("join", whose) for whose in (self.starting, tuple(names)))
-                raise RequestError("the change that is under way is {}, not {}".format(*joins))
+                under_way, asked = Move("join", self.starting), Move("join", tuple(names))
+                raise RequestError(f"the change that is under way is {under_way}, not {asked}")
             self._aborted = True
             return {"names": list(self.starting), "epoch": self._view().epoch}
         return await self._undo(kind, names)
