@@ -249,7 +249,8 @@ def stage(record: Mapping[str, Any]) -> str:
         return f"waiting for {missed}" if missed else "ending processes that have left"
     states = {s["name"]: s["state"] for s in record["servers"]}
     bad = [f"{name} is {states.get(name, 'gone')}" for name in move["names"] if states.get(name) != "alive"]
-    what = f"{', '.join(move['names'])} {'joining' if move['kind'] == 'join' else 'leaving'}"
+    verb = "going back" if move["undoes"] else "joining" if move["kind"] == "join" else "leaving"
+    what = f"{', '.join(move['names'])} {verb}"
     return what + (f" ({'; '.join(bad)})" if bad else "")
 
 

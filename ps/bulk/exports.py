@@ -30,6 +30,7 @@ _SPANS = tuple(pairwise((k << 64) // PARTS for k in range(PARTS + 1)))
 
 
 Names = tuple[tuple[str, Path | None], ...]
+"""What partial files become, one after another: a name, or None where they go."""
 
 
 @dataclass
@@ -140,8 +141,8 @@ class Export:
                     self._partial(what).unlink()
             self.close()
 
-    # Each makes the partial files whole, and tells the names that they get, in this order, or None where they go. That
-    # of the rows, which is locked, is the last: from then on the other names may be another export's.
+    # Each makes the partial files whole, and tells what they become: the rows, which are locked, at the end, for from
+    # then on the others may be another export's.
 
     def _npy(self, n: int, dim: int) -> Names:
         for file, code, shape in ((self._rows, "<f4", (n, dim)), (self._ids, "<i8", (n,))):

@@ -47,8 +47,9 @@ def cluster_status(mind: Failover, members: Sequence[Member]) -> dict[str, Any]:
     slots of a server: those whose primary it is; copies: those that it owns at all. slots_left: copies to be made, and
     slots to be given another primary; slots_held: of these, copies that are there and wait for others. unheard: servers
     that have not answered this controller, or do not any more; while there are some, slots_left may be 0 though it is
-    not known. move: which servers join or leave. unanswered: pings, one after another. A server has
-    ps.controller.figures from when it was asked first, within a `statistics_interval_ms` of its start.
+    not known. move: which servers join or leave; undoes: because their join was aborted. unanswered: pings, one after
+    another. A server has ps.controller.figures from when it was asked first, within a `statistics_interval_ms` of its
+    start.
     """
     view = mind.view
     owners = view.owners()
@@ -85,7 +86,7 @@ def cluster_status(mind: Failover, members: Sequence[Member]) -> dict[str, Any]:
         "slots_left": mind.left,
         "slots_held": mind.held,
         "unheard": mind.unheard,
-        "move": {"kind": view.move.kind, "names": list(view.move.names)} if view.move else None,
+        "move": {"kind": move.kind, "names": list(move.names), "undoes": move.undoes} if (move := view.move) else None,
         "tables": [{"name": t.name, "number": t.number, **dict(t.spec)} for t in view.tables],
         "servers": servers,
     }

@@ -40,7 +40,7 @@ def record(move: dict | None = None, left: int = 0, **more: object) -> dict:
     return {**told, "slots_under_replicated": 0, "tables": [], **more}
 
 
-JOIN = {"kind": "join", "names": ["server-3"]}
+JOIN = {"kind": "join", "names": ["server-3"], "undoes": False}
 
 
 def test_a_plan_is_told_in_a_line_and_in_a_table() -> None:
@@ -65,7 +65,8 @@ def test_a_plan_is_told_in_a_line_and_in_a_table() -> None:
 def test_the_stage_names_who_is_not_well() -> None:
     assert stage(record(JOIN)) == "server-3 joining"
     assert stage(record(starting=["server-4"])) == "starting server-4"
-    sick = record({"kind": "leave", "names": ["server-3"]})
+    assert stage(record(JOIN | {"kind": "leave", "undoes": True})) == "server-3 going back"
+    sick = record(JOIN | {"kind": "leave"})
     sick["servers"][0]["state"] = "silent"
     assert stage(sick) == "server-3 leaving (server-3 is silent)"
     assert stage(record(JOIN | {"names": ["x"]})) == "x joining (x is gone)"
@@ -114,7 +115,7 @@ def test_a_server_that_does_not_answer_is_waited_for_and_named(monkeypatch: pyte
 @pytest.mark.parametrize(
     "others",
     [
-        record({"kind": "leave", "names": ["server-1"]}, 9),
+        record({"kind": "leave", "names": ["server-1"], "undoes": False}, 9),
         record(left=9, starting=["server-4"]),
         record(left=9, servers=[{"name": "server-1", "incarnation": 1, "state": "ending", "addresses": []}]),
     ],

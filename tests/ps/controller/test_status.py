@@ -2,8 +2,8 @@
 
 import pytest
 
-from hashring.planner import CreateTable, Enlist, Fail, Return, plan
-from hashring.view import Server, View
+from hashring.planner import Abort, Begin, CreateTable, Enlist, Fail, Return, plan
+from hashring.view import Move, Server, View
 from ps.controller.members import Member
 from ps.controller.metrics import _Figures
 from ps.controller.status import cluster_status, under_replicated
@@ -47,6 +47,14 @@ def test_a_server_is_silent_after_so_many_pings() -> None:
     assert sum(s["slots"] for s in record["servers"]) == SLOTS
     members[1].state = "dead"
     assert cluster_status(mind, members)["servers"][1]["state"] == "dead"
+
+
+def test_a_join_that_was_aborted_is_told_from_a_leave() -> None:
+    joining = plan(cluster(1), Begin(Move("join", ("s3",)), (Server("s3", 13, "h3"),)))
+    record = cluster_status(Failover(joining), [])
+    assert record["move"] == {"kind": "join", "names": ["s3"], "undoes": False}
+    record = cluster_status(Failover(plan(joining, Abort("join", ("s3",)))), [])
+    assert record["move"] == {"kind": "leave", "names": ["s3"], "undoes": True}
 
 
 def test_servers_that_ray_would_end_soon_after_its_head_are_warned_of() -> None:
