@@ -118,7 +118,8 @@ def _altered(names: list[str], changes: dict[str, Any]) -> dict[str, Any]:
         except KeyboardInterrupt:
             say("the change goes on: `embring status`")
             raise
-    if doubt and not all(t.items() >= changes.items() for t in record["tables"] if t["name"] in names):
+    now = {table["name"]: table for table in record["tables"]}
+    if doubt and not all(name in now and now[name].items() >= changes.items() for name in names):
         raise doubt
     if lacking := record["slots_under_replicated"]:
         say(f"{lacking:,} slots have fewer copies than their tables ask for, and no server to put them on")

@@ -56,7 +56,7 @@ def test_the_controller_is_asked_and_all_is_waited_for(altered: Callable[..., tu
     assert json.loads(done.stdout) == {"names": ["t"], "replicas": 2, "placement": "whole", "epoch": 9}
 
 
-@pytest.mark.parametrize(("name", "made"), [("t", True), ("u", False)])
+@pytest.mark.parametrize(("name", "made"), [("t", True), ("u", False), ("dropped", False)])
 def test_a_controller_that_answers_too_late_may_have_made_the_change(
     altered: Callable[..., tuple[Result, list[Any]]], name: str, made: bool
 ) -> None:
