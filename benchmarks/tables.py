@@ -109,9 +109,7 @@ def verdicts(equal: bool, told: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append((f"Not in the expected order: {', '.join(titles[key] for key in wrong)}.", "bold red"))
     if told["late"]:
         names = ", ".join(LABELS[name] for name in told["late"])
-        out.append(
-            (f"The load's own process fell behind the stated rate ({names}): latencies are of that.", "bold red")
-        )
+        out.append((f"The stated rate was too much ({names}): latencies are of what piled up.", "bold red"))
     for name, others in told["dominated_by"].items():
         if others:
             by = ", ".join(LABELS[other] for other in others)

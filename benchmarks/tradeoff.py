@@ -19,6 +19,9 @@ CHECKED = (
 OFF_MAX = 0.02
 """How far a counted figure may be from the arithmetic."""
 
+OVERRUN_MAX = 0.25
+"""How far the last answer of a round may come after its end, as a part of it."""
+
 AXES = {
     "memory": ("measured", "memory_bytes"),
     "bytes of a pull": ("measured", "bytes_per_sample"),
@@ -47,8 +50,8 @@ have many ids."""
 
 
 def summary(figures: Figures) -> dict[str, Any]:
-    """Whether every counted figure agrees with the arithmetic, the worst of them, the orders, which latencies are those
-    of the load's own process, and who is dominated."""
+    """Whether every counted figure agrees with the arithmetic, the worst of them, the orders, for which placements the
+    rate was too much, and who is dominated."""
     off = [(abs(f["off"][key]), name, key) for name, f in figures.items() for key in CHECKED if key in f["off"]]
     worst = max(off, default=(0.0, "", ""))
     return {
@@ -65,8 +68,10 @@ def summary(figures: Figures) -> dict[str, Any]:
 
 
 def late(measured: Mapping[str, Any]) -> bool:
-    """Whether the load's process began requests later than half of them were answered: the rate was too much for it."""
-    return bool(measured.get("lag_p99_ms", 0.0) > measured.get("p50_ms", float("inf")))
+    """Whether the stated rate was too much: a round's answers came long after its end, or most of the slowest latencies
+    are the lag of the load's own process."""
+    lag, slowest = measured.get("lag_p99_ms", 0.0), measured.get("p99_ms", measured.get("p95_ms", float("inf")))
+    return bool(measured.get("overrun", 0.0) > OVERRUN_MAX or lag > slowest / 2)
 
 
 def in_order(figures: Figures, key: str, names: tuple[str, ...], part: str = "measured") -> bool:

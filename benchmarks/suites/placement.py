@@ -419,6 +419,7 @@ class Bench:
             "client_cpu_us_per_sample": c["client_cpu_s"] / samples * 1e6,
             **_percentiles(placed.read_s, (50, 95, 99)),
             **{f"push_{name}": value for name, value in _percentiles(placed.write_s, (50, 99)).items()},
+            "overrun": max(o.seconds for o in placed.opened) / self.settings.seconds - 1,
             "lag_p99_ms": median(percentiles_ms(o.lag_s)["p99_ms"] for o in placed.opened),
             "reads_timed": sum(map(len, placed.read_s)),
             "pushes_timed": sum(map(len, placed.write_s)),
