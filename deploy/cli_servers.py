@@ -22,7 +22,8 @@ Names = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")]
 Abort = Annotated[
-    bool, typer.Option("--abort", help="Undo it: the change of these servers, or the one that is under way.")
+    bool,
+    typer.Option("--abort", help="Undo it: the change of these servers, or the one of this kind that is under way."),
 ]
 Bandwidth = Annotated[
     int | None,
@@ -135,8 +136,8 @@ def _check(kind: str, names: list[str], record: Mapping[str, Any], undone: bool)
         return
     if undone:
         raise NotApplied(
-            f"{', '.join(wrong)} did not go back: another change was made meanwhile, and the servers are "
-            f"{', '.join(_servers(record))}"
+            f"{', '.join(wrong)} did not go back: another change was made meanwhile, or the controller was started "
+            f"again; the servers are {', '.join(_servers(record))}"
         )
     if kind == "leave":
         raise NotApplied(f"{', '.join(wrong)} did not leave: it was aborted, or had not begun")
@@ -208,7 +209,8 @@ def follow(
                 copied.see(record)
             changing = _changing(record)
             ours = changing if names is None else changing & set(names)
-            left = to_the_end and changing == ours
+            # What is left to copy is ours where nobody else moves; who is ending owns nothing any more.
+            left = to_the_end and (changing - _ending(record)) <= ours
             if ours or (left and record["slots_left"]):
                 busy = heard
             elif not left or not (missed := away(record)):
@@ -222,8 +224,11 @@ def follow(
 
 def _changing(record: Mapping[str, Any]) -> set[str]:
     """Servers that start, join, leave or end."""
-    ending = [s["name"] for s in record["servers"] if s["state"] == "ending"]
-    return {*(record["move"]["names"] if record["move"] else ()), *record["starting"], *ending}
+    return {*(record["move"]["names"] if record["move"] else ()), *record["starting"]} | _ending(record)
+
+
+def _ending(record: Mapping[str, Any]) -> set[str]:
+    return {s["name"] for s in record["servers"] if s["state"] == "ending"}
 
 
 def away(record: Mapping[str, Any]) -> list[str]:

@@ -87,6 +87,13 @@ class SlotTable:
         self._open(opened, terms[opened])
         return gone
 
+    def abandoned(self, view: View, incarnation: int) -> NDArray[np.int64]:
+        """Slots that are being copied here, and that a view makes this server the primary of: they were given up in the
+        middle of a restore, and nobody sends the rest. int64[k]"""
+        some = np.array([slot for slot in self.filling if slot < view.slots_total], np.int64)
+        primaries = view.owners()[some, 0]
+        return some[[i >= 0 and view.servers[i].incarnation == incarnation for i in primaries]]
+
     def _open(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Begin terms at counter 0; the positions reached so far join the lineage."""
         held = slots[self.positions[slots] > 0]

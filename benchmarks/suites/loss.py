@@ -37,7 +37,7 @@ async def lose_a_server(
 ) -> dict[str, dict[str, Any]]:
     """Kill the first server; of each placement: reads that failed until the next view, and the share after it.
 
-    Every read has 250 ms. "until" ends when the controller has a view that knows of the death.
+    Every read has 250 ms. "until" ends when a server has a view that knows of the death.
     """
     reads = {name: _Reads() for name in requests}
     token = read_token(runtime.token_path)
@@ -54,7 +54,7 @@ async def lose_a_server(
     victim = next(s for s in status["servers"] if s["state"] == "alive")
     killed = time.monotonic()
     os.kill(victim["pid"], signal.SIGKILL)
-    while (now := await asyncio.to_thread(servers.status))["epoch"] == status["epoch"] or _alive(now, victim):
+    while not await asyncio.to_thread(_knows, servers, victim["incarnation"]):
         if time.monotonic() - killed > VIEW_S:
             raise EmbringError(f"no view knew of the lost server after {VIEW_S:g} s")
     known = time.monotonic()
@@ -75,9 +75,12 @@ async def lose_a_server(
     return out
 
 
-def _alive(status: Mapping[str, Any], server: Mapping[str, Any]) -> bool:
-    """Whether a view still takes this process for alive."""
-    return any(s["incarnation"] == server["incarnation"] and s["state"] == "alive" for s in status["servers"])
+def _knows(servers: Servers, incarnation: int) -> bool:
+    """Whether a server has a view in which that process is dead; where one does not answer, nobody knows yet."""
+    try:
+        return not any(s.alive and s.incarnation == incarnation for s in servers.view().servers)
+    except EmbringError:
+        return False
 
 
 async def _read(

@@ -249,6 +249,7 @@ class Bench:
             **await asyncio.to_thread(self._moved, after, rows, size),
             "cores_busy": round((host_cpu_seconds() - used) / (time.perf_counter() - begin), 2),
         }
+        await asyncio.sleep(TURN_S)  # the quiet phase that comes next is not to have the last turn's pushes
         return Phase(begin, end, figures, turns, copying)
 
     def _pauses(self, turns: "list[Turn]") -> tuple[list[float], list[float]]:

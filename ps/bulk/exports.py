@@ -4,6 +4,7 @@ An export streams into raw files beside the target, which can be gone on with af
 target its name when it is whole.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -53,6 +54,16 @@ def writing(path: Path) -> Iterator[None]:
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+@contextmanager
+def _lockable() -> Iterator[None]:
+    """Pass over what a file system without locks says."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
 class Export:
     """Rows on their way into a file. With `resume` what an interrupted export left is gone on with."""
 
@@ -88,7 +99,8 @@ class Export:
     def _lock(self) -> None:
         """Lock the file of rows, until it is closed: the partial files of two exports have the same names."""
         try:
-            fcntl.flock(self._rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _lockable():
+                fcntl.flock(self._rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.fstat(self._rows.fileno()), self._partial("rows").stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False

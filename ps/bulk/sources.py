@@ -232,7 +232,7 @@ class _Parquet:
         self.dim = kind.list_size if pa.types.is_fixed_size_list(kind) else self._first_length()
 
     def _first_length(self) -> int:
-        """Values in the first row that has any; 0 where there are no rows."""
+        """Values in the first row that is no null; 0 where there are no rows."""
         for batch in self._file.iter_batches(1024, columns=[self._values]):
             if len(lists := batch.column(0).drop_null()):
                 return len(lists[0].as_py())

@@ -113,7 +113,10 @@ def _moment(known: Iterable[Manifest], cluster: int) -> datetime:
 
 
 def _parent(storage: Storage, known: Sequence[Manifest], view: View, fingerprint: str) -> Manifest | None:
-    """The newest checkpoint that an increment can follow: one whose chain is whole, and of this very cluster."""
+    """The newest checkpoint that an increment can follow: one whose chain is whole, and of this very cluster.
+
+    None where files of it are missing: on an older chain increments would pile up behind one that counts as newer.
+    """
     names = {m.name: m for m in known}
     for manifest in reversed(known):
         links = links_of(manifest, names.get)
@@ -123,8 +126,8 @@ def _parent(storage: Storage, known: Sequence[Manifest], view: View, fingerprint
             for link in links:
                 check_files(storage, link)
         except CheckpointError as error:
-            log.warning("%s; no increment stands on %r", error, manifest.name)
-            continue
+            log.warning("%s; no increment stands on %r: all is saved", error, manifest.name)
+            return None
         return manifest
     return None
 

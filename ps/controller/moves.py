@@ -90,9 +90,7 @@ class Moves:
             members = [self._members.by_name[name] for name in move.names if name in self._members.by_name]
             if failed or not all(m.state == "alive" for m in members):
                 raise failed[0] if failed else NotApplied("it died while it started")
-            if self._aborted:
-                raise NotApplied("it was aborted")
-            await self._change(Begin(move, tuple(m.server for m in members)))
+            await self._change(lambda view: self._begun(move, members))
             if self._aborted:  # too late to refuse it, and too soon for the abort to find it in the view
                 await self._undo(move.kind, move.names)
         except (RayError, TimeoutError, EmbringError) as error:
@@ -104,12 +102,18 @@ class Moves:
         finally:
             self.starting = ()
 
+    def _begun(self, move: Move, members: Sequence[Member]) -> Change:
+        """The join, at its turn. Raises RequestError where it was aborted before that."""
+        if self._aborted:
+            raise RequestError("it was aborted")
+        return Begin(move, tuple(m.server for m in members))
+
     async def abort(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Undo a move of a kind: servers that were joining leave, those that were leaving stay. names: whose; without
-        any, whichever is under way. Asked for again, it answers the same. Raises RequestError where another is under
-        way, or none."""
+        any, those of the move of that kind that is under way. Asked for again meanwhile, it answers the same. Raises
+        RequestError where another is under way, or none."""
         kind, names = fields.get("kind"), [str(name) for name in fields.get("names") or ()]
-        if kind == "join" and self._view().move is None and set(self.starting) & set(names or self.starting):
+        if kind == "join" and self._view().move is None and self.starting:
             if set(self.starting) != set(names or self.starting):
                 under_way, asked = Move("join", self.starting), Move("join", tuple(names))
                 raise RequestError(f"the change that is under way is {under_way}, not {asked}")

@@ -37,11 +37,12 @@ from ps.spec import TableSpec
 
 @dataclass(frozen=True)
 class Restore:
-    """first: the view to install before the rows are sent. final: what is to be after, if nothing changes.
+    """first: the view to install before the rows are sent, above every term in the checkpoint: whatever becomes of the
+    slots later, it begins above what was taken. final: what is to be after, if nothing changes.
 
     slots: [first in the checkpoint, first here, count] of each group. tables: number in the checkpoint -> here; rows
-    of other tables are left out. wanted: numbers (here) of the slots that rows are taken for. term_max: the highest
-    term in the checkpoint. renames: hidden name -> the table's own.
+    of other tables are left out. wanted: numbers (here) of the slots that rows are taken for. renames: hidden name ->
+    the table's own.
     """
 
     first: View
@@ -49,7 +50,6 @@ class Restore:
     slots: list[list[int]]
     tables: dict[int, int]
     wanted: list[int]
-    term_max: int
     renames: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -174,9 +174,8 @@ def _lost(
             f"the checkpoint {has} table {missing[0]!r}, whose rows in lost slots would be gone: "
             "choose a newer one, or say --accept-loss"
         )
-    first = _planned(view, Renew(np.flatnonzero(lost)))
-    final = _above(recovered(first), manifest["term_max"])
-    return Restore(first, final, slots, tables, np.flatnonzero(lost).tolist(), manifest["term_max"])
+    first = _above(_planned(view, Renew(np.flatnonzero(lost))), manifest["term_max"])
+    return Restore(first, recovered(first), slots, tables, np.flatnonzero(lost).tolist())
 
 
 def conclude(view: View, restore: Restore) -> View:
@@ -192,7 +191,7 @@ def conclude(view: View, restore: Restore) -> View:
         )
     if (view.terms()[wanted] != restore.first.epoch).any():
         raise RequestError("another restore of the same slots has begun since: they stay lost, restore again")
-    return _renamed(_above(_planned(view, Reassign(wanted, owners)), restore.term_max), restore.renames)
+    return _renamed(_planned(view, Reassign(wanted, owners)), restore.renames)
 
 
 def receivers(view: View, restore: Restore) -> set[str]:
@@ -228,7 +227,7 @@ def _afresh(view: View, manifest: Mapping[str, Any]) -> Restore:
 def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
     """The tables of a checkpoint beside those of the view, whose slots stay as they are."""
     made, groups = _made(view, manifest["tables"], manifest["groups"])
-    epoch = view.epoch + 1
+    epoch = max(view.epoch, manifest["term_max"]) + 1
     owner = Server(nobody(epoch), 0, "", alive=False)
     here = set(groups.values())
     lost = (
@@ -238,14 +237,14 @@ def _into(view: View, manifest: Mapping[str, Any]) -> Restore:
         for g in made.groups
     )
     first = replace(made, epoch=epoch, servers=(*made.servers, owner), groups=tuple(lost)).check()
-    final = _above(recovered(first), manifest["term_max"]) if here else _empty(first)
+    final = recovered(first) if here else _empty(first)
     there = sorted(number for number, _, _, _ in manifest["tables"])
     tables = dict(zip(there, (t.number for t in first.tables[len(view.tables) :]), strict=True))
     starts = {number: start for number, _, _, start, _ in manifest["groups"]}
     places = {old: first.group(number) for old, number in groups.items()}
     slots = sorted([starts[old], group.first, group.slots] for old, group in places.items())
     wanted = np.concatenate([np.arange(f, f + count) for _, f, count in slots] or [np.empty(0, np.int64)])
-    return Restore(first, final, slots, tables, np.sort(wanted).tolist(), manifest["term_max"])
+    return Restore(first, final, slots, tables, np.sort(wanted).tolist())
 
 
 def _made(view: View, entries: Sequence[Sequence[Any]], saved: Sequence[Sequence[Any]]) -> tuple[View, dict[int, int]]:
@@ -280,6 +279,8 @@ def _beside(view: View, manifest: Mapping[str, Any], names: Sequence[str], repla
         if view.table(name) is not None and not replace_tables:
             raise RequestError(f"table {name!r} exists: say --replace to have it replaced once all rows are there")
     names_of = {name: hidden_name(name) for name in names}
+    if len(set(names_of.values())) < len(set(names)):
+        raise RequestError(f"{', '.join(names)} begin alike for so long that they need one restore each")
     for left in names_of.values():
         if (table := view.table(left)) is not None:
             if not hidden(view)[view.group(table.group).first]:

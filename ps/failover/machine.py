@@ -372,7 +372,7 @@ class Failover:
 
     @property
     def unheard(self) -> list[str]:
-        """Servers, not known dead, that have not answered yet or do not any more."""
+        """Servers that the view takes for alive, and that have not answered yet or do not any more."""
         return [s.name for s in self.view.servers if s.alive and not self._usable(s.incarnation)]
 
     @property

@@ -117,7 +117,7 @@ def test_a_server_that_does_not_answer_is_waited_for_and_named(monkeypatch: pyte
     [
         record({"kind": "leave", "names": ["server-1"], "undoes": False}, 9),
         record(left=9, starting=["server-4"]),
-        record(left=9, servers=[{"name": "server-1", "incarnation": 1, "state": "ending", "addresses": []}]),
+        record(left=0, servers=[{"name": "server-1", "incarnation": 1, "state": "ending", "addresses": []}]),
     ],
     ids=["joins or leaves", "starts", "ends"],
 )
@@ -125,6 +125,14 @@ def test_nobody_waits_for_a_change_of_others(to_the_end: bool, others: dict, mon
     monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
     answers = [record(starting=["server-3"]), record(JOIN, 9), others]
     assert follow(lambda verb: answers.pop(0), ["server-3"], to_the_end) == others
+    assert not answers
+
+
+def test_what_is_left_to_copy_is_waited_for_though_a_process_of_others_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.cli_servers.POLL_S", 0.0)
+    ending = [{"name": "server-1", "incarnation": 1, "state": "ending", "addresses": []}]
+    answers = [record(left=9, servers=ending), record(left=9), record()]
+    assert follow(lambda verb: answers.pop(0), ["server-3"], to_the_end=True) == record()
     assert not answers
 
 

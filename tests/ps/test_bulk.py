@@ -1,6 +1,8 @@
 """Bulk import and export: every kind of file there and back, interruptions, bad files in one sentence."""
 
+import errno
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -279,6 +281,21 @@ def test_two_exports_into_one_file_are_one_and_a_sentence(tmp_path: Path, kind: 
     assert sum(refused) == bulk.PARTS
     assert imported(path) == expected()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_takes_exports_too(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(exports.fcntl, "flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(RequestError, match="cannot be written"):
+            Export(tmp_path / "out.npy", 1, 2, DIM, resume=False)
+    else:
+        Export(tmp_path / "out.npy", 1, 2, DIM, resume=False).close()
 
 
 @pytest.mark.parametrize("between", ["opened and locked", "named and closed"])

@@ -304,7 +304,7 @@ def test_what_cannot_be_is_said_and_what_was_left_is_swept() -> None:
     assert int(again.lost().sum()) == 64
     restore = prepare(view, saved, replace_tables=True, accept_loss=False, tables=["item"])
     after = conclude(restore.first, restore)
-    assert after.epoch == 51
+    assert (restore.first.epoch, after.epoch) == (51, 52)
     assert [t.name for t in after.tables] == ["user", "whole", "item"]
     assert after.table("item").spec["name"] == "item"
     with pytest.raises(RequestError, match="restore again"):
@@ -337,7 +337,7 @@ def test_two_tables_with_one_hidden_name_do_not_come_back_at_once() -> None:
     cluster, names = LoopCluster(2), ["x" * 127 + end for end in "ab"]
     cluster.create(*(replace(USER, name=name) for name in names))
     saved = manifest(cluster.view)
-    with pytest.raises(RequestError, match=r"x\.restoring' exists already$"):
+    with pytest.raises(RequestError, match=r"xa, x+b begin alike for so long that they need one restore each$"):
         prepare(cluster.view, saved, replace_tables=True, accept_loss=False, tables=names)
 
 

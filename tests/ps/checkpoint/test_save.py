@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hashring.view import View
-from ps.checkpoint.files import checkpoints, newest, read_manifest
+from ps.checkpoint.files import chain, checkpoints, newest, read_manifest
 from ps.checkpoint.reach import exported, newest_view
 from ps.checkpoint.retention import prune
 from ps.checkpoint.storage import Storage
@@ -89,10 +89,10 @@ def test_no_increment_stands_on_a_checkpoint_whose_files_are_gone(
         cluster.push("t", [1], np.ones((1, 3)))
         cluster.save(storage, name, incremental=name == "c")
     (tmp_path / "b" / "0000.blocks").unlink()
-    assert cluster.save(storage, "d", incremental=True).parent == "a"
+    assert cluster.save(storage, "d", incremental=True).parent == ""  # and not `a`, which is of an older chain than b
     assert f"{tmp_path}/b/0000.blocks is missing: No such file or directory; no increment stands on 'c'" in caplog.text
-    (tmp_path / "a" / "0000.blocks").write_bytes(b"")
-    assert cluster.save(storage, "e", incremental=True).parent == ""
+    assert cluster.save(storage, "e", incremental=True).parent == "d"
+    assert [m.name for m in chain(storage, None)] == ["d", "e"]
     target = LoopCluster(1, cluster=5)
     target.restore(storage)
     assert target.rows("t") == cluster.rows("t")

@@ -7,7 +7,8 @@ from hashring.planner import Enlist, Fail, Recover, Renew, plan
 from hashring.view import Server, View
 from ps.errors import RequestError
 from ps.replication import Replication
-from ps.rowblock import Watermark
+from ps.rowblock import RowBlock, Watermark
+from ps.slots import PRIMARY
 from ps.spec import SGD, Initializer, TableSpec
 from ps.store import Store
 from ps.store.fork import tellable
@@ -38,9 +39,9 @@ class Scene:
     def push(self, store: Store) -> int:
         return store.push(push_share(1, [1], [IDS], np.ones(2 * len(IDS)))).applied
 
-    def bring(self, term: int, foreign: bool = False) -> bool:
+    def bring(self, term: int, foreign: bool = False, blocks: list[RowBlock] | None = None) -> bool:
         taken = []
-        for block in self.saved:
+        for block in blocks or self.saved:
             fields, arrays = block.to_arrays()
             told = {"block": fields, "term": term, "foreign": foreign}
             taken.append(self.machine.restore(told, arrays)[1]["taken"])
@@ -80,6 +81,23 @@ def test_nothing_is_told_from_a_position_that_only_looks_like_one_of_what_was_re
     assert tellable(store.held, slots, now).all()
     store.push(push_share(2, [1], [IDS[:3]], np.ones(6)))
     assert sum(b.rows for b in store.export(slots, Watermark(5, slots, now))) == 3
+
+
+def test_slots_that_are_given_up_in_the_middle_of_a_restore_begin_empty() -> None:
+    """Nobody sends the rest of them: they would be filled, and answer nobody, without end."""
+    scene = Scene()
+    scene.machine.install(scene.begun)
+    blocks = list(scene.source.export(scene.slots, None, 4))
+    assert not blocks[0].final.all()
+    assert scene.bring(scene.begun.epoch, foreign=True, blocks=blocks[:1])
+    ended = plan(scene.begun, Recover())
+    scene.machine.install(ended)
+    store, slots = scene.machine.store, scene.slots
+    store.held.require(slots, PRIMARY)
+    assert store.statistics().rows_by_table == {"t": 0}
+    assert (store.watermark(slots) >> 40 == ended.epoch).all()
+    assert scene.push(store) == len(slots)
+    assert sum(b.rows for b in store.export(slots, None, 4)) == len(IDS)
 
 
 def test_what_comes_late_meets_another_term_or_an_owner() -> None:
