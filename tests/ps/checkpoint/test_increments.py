@@ -176,6 +176,35 @@ def test_an_increment_after_slots_came_back_from_another_clusters_chain_holds_al
     assert third.rows("item") == own.rows("item") == other.rows("item")
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_checkpoint_of_two_clusters_that_restore_from_each_other_is_what_was_there(data: st.DataObject) -> None:
+    """Made alike, with pushes to one slot, so that their positions meet; lost slots come back from either's chain."""
+    clusters = [(LoopCluster(1, cluster=number), memory(), dict[str, Any]()) for number in (1, 2)]
+    rng, rows_of_slot = np.random.default_rng(data.draw(st.integers(0, 2**32))), ids_of_a_slot(3)
+    for cluster, _, _ in clusters:
+        cluster.create(ITEM)
+    for step in range(30):
+        cluster, storage, kept = clusters[rng.integers(2)]
+        action = rng.choice(["push"] * 6 + ["delete", "full", "save", "save", "save", "restore"])
+        if action in ("push", "delete"):
+            cluster.push("item", rng.choice(rows_of_slot, 1).tolist(), np.full((1, 2), float(step + 1)), action)
+        elif action in ("full", "save"):
+            saved = cluster.save(storage, f"c{step:02}", incremental=action == "save")
+            kept[saved.name] = cluster.rows("item")
+        else:
+            _, place, there = clusters[rng.integers(2)]
+            if there:
+                cluster.kill("s0")
+                cluster.restore(place, name=str(rng.choice(list(there))))
+    for _, storage, kept in clusters:
+        for checkpoint, rows in kept.items():
+            target = LoopCluster(1, cluster=3)
+            target.restore(storage, name=checkpoint)
+            assert target.rows("item") == rows, checkpoint
+    _everyone.clear()
+
+
 def ids_of_a_slot(n: int) -> list[int]:
     """So many ids of the table `item` that lie in one slot of 64."""
     ids = np.arange(1, 1000)
