@@ -244,6 +244,8 @@ def uncopied(record: Mapping[str, Any]) -> int:
 
 def stage(record: Mapping[str, Any]) -> str:
     """What is under way, in a few words."""
+    from hashring.view import Move
+
     if record["starting"]:
         return f"starting {', '.join(record['starting'])}"
     move = record["move"]
@@ -254,8 +256,7 @@ def stage(record: Mapping[str, Any]) -> str:
         return f"waiting for {missed}" if missed else "ending processes that have left"
     states = {s["name"]: s["state"] for s in record["servers"]}
     bad = [f"{name} is {states.get(name, 'gone')}" for name in move["names"] if states.get(name) != "alive"]
-    verb = "going back" if move["undoes"] else "joining" if move["kind"] == "join" else "leaving"
-    what = f"{', '.join(move['names'])} {verb}"
+    what = str(Move(move["kind"], tuple(move["names"]), undoes=move["undoes"]))
     return what + (f" ({'; '.join(bad)})" if bad else "")
 
 

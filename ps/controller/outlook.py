@@ -85,10 +85,9 @@ def pair_loads(view: View, figures: Mapping[str, Mapping[str, Any]]) -> tuple[ND
         copies = max(1, int((owners[mine][there[mine]] >= 0).sum()))
         held = sum(int(f.get("rows_by_table", {}).get(table.name, 0)) for f in figures.values())
         spec = TableSpec.from_plain(table.spec)
-        rows[mine] += there[mine] * held / copies
-        size[mine] += (
-            there[mine] * held / copies * (ArenaKey(spec.dim, spec.optimizer.kind).row_bytes + ROW_EXTRA_BYTES)
-        )
+        each = there[mine] * held / copies
+        rows[mine] += each
+        size[mine] += each * (ArenaKey(spec.dim, spec.optimizer.kind).row_bytes + ROW_EXTRA_BYTES)
     return rows, size
 
 

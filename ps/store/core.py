@@ -117,7 +117,8 @@ class Store:
             return
         self.regroup(view)
         with held.latch:
-            held.free(held.slots.abandoned(view, self.incarnation))
+            if held.slots.filling:
+                held.free(held.slots.abandoned(view, self.incarnation))
             gone = held.slots.install(view, self.incarnation)
             if len(gone):
                 held.free(gone)

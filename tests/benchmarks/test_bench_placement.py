@@ -134,14 +134,19 @@ def test_figures_that_are_off_or_out_of_order_are_told() -> None:
     assert told["worst_off"] == {"placement": "whole", "figure": "memory_bytes", "off": 0.021}
 
 
+def printed(result: dict[str, Any]) -> str:
+    """The table of a result, as a wide terminal has it."""
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(result))
+    return shown.get()
+
+
 def test_the_table_marks_what_is_off() -> None:
     result = placement_result()
     result["placement"]["whole"]["off"]["rows_per_sample"] = 0.5
     result["summary"] = summary(result["placement"])
-    console = Console(width=200)
-    with console.capture() as shown:
-        console.print(table(result))
-    text = shown.get()
+    text = printed(result)
     assert "+50.0%" in text
     assert "more than 2% from the arithmetic" in text
 
@@ -158,10 +163,7 @@ def test_what_failed_came_late_or_is_out_of_order_is_told() -> None:
     result["summary"] = summary(found)
     assert result["summary"]["late"] == ["sharded"]
     assert result["summary"]["ordered"]["memory_bytes"] is False
-    console = Console(width=200)
-    with console.capture() as shown:
-        console.print(table(result))
-    text = shown.get()
+    text = printed(result)
     assert "The stated rate was too much (sharded)" in text
     assert "Not in the expected order: memory, all servers, MiB" in text
     assert next(line for line in text.splitlines() if line.startswith("requests failed")).split()[2:] == ["7", "0"]
